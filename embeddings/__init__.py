@@ -1,0 +1,1 @@
+"""Ids to rows: the only folder that builds TorchRec or FBGEMM modules."""

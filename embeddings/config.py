@@ -1,0 +1,71 @@
+"""Configuration of tables and their optimizer. Free of torch, so that launchers can read it."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omegaconf import MISSING
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableConfig:
+    """One embedding table. Row 0 is reserved for the unknown id (-1, or null in the log)."""
+
+    num_embeddings: int = MISSING
+    """Rows, row 0 included. With `ids: static`, ids run from 0 to num_embeddings - 2."""
+    dim: int = MISSING
+    """Width of a row; a multiple of 4."""
+    ids: Literal["static", "hashed"] = "static"
+    """static: row = id + 1, and an id out of range is an error; hashed: any 64-bit id."""
+    features: tuple[str, ...] = MISSING
+    """Features that are looked up in this table."""
+    init_std: float = 0.02
+    """Standard deviation of the rows at the start, truncated at two of it; 0 starts at zero."""
+
+    def __post_init__(self) -> None:
+        if self.num_embeddings != "???" and self.num_embeddings < 2:
+            raise ValueError(f"num_embeddings must be at least 2, got {self.num_embeddings}")
+        if self.dim != "???" and (self.dim < 4 or self.dim % 4):
+            raise ValueError(f"dim must be a positive multiple of 4, got {self.dim}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowWiseAdamWConfig:
+    """Row-wise AdamW: first moment full, second moment one value a row (embeddings/optim.py)."""
+
+    lr: float = 1e-3
+    """Step size, before the schedule."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and of the second moment."""
+    eps: float = 1e-8
+    """Added outside the root."""
+    weight_decay: float = 0.0
+    """Decoupled, scaled by lr, applied to touched rows only."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbeddingsConfig:
+    """All tables."""
+
+    tables: dict[str, TableConfig] = field(default_factory=dict)
+    """Name -> table."""
+    form: Literal["auto", "replicated", "sharded"] = "auto"
+    """replicated: plain modules, the same rows on every rank; sharded: TorchRec; auto: sharded on CUDA."""
+    optimizer: RowWiseAdamWConfig = field(default_factory=RowWiseAdamWConfig)
+    """Of every table."""
+    sharded_optimizer: Literal["auto", "row_wise_adamw", "row_wise_adagrad"] = "auto"
+    """auto: row-wise AdamW. FBGEMM has none on the CPU, where row_wise_adagrad must be asked for."""
+    weights: Literal["fp32", "fp16"] = "fp32"
+    """Of the sharded form; fp16 rounds stochastically."""
+    sharding: tuple[Literal["row_wise", "table_wise"], ...] = ("row_wise", "table_wise")
+    """What the planner may choose from. Column-wise is not offered: it would split the second moment."""
+
+    def __post_init__(self) -> None:
+        owner: dict[str, str] = {}
+        for name, table in self.tables.items():
+            for feature in table.features:
+                if feature in owner:
+                    raise ValueError(
+                        f"feature {feature!r} is in tables {owner[feature]!r} and {name!r}; "
+                        "a feature is looked up in one table"
+                    )
+                owner[feature] = name

@@ -1,0 +1,1 @@
+"""Baselines: everything of the main model but the encoder."""

@@ -1,0 +1,313 @@
+"""Configuration of a run: dataclass defaults < `base:` chain < file < dotlist overrides.
+
+Free of torch, so that launchers can read it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omegaconf import MISSING
+
+from embeddings.config import EmbeddingsConfig
+from pipelines.config import ITEM_ID, NEGATIVE_ITEM_ID, TARGET_ITEM_ID, DataConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HSTUConfig:
+    """One HSTU layer (gr/hstu.py)."""
+
+    num_heads: int = 2
+    """H."""
+    qk_dim: int = 32
+    """K, of one head."""
+    v_dim: int = 32
+    """V, of one head."""
+    uvqk_activation: Literal["all", "u_only"] = "all"
+    """SiLU on U, V, Q and K as in the paper, or on U only as in DLRM-v3."""
+    uvqk_bias: bool = True
+    """Bias of the UVQK projection."""
+    attention: Literal["silu", "softmax"] = "silu"
+    """Pointwise SiLU, or softmax over the visible keys."""
+    alpha: float = 0.0
+    """Factor of QK^T; 0 means 1 / sqrt(qk_dim)."""
+    scaling_length: int = 256
+    """Divisor of the pointwise attention weights: fixed, never the batch's."""
+    bias: Literal["none", "position", "position_time"] = "none"
+    """Relative attention bias, added before the activation, shared by the heads."""
+    bias_max_len: int = 512
+    """Distances from this on share one entry of the position table."""
+    bias_time_buckets: int = 128
+    """Time differences fall into floor(ln(max(1, s)) / 0.301), clipped to this."""
+    norm: Literal["layer", "group"] = "layer"
+    """Norm of the attention output: over all heads, or each head on its own."""
+    norm_affine: bool = False
+    """Weight and bias in the norms of the input and of the attention output."""
+    concat_ua: bool = False
+    """Output projection reads [U, AV, norm(AV) * U] instead of the product alone."""
+    dropout: float = 0.0
+    """Before the output projection."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransformerConfig:
+    """One layer of SASRec or of Transformer++ (gr/baselines/)."""
+
+    num_heads: int = 2
+    """Heads; the model dim must be a multiple of it."""
+    ffn_dim: int = 0
+    """Hidden width of the feed-forward part; 0 means the model dim (SASRec), 8/3 of it (Transformer++)."""
+    dropout: float = 0.0
+    """After attention and feed-forward."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DLRMConfig:
+    """DLRM (gr/baselines/dlrm.py)."""
+
+    bottom: tuple[int, ...] = (128, 64)
+    """Widths of the MLP over dense features; its output is projected to the model dim."""
+    top: tuple[int, ...] = (256, 128)
+    """Widths of the MLP over the interactions."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodingConfig:
+    """What is added to the tokens before the first layer (gr/encodings.py)."""
+
+    position: Literal["none", "from_start", "from_session", "from_end"] = "from_session"
+    """Learned position: index from the start; distance to the first token of the session (the anchor
+    of what is supervised); distance to the end (needs data.anchor=session)."""
+    position_buckets: int = 1024
+    """Rows of the position table; farther positions share the last."""
+    time: Literal["none", "sqrt", "log"] = "none"
+    """Learned bucket of the time from a token to the start of the session: floor(sqrt(minutes)), or
+    floor(ln(seconds) / 0.301)."""
+    time_buckets: int = 2048
+    """Rows of the time table; longer times share the last."""
+    periodic: tuple[Literal["hour", "weekday"], ...] = ()
+    """sin and cos of the local time of the token, projected to the model dim."""
+    scale_by_sqrt_dim: bool = True
+    """Multiply the token embedding by sqrt(dim) before the encodings are added."""
+    candidate_action: Literal["zero", "learned"] = "zero"
+    """What stands for the action of a candidate in the merged layout."""
+    dropout: float = 0.0
+    """On the sum."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadConfig:
+    """What reads the encoder's output (gr/heads.py)."""
+
+    ranking_hidden: tuple[int, ...] = (128,)
+    """Widths of the shared part of the ranking MLP; empty means linear."""
+    retrieval: bool = True
+    """Whether there is a retrieval head."""
+    l2_normalize: bool = True
+    """Normalise user and item vectors before the dot product."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The dense part."""
+
+    encoder: Literal["hstu", "sasrec", "transformer", "dlrm"] = "hstu"
+    """Which encoder; the rest is shared."""
+    dim: int = 64
+    """D."""
+    num_layers: int = 2
+    """Layers of the encoder."""
+    hstu: HSTUConfig = field(default_factory=HSTUConfig)
+    """Of encoder hstu."""
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    """Of encoders sasrec and transformer."""
+    dlrm: DLRMConfig = field(default_factory=DLRMConfig)
+    """Of encoder dlrm."""
+    encoding: EncodingConfig = field(default_factory=EncodingConfig)
+    """Position and time."""
+    head: HeadConfig = field(default_factory=HeadConfig)
+    """Ranking and retrieval."""
+
+    def __post_init__(self) -> None:
+        if self.dim < 1 or self.num_layers < 1:
+            raise ValueError(
+                f"model.dim and model.num_layers must be at least 1, got {self.dim} and {self.num_layers}"
+            )
+        if self.encoder in ("sasrec", "transformer") and self.dim % self.transformer.num_heads:
+            raise ValueError(
+                f"model.dim={self.dim} must be a multiple of model.transformer.num_heads="
+                f"{self.transformer.num_heads}"
+            )
+        if self.encoder == "dlrm" and self.head.retrieval:
+            raise ValueError(
+                "model.encoder=dlrm has no retrieval head: set model.head.retrieval=false"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """What is minimised: sum over tasks of weight * mean loss, plus the retrieval loss."""
+
+    task_weights: dict[str, float] = field(default_factory=dict)
+    """Task -> weight; a task that is not named has weight 1."""
+    retrieval_weight: float = 1.0
+    """Of the retrieval loss."""
+    retrieval: Literal["sampled_softmax", "in_batch", "full_softmax"] = "sampled_softmax"
+    """sampled_softmax: uniform negatives; in_batch: other positives; full_softmax: every item
+    (replicated tables only)."""
+    negatives_scope: Literal["sequence", "partition", "batch"] = "partition"
+    """Who shares negatives: a sequence, the sequences of one partition (does not depend on the number
+    of ranks), or all of the rank's batch."""
+    temperature: float = 0.05
+    """Divides the logits of retrieval."""
+    logq_correction: bool = False
+    """Subtract the log of each item's sampling probability (in_batch: its estimated frequency)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """Dense optimizer and the schedule of both."""
+
+    lr: float = 1e-3
+    """Step size of the dense AdamW."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of the dense AdamW."""
+    eps: float = 1e-8
+    """Of the dense AdamW."""
+    weight_decay: float = 0.0
+    """Of the dense AdamW; matrices only."""
+    clip_norm: float = 1.0
+    """Largest global norm of the dense gradient; 0 means no clipping."""
+    warmup_steps: int = 0
+    """Both learning rates rise linearly over so many steps."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After the warm-up."""
+    decay_steps: int = 0
+    """Steps after which a decaying schedule has reached `final_lr_fraction`."""
+    final_lr_fraction: float = 0.1
+    """Of a decaying schedule."""
+
+    def __post_init__(self) -> None:
+        if self.schedule != "constant" and self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"optim.schedule={self.schedule} needs optim.decay_steps > optim.warmup_steps, got "
+                f"{self.decay_steps} and {self.warmup_steps}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """Progressive evaluation: each batch is scored before its own update."""
+
+    ks: tuple[int, ...] = (10, 50)
+    """Cut-offs of HR and NDCG."""
+    retrieval: bool = True
+    """Rank each retrieval target against the full catalogue."""
+    filter_seen: bool = False
+    """Leave items of the user's history in the sequence out of the ranking, the target excepted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When state is saved."""
+
+    every_steps: int = 0
+    """0 means at the end only."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """A run."""
+
+    run_dir: str = MISSING
+    """Where everything is written; refused if not empty, unless `resume`."""
+    resume: bool = False
+    """Go on from the newest complete checkpoint of `run_dir`."""
+    seed: int = 0
+    """Of weights, negatives and dropout."""
+    deterministic: bool = False
+    """Bit-reproducible arithmetic: torch.use_deterministic_algorithms and one order of every sum."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the dense part's matrix products (bf16: autocast)."""
+    max_steps: int = 0
+    """Stop after so many steps; 0 means one pass over the log."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Log to batches."""
+    embeddings: EmbeddingsConfig = field(default_factory=EmbeddingsConfig)
+    """Ids to rows."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The dense part."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """What is minimised."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Dense optimizer and schedule."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """What is measured."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What is saved."""
+
+    def __post_init__(self) -> None:
+        check_consistency(self)
+
+
+def lookup_features(config: TrainConfig) -> tuple[str, ...]:
+    """Return the names of the features that batches bring and tables must serve, in KJT order."""
+    data = config.data
+    names = [ITEM_ID, *data.item_features, *data.context_features]
+    if config.model.head.retrieval:
+        names.append(TARGET_ITEM_ID)
+        if data.num_negatives > 0:
+            names.append(NEGATIVE_ITEM_ID)
+    return tuple(names)
+
+
+def check_consistency(config: TrainConfig) -> None:
+    """Refuse settings that contradict each other across folders.
+
+    Raises:
+        ValueError: naming both settings and what to change.
+    """
+    data, model = config.data, config.model
+    served = {f for table in config.embeddings.tables.values() for f in table.features}
+    missing = [f for f in lookup_features(config) if f not in served]
+    if missing:
+        raise ValueError(
+            f"no embedding table serves feature(s) {missing}: add them to embeddings.tables.NAME.features"
+        )
+    if model.encoding.position == "from_end" and data.anchor != "session":
+        raise ValueError(
+            "model.encoding.position=from_end tells an early position what follows it, so it needs "
+            f"data.anchor=session, got {data.anchor}. Use from_session or from_start."
+        )
+    needs_session = [
+        name
+        for name, used in (
+            ("model.encoding.position=from_session", model.encoding.position == "from_session"),
+            (f"model.encoding.time={model.encoding.time}", model.encoding.time != "none"),
+        )
+        if used
+    ]
+    if needs_session and data.supervise != "session":
+        raise ValueError(
+            f"{' and '.join(needs_session)} place(s) the history relative to the session's start, which "
+            f"the history's own predictions must not know: data.supervise must be session, got "
+            f"{data.supervise}"
+        )
+    if not data.tasks and not model.head.retrieval:
+        raise ValueError("nothing to learn: data.tasks is empty and model.head.retrieval is false")
+    if (
+        model.head.retrieval
+        and config.loss.retrieval == "sampled_softmax"
+        and data.num_negatives < 1
+    ):
+        raise ValueError("loss.retrieval=sampled_softmax needs data.num_negatives > 0")
+    unknown = sorted(set(config.loss.task_weights) - set(data.tasks))
+    if unknown:
+        raise ValueError(
+            f"loss.task_weights names unknown task(s) {unknown}; data.tasks has {sorted(data.tasks)}"
+        )

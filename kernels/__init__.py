@@ -1,0 +1,1 @@
+"""Operators: pure functions of tensors, without configuration, parameters or process groups."""

@@ -1,0 +1,1 @@
+"""Submitting jobs: sweeps and TorchX components."""

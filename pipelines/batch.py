@@ -1,0 +1,130 @@
+"""A jagged batch of token sequences: what the data side hands to the model.
+
+Letters: B sequences, L tokens of all sequences, I tokens that carry an item, A tokens that carry an
+action, P positions at which the ranking head is read, R positions at which retrieval is read.
+"""
+
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+
+class TokenKind(IntEnum):
+    """What a token stands for. Within a sequence: context, then history and session in time order."""
+
+    CONTEXT = 0
+    ITEM = 1
+    ACTION = 2
+    EVENT = 3
+    """Item and action in one (layout merged)."""
+    CANDIDATE = 4
+    """An item whose action is not known; stands at the end (anchor session)."""
+
+
+@dataclass(frozen=True)
+class StreamPosition:
+    """Where a stream stands: the state of histories and reader is a function of this and the log."""
+
+    rows: tuple[int, ...]
+    """Sessions consumed in each partition of the log, by partition number."""
+    step: int
+    """Global batches consumed."""
+
+
+@dataclass
+class SequenceBatch:
+    """One rank's share of a global batch. May be empty (B = 0), so that ranks keep step."""
+
+    ids: KeyedJaggedTensor
+    """Stride B. Features of the item: one id for each of the sequence's tokens that carry an item
+    (ITEM, EVENT, CANDIDATE), in token order. Features of the context: one id a sequence.
+    target_item_id: one id for each retrieval position of the sequence. negative_item_id: the
+    negatives drawn for the sequence. Raw ids, -1 unknown, until a vocabulary maps them to rows."""
+    offsets: Tensor
+    """(B + 1,) int64: tokens of sequence b are offsets[b]:offsets[b + 1]."""
+    max_len: int
+    """Longest sequence, in tokens."""
+    token_kind: Tensor
+    """(L,) int64, TokenKind."""
+    timestamp: Tensor
+    """(L,) int64 s; context tokens and candidates carry the session's start."""
+    query_time: Tensor
+    """(L,) int64 s: when the prediction read at the token is made, which is the next token's
+    timestamp (its own at the end of the sequence and for candidates)."""
+    num_context: int
+    """Context tokens at the head of every sequence."""
+    num_candidates: Tensor
+    """(B,) int64: candidates at the end of the sequence."""
+    session_start: Tensor
+    """(B,) int64: index within the sequence of the first token of the session."""
+    action_codes: Tensor
+    """(A, S) int64: code of each of the S configured actions for each token that carries an action
+    (ACTION, EVENT), in token order; 0 is unknown."""
+    user_id: Tensor
+    """(B,) int64."""
+    session_id: Tensor
+    """(B,) int64."""
+    partition: Tensor
+    """(B,) int64, ascending."""
+    ranking_positions: Tensor
+    """(P,) int64 ascending: tokens (0 .. L-1) at which the ranking head is read."""
+    labels: dict[str, Tensor]
+    """Task -> (P,) float32; 0 where masked."""
+    weights: dict[str, Tensor]
+    """Task -> (P,) float32; 0 masks."""
+    dense_features: Tensor
+    """(P, F) float32, data.dense_features at the ranking positions; missing is NaN."""
+    retrieval_positions: Tensor
+    """(R,) int64 ascending: tokens at which retrieval is read, in the order of target_item_id. A token
+    may stand more than once (anchor session: all positives of the session)."""
+    retrieval_weights: Tensor
+    """(R,) float32."""
+    window: int
+    """Window of the batch (days or hours since the epoch), 0 without windows."""
+    position: StreamPosition
+    """Position after this global batch."""
+    num_events: int
+    """Events supervised in this rank's share."""
+    num_rejected: dict[str, int]
+    """Sessions skipped since the last batch, by reason."""
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return self.offsets.numel() - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """L."""
+        return self.token_kind.numel()
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64: tokens of each sequence."""
+        return self.offsets.diff()
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
+        """Return the batch with every tensor on `device`."""
+        return self._map(lambda x: x.to(device=device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """Return the batch with every tensor in page-locked memory."""
+        return self._map(lambda x: x.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator that every tensor is used on `stream`."""
+        self._map(lambda x: x.record_stream(stream))
+
+    def _map(self, apply: Any) -> Self:
+        changed: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (Tensor, KeyedJaggedTensor)):
+                changed[field.name] = apply(value)
+            elif field.name in ("labels", "weights"):
+                changed[field.name] = {name: apply(x) for name, x in value.items()}
+        return replace(self, **changed)

@@ -1,0 +1,22 @@
+import os
+
+import pytest
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(items):
+    num_gpus = torch.cuda.device_count()
+    for item in items:
+        if "gpu" in item.keywords and num_gpus == 0:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if "multi_gpu" in item.keywords and num_gpus < 2:
+            item.add_marker(pytest.mark.skip(reason="needs two GPUs"))
+        if "interpret" in item.keywords and num_gpus == 0 and not INTERPRET:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU or TRITON_INTERPRET=1"))
+
+
+@pytest.fixture
+def device() -> str:
+    return "cpu" if INTERPRET or not torch.cuda.is_available() else "cuda"
