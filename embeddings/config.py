@@ -22,9 +22,9 @@ class TableConfig:
     """Standard deviation of the rows at the start, truncated at two of it; 0 starts at zero."""
 
     def __post_init__(self) -> None:
-        if self.num_embeddings != "???" and self.num_embeddings < 2:
+        if self.num_embeddings < 2:
             raise ValueError(f"num_embeddings must be at least 2, got {self.num_embeddings}")
-        if self.dim != "???" and (self.dim < 4 or self.dim % 4):
+        if self.dim < 4 or self.dim % 4:
             raise ValueError(f"dim must be a positive multiple of 4, got {self.dim}")
 
 
@@ -49,15 +49,18 @@ class EmbeddingsConfig:
     tables: dict[str, TableConfig] = field(default_factory=dict)
     """Name -> table."""
     form: Literal["auto", "replicated", "sharded"] = "auto"
-    """replicated: plain modules, the same rows on every rank; sharded: TorchRec; auto: sharded on CUDA."""
+    """replicated: plain modules, the same rows on every rank; sharded: TorchRec; auto: sharded on
+    CUDA."""
     optimizer: RowWiseAdamWConfig = field(default_factory=RowWiseAdamWConfig)
     """Of every table."""
     sharded_optimizer: Literal["auto", "row_wise_adamw", "row_wise_adagrad"] = "auto"
-    """auto: row-wise AdamW. FBGEMM has none on the CPU, where row_wise_adagrad must be asked for."""
+    """auto: row-wise AdamW. FBGEMM has none on the CPU, where row_wise_adagrad must be asked
+    for."""
     weights: Literal["fp32", "fp16"] = "fp32"
     """Of the sharded form; fp16 rounds stochastically."""
     sharding: tuple[Literal["row_wise", "table_wise"], ...] = ("row_wise", "table_wise")
-    """What the planner may choose from. Column-wise is not offered: it would split the second moment."""
+    """What the planner may choose from. Column-wise is not offered: it would split the second
+    moment."""
 
     def __post_init__(self) -> None:
         owner: dict[str, str] = {}

@@ -10,7 +10,8 @@ def _check_siblings() -> None:
     """Refuse a stranger's package under the name of one of ours (docs/design.md, "Names").
 
     Raises:
-        ImportError: if `kernels`, `embeddings`, `pipelines` or `launch` resolves outside this checkout.
+        ImportError: if `kernels`, `embeddings`, `pipelines` or `launch` resolves outside this
+            checkout.
     """
     for name in ("kernels", "embeddings", "pipelines", "launch"):
         spec = importlib.util.find_spec(name)
@@ -23,7 +24,8 @@ def _check_siblings() -> None:
         if found != _ROOT / name:
             raise ImportError(
                 f"expected package {name!r} in {_ROOT / name}, found {found}: another distribution "
-                f"installs a package of that name. Uninstall it, or put {_ROOT} first on PYTHONPATH."
+                "installs a package of that name. Uninstall it, or put "
+                f"{_ROOT} first on PYTHONPATH."
             )
 
 

@@ -55,7 +55,8 @@ class TransformerConfig:
     num_heads: int = 2
     """Heads; the model dim must be a multiple of it."""
     ffn_dim: int = 0
-    """Hidden width of the feed-forward part; 0 means the model dim (SASRec), 8/3 of it (Transformer++)."""
+    """Hidden width of the feed-forward part; 0 means the model dim (SASRec), 8/3 of it
+    (Transformer++)."""
     dropout: float = 0.0
     """After attention and feed-forward."""
 
@@ -75,8 +76,8 @@ class EncodingConfig:
     """What is added to the tokens before the first layer (gr/encodings.py)."""
 
     position: Literal["none", "from_start", "from_session", "from_end"] = "from_session"
-    """Learned position: index from the start; distance to the first token of the session (the anchor
-    of what is supervised); distance to the end (needs data.anchor=session)."""
+    """Learned position: index from the start; distance to the first token of the session (the
+    anchor of what is supervised); distance to the end (needs data.anchor=session)."""
     position_buckets: int = 1024
     """Rows of the position table; farther positions share the last."""
     time: Literal["none", "sqrt", "log"] = "none"
@@ -130,7 +131,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.dim < 1 or self.num_layers < 1:
             raise ValueError(
-                f"model.dim and model.num_layers must be at least 1, got {self.dim} and {self.num_layers}"
+                "model.dim and model.num_layers must be at least 1, "
+                f"got {self.dim} and {self.num_layers}"
             )
         if self.encoder in ("sasrec", "transformer") and self.dim % self.transformer.num_heads:
             raise ValueError(
@@ -155,8 +157,8 @@ class LossConfig:
     """sampled_softmax: uniform negatives; in_batch: other positives; full_softmax: every item
     (replicated tables only)."""
     negatives_scope: Literal["sequence", "partition", "batch"] = "partition"
-    """Who shares negatives: a sequence, the sequences of one partition (does not depend on the number
-    of ranks), or all of the rank's batch."""
+    """Who shares negatives: a sequence, the sequences of one partition (does not depend on the
+    number of ranks), or all of the rank's batch."""
     temperature: float = 0.05
     """Divides the logits of retrieval."""
     logq_correction: bool = False
@@ -227,7 +229,8 @@ class TrainConfig:
     seed: int = 0
     """Of weights, negatives and dropout."""
     deterministic: bool = False
-    """Bit-reproducible arithmetic: torch.use_deterministic_algorithms and one order of every sum."""
+    """Bit-reproducible arithmetic: torch.use_deterministic_algorithms and one order of every
+    sum."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -277,7 +280,8 @@ def check_consistency(config: TrainConfig) -> None:
     missing = [f for f in lookup_features(config) if f not in served]
     if missing:
         raise ValueError(
-            f"no embedding table serves feature(s) {missing}: add them to embeddings.tables.NAME.features"
+            f"no embedding table serves feature(s) {missing}: "
+            "add them to embeddings.tables.NAME.features"
         )
     if model.encoding.position == "from_end" and data.anchor != "session":
         raise ValueError(
@@ -294,9 +298,9 @@ def check_consistency(config: TrainConfig) -> None:
     ]
     if needs_session and data.supervise != "session":
         raise ValueError(
-            f"{' and '.join(needs_session)} place(s) the history relative to the session's start, which "
-            f"the history's own predictions must not know: data.supervise must be session, got "
-            f"{data.supervise}"
+            f"{' and '.join(needs_session)} place(s) the history relative to the session's start, "
+            "which the history's own predictions must not know: data.supervise must be session, "
+            f"got {data.supervise}"
         )
     if not data.tasks and not model.head.retrieval:
         raise ValueError("nothing to learn: data.tasks is empty and model.head.retrieval is false")
@@ -309,5 +313,6 @@ def check_consistency(config: TrainConfig) -> None:
     unknown = sorted(set(config.loss.task_weights) - set(data.tasks))
     if unknown:
         raise ValueError(
-            f"loss.task_weights names unknown task(s) {unknown}; data.tasks has {sorted(data.tasks)}"
+            f"loss.task_weights names unknown task(s) {unknown}; "
+            f"data.tasks has {sorted(data.tasks)}"
         )

@@ -15,8 +15,8 @@ from pipelines.batch import SequenceBatch
 class SequenceInfo:
     """Structure of a jagged batch, without its contents.
 
-    An encoder maps x_LD to y_RD, the rows of the last `tail_lengths[b]` tokens of each sequence: only
-    they are read by a loss, so the last layer computes no others.
+    An encoder maps x_LD to y_RD, the rows of the last `tail_lengths[b]` tokens of each sequence:
+    only they are read by a loss, so the last layer computes no others.
     """
 
     offsets: Tensor
@@ -36,7 +36,8 @@ class SequenceInfo:
     num_context: int
     """Context tokens at the head of every sequence."""
     num_candidates: Tensor
-    """(B,) int64: candidates at the end, which see history and themselves only and share a position."""
+    """(B,) int64: candidates at the end, which see history and themselves only and share a
+    position."""
 
 
 def sequence_info(batch: SequenceBatch) -> SequenceInfo:

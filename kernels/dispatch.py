@@ -18,8 +18,8 @@ def resolve(impl: Impl | str, like: Tensor) -> Impl:
     """Return the implementation that will run.
 
     Args:
-        impl: what the caller asked for. AUTO is Triton for a CUDA tensor (or under TRITON_INTERPRET=1),
-            else the reference.
+        impl: what the caller asked for. AUTO is Triton for a CUDA tensor (or under
+            TRITON_INTERPRET=1), else the reference.
         like: a tensor on the device in question.
 
     Raises:

@@ -14,7 +14,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 
 class TokenKind(IntEnum):
-    """What a token stands for. Within a sequence: context, then history and session in time order."""
+    """What a token stands for; a sequence is context, then history and session in time order."""
 
     CONTEXT = 0
     ITEM = 1
@@ -27,7 +27,7 @@ class TokenKind(IntEnum):
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """Where a stream stands: the state of histories and reader is a function of this and the log."""
+    """Where a stream stands: reader and histories are a function of this and the log."""
 
     rows: tuple[int, ...]
     """Sessions consumed in each partition of the log, by partition number."""
@@ -79,8 +79,8 @@ class SequenceBatch:
     dense_features: Tensor
     """(P, F) float32, data.dense_features at the ranking positions; missing is NaN."""
     retrieval_positions: Tensor
-    """(R,) int64 ascending: tokens at which retrieval is read, in the order of target_item_id. A token
-    may stand more than once (anchor session: all positives of the session)."""
+    """(R,) int64 ascending: tokens at which retrieval is read, in the order of target_item_id. A
+    token may stand more than once (anchor session: all positives of the session)."""
     retrieval_weights: Tensor
     """(R,) float32."""
     window: int

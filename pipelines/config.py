@@ -136,8 +136,8 @@ class DataConfig:
     layout: Layout = "interleaved"
     """interleaved: item and action are tokens of their own; merged: one token an event."""
     anchor: Anchor = "event"
-    """event: each event is predicted from all tokens before it; session: the session's events stand at
-    the end as candidates that see the history and themselves only."""
+    """event: each event is predicted from all tokens before it; session: the session's events
+    stand at the end as candidates that see the history and themselves only."""
     supervise: Supervise = "session"
     """Which events carry a loss."""
     sampled_rate: float = 1.0
@@ -159,13 +159,15 @@ class DataConfig:
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     """Tasks of the ranking head."""
     positive: tuple[str, ...] = ()
-    """Actions any of which (>= 0.5) makes an event a target of retrieval; empty means every event."""
+    """Actions any of which (>= 0.5) makes an event a target of retrieval; empty means every
+    event."""
     num_items: int = MISSING
     """Item ids are 0 .. num_items - 1 (the range that negatives are drawn from)."""
     num_negatives: int = 0
     """Uniform negatives drawn for each sequence, keyed by (seed, user, session)."""
     sessions_per_partition: int = 8
-    """Sessions of each partition in a global batch: the batch does not depend on the number of ranks."""
+    """Sessions of each partition in a global batch: the batch does not depend on the number of
+    ranks."""
     window: Literal["none", "hour", "day"] = "day"
     """Barrier across partitions: no session of a window is read before all of the last one are."""
     window_offset_seconds: int = 0
@@ -198,12 +200,12 @@ def check_supervision(data: DataConfig) -> None:
     """
     if data.layout == "merged" and data.anchor == "event" and data.tasks:
         raise ValueError(
-            "data.layout=merged with data.anchor=event cannot rank: the token of an event holds its own "
-            "label. Use data.anchor=session, or data.layout=interleaved, or clear data.tasks to train "
-            "retrieval only."
+            "data.layout=merged with data.anchor=event cannot rank: the token of an event holds "
+            "its own label. Use data.anchor=session, or data.layout=interleaved, or clear "
+            "data.tasks to train retrieval only."
         )
     if data.anchor == "session" and data.supervise != "session":
         raise ValueError(
-            f"data.anchor=session predicts the session's events only, got data.supervise={data.supervise}. "
-            "Use data.supervise=session, or data.anchor=event."
+            "data.anchor=session predicts the session's events only, "
+            f"got data.supervise={data.supervise}. Use data.supervise=session, or data.anchor=event."
         )

@@ -3,8 +3,8 @@
     user_id int64 | session_id int64 | start_ts int64 | end_ts int64 | context struct<...>
     | events list<struct<item_id int64, timestamp int64, ACTIONS..., FEATURES...>>
 
-A folder holds manifest.json, part-00000.parquet ... (the log) and, where users start with a history,
-history-00000.parquet ... (one row a user, same schema, session_id -1, never supervised).
+A folder holds manifest.json, part-00000.parquet ... (the log) and, where users start with a
+history, history-00000.parquet ... (one row a user, same schema, session_id -1, never supervised).
 """
 
 from collections.abc import Iterable
