@@ -53,9 +53,9 @@ class EmbeddingsConfig:
     CUDA."""
     optimizer: RowWiseAdamWConfig = field(default_factory=RowWiseAdamWConfig)
     """Of every table."""
-    sharded_optimizer: Literal["auto", "row_wise_adamw", "row_wise_adagrad"] = "auto"
-    """auto: row-wise AdamW. FBGEMM has none on the CPU, where row_wise_adagrad must be asked
-    for."""
+    update_rule: Literal["row_wise_adamw", "row_wise_adagrad"] = "row_wise_adamw"
+    """Of every table, in both forms. row_wise_adagrad uses lr and eps of `optimizer` only. The
+    sharded form needs it on the CPU, where FBGEMM has no row-wise AdamW."""
     weights: Literal["fp32", "fp16"] = "fp32"
     """Of the sharded form; fp16 rounds stochastically."""
     sharding: tuple[Literal["row_wise", "table_wise"], ...] = ("row_wise", "table_wise")
@@ -63,6 +63,11 @@ class EmbeddingsConfig:
     moment."""
 
     def __post_init__(self) -> None:
+        if self.update_rule == "row_wise_adagrad" and self.optimizer.weight_decay:
+            raise ValueError(
+                "embeddings.update_rule=row_wise_adagrad has no weight decay, got "
+                f"embeddings.optimizer.weight_decay={self.optimizer.weight_decay}: set it to 0"
+            )
         owner: dict[str, str] = {}
         for name, table in self.tables.items():
             for feature in table.features:

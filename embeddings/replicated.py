@@ -1,0 +1,231 @@
+"""Tables as plain modules, the same rows on every rank, with the reference optimizer.
+
+Letters: E rows of a table, U touched rows, D width of a row, n rows with repeats.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embeddings.config import EmbeddingsConfig
+from embeddings.optim import RowGradient, build_optimizer, row_gradient, sum_duplicates
+from embeddings.tables import Tables, initial_rows
+
+
+class ReplicatedTables(Tables):
+    """Every rank holds every table; gradients are exchanged as rows; the ranks stay bit-identical.
+
+    Args:
+        config: the tables and their optimizer; weights must be fp32.
+        device: where the tables live.
+        seed: of the initial rows.
+        process_group: ranks that train together; None means the default group, if there is one.
+
+    Raises:
+        ValueError: if config.weights is not fp32.
+    """
+
+    def __init__(
+        self,
+        config: EmbeddingsConfig,
+        *,
+        device: torch.device,
+        seed: int,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        if config.weights != "fp32":
+            raise ValueError(
+                f"replicated tables have fp32 weights, got embeddings.weights={config.weights}: "
+                "set it to fp32, or embeddings.form=sharded"
+            )
+        self.config = config
+        self.group = process_group
+        self.weights = nn.ParameterDict()
+        for name, table in config.tables.items():
+            rows = initial_rows(table, table=name, seed=seed, first=0, last=table.num_embeddings)
+            self.weights[name] = nn.Parameter(rows.to(device))
+        self.optimizer = build_optimizer(dict(self.weights.items()), config)
+
+    @property
+    def steps(self) -> int:  # type: ignore[override]
+        """Optimizer steps taken."""
+        return self.optimizer.steps
+
+    def lookup(self, rows: KeyedJaggedTensor) -> dict[str, Tensor]:
+        """Return the rows of each feature (see Tables)."""
+        bounds = rows.offset_per_key()
+        values = {f: rows.values()[bounds[i] : bounds[i + 1]] for i, f in enumerate(rows.keys())}
+        found: dict[str, Tensor] = {}
+        for name, table in self.config.tables.items():
+            features = [feature for feature in table.features if feature in values]
+            if not features:
+                continue
+            # One lookup for the features that share a table: one gradient to sum, once.
+            rows_n = torch.cat([values[feature] for feature in features])
+            vectors_nD = _look_up(self.weights[name], rows_n)
+            sizes = [values[feature].numel() for feature in features]
+            found.update(zip(features, torch.split(vectors_nD, sizes), strict=True))
+        unserved = [feature for feature in values if feature not in found]
+        if unserved:
+            raise ValueError(
+                f"no embedding table serves feature(s) {unserved}: add them to "
+                "embeddings.tables.NAME.features"
+            )
+        return {feature: found[feature] for feature in values}
+
+    def all_rows(self, table: str, chunk_rows: int = 65536) -> Iterator[tuple[int, Tensor]]:
+        """Yield views of consecutive rows (see Tables)."""
+        self.table_config(table)
+        weight_ED = self.weights[table].detach()
+        for first in range(0, weight_ED.shape[0], chunk_rows):
+            yield first, weight_ED[first : first + chunk_rows]
+
+    def full_weight(self, table: str) -> Tensor:
+        """Return the parameter itself; its gradient then touches every row (see Tables)."""
+        self.table_config(table)
+        weight: Tensor = self.weights[table]
+        return weight
+
+    def optimizer_zero_grad(self) -> None:
+        """Forget gradients that no step has used."""
+        for weight in self.weights.values():
+            weight.grad = None
+
+    def optimizer_step(self) -> None:
+        """Average the gradients over the ranks, update, and forget the gradients."""
+        self.optimizer.step(self._average_gradients())
+        self.optimizer_zero_grad()
+
+    def set_lr(self, lr: float) -> None:
+        """Set the step size of the next step."""
+        self.optimizer.lr = lr
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """Return the live tensors (see Tables): loading in place is enough, save for the steps."""
+        tables = {
+            name: {"weight": weight.detach(), **self.optimizer.state[name]}
+            for name, weight in self.weights.items()
+        }
+        return {"tables": tables, "steps": torch.tensor(self.optimizer.steps)}
+
+    @torch.no_grad()
+    def load_checkpoint_state(self, state: dict[str, Any]) -> None:
+        """Take over a state that `checkpoint_state` returned and a loader filled."""
+        for name, live in self.checkpoint_state()["tables"].items():
+            for part, tensor in live.items():
+                tensor.copy_(state["tables"][name][part])
+        self.optimizer.steps = int(state["steps"])
+
+    def plan_summary(self) -> str:
+        """Return one line a table (see Tables)."""
+        lines = []
+        for name, weight in self.weights.items():
+            tensors = [weight, *self.optimizer.state[name].values()]
+            num_bytes = sum(x.numel() * x.element_size() for x in tensors)
+            rows, dim = weight.shape
+            lines.append(
+                f"{name}: {rows} x {dim}, replicated, every rank, {num_bytes} bytes a rank"
+            )
+        return "\n".join(lines)
+
+    def _average_gradients(self) -> dict[str, RowGradient]:
+        """Return the gradient of each table that any rank touched, the same on every rank."""
+        if not dist.is_initialized() or dist.get_world_size(self.group) == 1:
+            return {
+                name: row_gradient(weight.grad)
+                for name, weight in self.weights.items()
+                if weight.grad is not None
+            }
+        averaged = {}
+        for (name, weight), counts in zip(
+            self.weights.items(), self._gather_counts().tolist(), strict=True
+        ):
+            if DENSE in counts:
+                averaged[name] = self._average_dense(weight)
+            elif max(counts) > 0:
+                averaged[name] = self._average_sparse(weight, counts)
+        return averaged
+
+    def _gather_counts(self) -> Tensor:
+        """Return (tables, ranks) int64: touched rows, or DENSE."""
+        counts = []
+        for weight in self.weights.values():
+            if weight.grad is None:
+                counts.append(0)
+            elif weight.grad.is_sparse:
+                weight.grad = weight.grad if weight.grad.is_coalesced() else _coalesce(weight.grad)
+                counts.append(weight.grad.values().shape[0])
+            else:
+                counts.append(DENSE)
+        local = torch.tensor(counts, device=self._device())
+        gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(gathered, local, group=self.group)
+        return torch.stack(gathered, 1)
+
+    def _average_sparse(self, weight: Tensor, counts: list[int]) -> RowGradient:
+        # Ranks send equally many rows, as all_gather wants; what is past a count is cut again.
+        rows_n = torch.zeros(max(counts), dtype=torch.int64, device=weight.device)
+        grads_nD = weight.new_zeros(max(counts), weight.shape[1])
+        if weight.grad is not None:
+            local = weight.grad.values().shape[0]
+            rows_n[:local], grads_nD[:local] = weight.grad.indices()[0], weight.grad.values()
+        all_rows = [torch.empty_like(rows_n) for _ in counts]
+        all_grads = [torch.empty_like(grads_nD) for _ in counts]
+        dist.all_gather(all_rows, rows_n, group=self.group)
+        dist.all_gather(all_grads, grads_nD, group=self.group)
+        rows_U, sums_UD = sum_duplicates(
+            torch.cat([x[:count] for x, count in zip(all_rows, counts, strict=True)]),
+            torch.cat([x[:count] for x, count in zip(all_grads, counts, strict=True)]),
+        )
+        return rows_U, sums_UD / len(counts)
+
+    def _average_dense(self, weight: Tensor) -> RowGradient:
+        dense_ED = torch.zeros_like(weight)
+        if weight.grad is not None:
+            dense_ED += weight.grad
+        dist.all_reduce(dense_ED, group=self.group)
+        return row_gradient(dense_ED / dist.get_world_size(self.group))
+
+    def _device(self) -> torch.device:
+        device: torch.device = next(iter(self.weights.values())).device
+        return device
+
+
+DENSE = -1
+"""Stands for a count of rows where the gradient is dense (full_weight)."""
+
+
+class _RowLookup(torch.autograd.Function):
+    """weight[rows] whose gradient is sparse and coalesced."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_ED: Tensor, rows_n: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_n)
+        ctx.shape = weight_ED.shape
+        return weight_ED.index_select(0, rows_n)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_nD: Tensor) -> tuple[Tensor, None]:
+        (rows_n,) = ctx.saved_tensors
+        return _sparse(*sum_duplicates(rows_n, grad_nD), ctx.shape), None
+
+
+def _look_up(weight_ED: Tensor, rows_n: Tensor) -> Tensor:
+    vectors_nD: Tensor = _RowLookup.apply(weight_ED, rows_n)  # type: ignore[no-untyped-call]
+    return vectors_nD
+
+
+def _coalesce(gradient: Tensor) -> Tensor:
+    return _sparse(*row_gradient(gradient), gradient.shape)
+
+
+def _sparse(rows_U: Tensor, grads_UD: Tensor, shape: torch.Size) -> Tensor:
+    return torch.sparse_coo_tensor(
+        rows_U[None], grads_UD, shape, is_coalesced=True, check_invariants=False
+    )
