@@ -162,7 +162,17 @@ class LossConfig:
     temperature: float = 0.05
     """Divides the logits of retrieval."""
     logq_correction: bool = False
-    """Subtract the log of each item's sampling probability (in_batch: its estimated frequency)."""
+    """in_batch: subtract the log of each item's frequency among the targets so far. Uniform
+    negatives need no correction: it would be the same for every item."""
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"loss.temperature must be positive, got {self.temperature}")
+        if self.logq_correction and self.retrieval != "in_batch":
+            raise ValueError(
+                f"loss.logq_correction changes nothing with loss.retrieval={self.retrieval}, whose "
+                "items are all equally likely: use in_batch, or leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
