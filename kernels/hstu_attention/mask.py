@@ -15,8 +15,8 @@ from torch import Tensor
 class AttentionMask:
     """Visibility within a sequence.
 
-    A candidate sees context, history and itself, whatever the window; nothing else sees it. The other
-    rows are causal, but for the options below.
+    A candidate sees context, history and itself, whatever the window; nothing else sees it. The
+    other rows are causal, but for the options below.
 
     Source: ULTRA-HSTU (arXiv 2602.16986) figure 3 for the window and its global rows; contextual
     prefix and candidates as in meta-recsys/generative-recommenders, where the contextual columns

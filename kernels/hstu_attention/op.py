@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Impl
+from kernels.dispatch import Impl, resolve
 from kernels.hstu_attention import reference
 from kernels.hstu_attention.bias import RelativeBias
 from kernels.hstu_attention.mask import AttentionMask
@@ -39,8 +39,8 @@ def hstu_attention(
         silu:     A = silu(alpha * q k + bias) / scaling_length, zero where hidden;  out = A v
         softmax:  A = softmax over the visible keys of alpha * q k + bias;           out = A v
 
-    Queries are the last q_offsets[b + 1] - q_offsets[b] tokens of sequence b. A sequence's result does
-    not depend on the others of the batch.
+    Queries are the last q_offsets[b + 1] - q_offsets[b] tokens of sequence b. The result of a
+    sequence does not depend on the others of the batch.
 
     Args:
         q: (R, H, K) floating.
@@ -86,7 +86,7 @@ def hstu_attention(
         _check_lengths(
             offsets, q_offsets, num_candidates, k.shape[0], q.shape[0], max_len, max_q_len
         )
-    if Impl(impl) is Impl.TRITON:
+    if resolve(impl, q) is Impl.TRITON and impl != Impl.AUTO:
         raise ValueError("impl='triton': hstu_attention has the reference implementation only")
     return reference.hstu_attention(
         q,
