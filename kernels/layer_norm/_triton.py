@@ -1,0 +1,166 @@
+"""Layer norm, one read and one write of each row.
+
+Forward:  xh = (x - mean) * rstd,  y = xh * w + b
+Backward: g = dy * w,  dx = rstd * (g - mean(g) - xh * mean(g * xh))
+          dw = sum(dy * xh),  db = sum(dy)
+
+L rows, D columns. Sums over rows: each program keeps one partial row, added up by torch in a fixed
+order, so that gradients are the same in every run on one device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._triton.rows import backward_tile, forward_tile, num_programs
+
+
+@triton.jit
+def _layer_norm_fwd_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    L,
+    stride_x,
+    eps,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_D)
+    mask = (rows < L)[:, None] & (cols < D)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * stride_x + cols[None, :], mask=mask, other=0.0)
+    x = x.to(tl.float32)
+    mean = tl.sum(x, 1) / D
+    centred = tl.where(mask, x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
+    y = centred * rstd[:, None]
+    if HAS_WEIGHT:
+        y *= tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + rows[:, None] * D + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + rows, mean, mask=rows < L)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < L)
+
+
+@triton.jit
+def _layer_norm_bwd_kernel(
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    L,
+    stride_dy,
+    stride_x,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    cols = tl.arange(0, BLOCK_D)
+    weight = tl.full((BLOCK_D,), 1.0, tl.float32)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+    dweight = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for block in range(pid, tl.cdiv(L, ROWS), tl.num_programs(0)):
+        rows = block * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        mask = (rows < L)[:, None] & (cols < D)[None, :]
+        dy = tl.load(dy_ptr + rows[:, None] * stride_dy + cols[None, :], mask=mask, other=0.0)
+        x = tl.load(x_ptr + rows[:, None] * stride_x + cols[None, :], mask=mask, other=0.0)
+        mean = tl.load(mean_ptr + rows, mask=rows < L, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < L, other=0.0)
+        dy = dy.to(tl.float32)
+        xh = tl.where(mask, (x.to(tl.float32) - mean[:, None]) * rstd[:, None], 0.0)
+        if HAS_WEIGHT:
+            dweight += dy * xh
+        if HAS_BIAS:
+            dbias += dy
+        g = dy * weight[None, :]
+        mean_g = tl.sum(g, 1) / D
+        mean_gx = tl.sum(g * xh, 1) / D
+        dx = rstd[:, None] * (g - mean_g[:, None] - xh * mean_gx[:, None])
+        offs = rows[:, None] * D + cols[None, :]
+        tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    offs = pid.to(tl.int64) * D + cols
+    if HAS_WEIGHT:
+        tl.store(dweight_ptr + offs, tl.sum(dweight, 0), mask=cols < D)
+    if HAS_BIAS:
+        tl.store(dbias_ptr + offs, tl.sum(dbias, 0), mask=cols < D)
+
+
+def layer_norm_fwd(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y (L, D), mean (L,) and rstd (L,) float32. x may have any row stride."""
+    L, D = x.shape
+    y = x.new_empty(L, D)
+    mean, rstd = x.new_empty(L, dtype=torch.float32), x.new_empty(L, dtype=torch.float32)
+    if L == 0:
+        return y, mean, rstd
+    rows, columns, warps = forward_tile(D)
+    _layer_norm_fwd_kernel[(triton.cdiv(L, rows),)](
+        x,
+        weight,
+        bias,
+        y,
+        mean,
+        rstd,
+        L,
+        x.stride(0),
+        eps,
+        D=D,
+        ROWS=rows,
+        BLOCK_D=columns,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        num_warps=warps,
+    )
+    return y, mean, rstd
+
+
+def layer_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor | None, has_bias: bool, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx, and dweight and dbias in float32 (zero where there is none)."""
+    L, D = x.shape
+    dx = x.new_empty(L, D)
+    rows, columns, warps = backward_tile(D)
+    programs = num_programs(x.device, triton.cdiv(L, rows))
+    wanted = (weight is not None, has_bias)
+    dweight, dbias = (x.new_empty(programs if w else 0, D, dtype=torch.float32) for w in wanted)
+    if L > 0:
+        _layer_norm_bwd_kernel[(programs,)](
+            dy,
+            x,
+            weight,
+            mean,
+            rstd,
+            dx,
+            dweight,
+            dbias,
+            L,
+            dy.stride(0),
+            x.stride(0),
+            D=D,
+            ROWS=rows,
+            BLOCK_D=columns,
+            HAS_WEIGHT=wanted[0],
+            HAS_BIAS=wanted[1],
+            num_warps=warps,
+        )
+    return dx, dweight.sum(0), dbias.sum(0)
