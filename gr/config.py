@@ -46,6 +46,20 @@ class HSTUConfig:
     """Output projection reads [U, AV, norm(AV) * U] instead of the product alone."""
     dropout: float = 0.0
     """Before the output projection."""
+    final_norm: bool = False
+    """Layer norm (with weight and bias) of the encoder's result, after the last layer."""
+
+    def __post_init__(self) -> None:
+        counts = ("num_heads", "qk_dim", "v_dim", "scaling_length", "bias_max_len")
+        for name in (*counts, "bias_time_buckets"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.hstu.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.alpha < float("inf"):
+            raise ValueError(
+                f"model.hstu.alpha must be finite and at least 0 (0: 1 / sqrt(qk_dim)), "
+                f"got {self.alpha}"
+            )
+        check_dropout("model.hstu.dropout", self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +107,16 @@ class EncodingConfig:
     """What stands for the action of a candidate in the merged layout."""
     dropout: float = 0.0
     """On the sum."""
+
+    def __post_init__(self) -> None:
+        for name in ("position_buckets", "time_buckets"):
+            if getattr(self, name) < 2:
+                raise ValueError(
+                    f"model.encoding.{name} must be at least 2, got {getattr(self, name)}"
+                )
+        if len(set(self.periodic)) != len(self.periodic):
+            raise ValueError(f"model.encoding.periodic names one twice: {list(self.periodic)}")
+        check_dropout("model.encoding.dropout", self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -266,6 +290,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_consistency(self)
+
+
+def check_dropout(name: str, dropout: float) -> None:
+    """Refuse a probability of dropout outside of [0, 1).
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{name} must be at least 0 and below 1, got {dropout}")
 
 
 def lookup_features(config: TrainConfig) -> tuple[str, ...]:
