@@ -163,7 +163,8 @@ def _typed_value(hint: Any, value: Any, at: tuple[str, ...], source: str) -> Any
             node = OmegaConf.structured(inner[0])
             elements.append(_merge(node, inner[0], source, checked, where))  # type: ignore[arg-type]
         return elements
-    if get_origin(hint) is tuple and any(isinstance(x, dict | list) for x in value or ()):
+    nested = isinstance(value, list) and any(isinstance(x, dict | list) for x in value)
+    if get_origin(hint) is tuple and nested:
         raise _wrong(source, at, hint, value)  # OmegaConf would turn the inner list into text
     return value
 

@@ -61,8 +61,8 @@ def open_run_dir(
         overrides: of the command line, for the record.
 
     Raises:
-        ValueError: if something is there and `resume` is false, if what is there is no run, or if its
-            configuration differs in more than FREE_ON_RESUME.
+        ValueError: if something is there and `resume` is false, if what is there is no run, or if
+            its configuration differs in more than FREE_ON_RESUME.
     """
     run = RunDir(Path(path))
     if run.path.exists() and not run.path.is_dir():
@@ -71,8 +71,8 @@ def open_run_dir(
     found = [name for name in found if not (name.startswith(".") and name.endswith(".tmp"))]
     if found and not resume:
         raise ValueError(
-            f"run_dir={path} is not empty ({', '.join(sorted(found)[:4])}). Give resume=true to go on "
-            "with that run, or another run_dir, or remove it."
+            f"run_dir={path} is not empty ({', '.join(sorted(found)[:4])}). Give resume=true to go "
+            "on with that run, or another run_dir, or remove it."
         )
     if found and CONFIG not in found:
         raise ValueError(
@@ -109,9 +109,9 @@ def _refuse_changes(stored: Path, resolved: DictConfig) -> None:
     if changed:
         more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise ValueError(
-            f"cannot resume: the configuration differs from {stored}: {'; '.join(changed[:5])}{more}. "
-            f"Set these back, or start a new run_dir. Free to change: {', '.join(FREE_ON_RESUME)}, "
-            "checkpoint.*."
+            f"cannot resume: the configuration differs from {stored}: "
+            f"{'; '.join(changed[:5])}{more}. Set these back, or start a new run_dir. "
+            f"Free to change: {', '.join(FREE_ON_RESUME)}, checkpoint.*."
         )
 
 
@@ -272,7 +272,7 @@ class RunLog:
             self._console.flush()
 
     def sync(self) -> None:
-        """Make what was written durable; to be called before a checkpoint, which must not outlive it."""
+        """Make what was written durable; called before a checkpoint is saved."""
         if self._run is None:
             return
         for file in (self._metrics, self._eval):

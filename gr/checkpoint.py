@@ -1,0 +1,430 @@
+"""Checkpoints: a folder checkpoints/step_N that is complete or not there.
+
+Tensors go through torch.distributed.checkpoint, whatever their sharding; plain values (numbers,
+text, lists of them) into checkpoint.json, which is written last. Nothing that was stored is
+unpickled but DCP's own index, and that by an unpickler that knows DCP's classes only.
+"""
+
+import hashlib
+import json
+import math
+import pickle
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemReader,
+    FileSystemWriter,
+    _StorageInfo,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from gr.atomic import sync_folder, write_atomically
+
+COMPLETE = "checkpoint.json"
+FORMAT = 1
+_SHOWN = 5
+_Tensors = dict[str, torch.Tensor]
+
+
+class CheckpointManager:
+    """Saves and loads the checkpoints of a run. Every method is called on all ranks.
+
+    A state is nested dicts whose leaves are tensors (plain, DTensor, ShardedTensor) or values.
+    A plain tensor is taken to be the same on all ranks that hold its key; what differs from rank to
+    rank needs keys that do.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+        """Take a folder, which need not be there.
+
+        Args:
+            folder: holds step_N folders.
+            keep: newest checkpoints kept, at least 1.
+
+        Raises:
+            ValueError: if `keep` is below 1.
+        """
+        if keep < 1:
+            raise ValueError(f"checkpoint.keep must be at least 1, got {keep}")
+        self.folder = folder
+        self.keep = keep
+
+    def path(self, step: int) -> Path:
+        """Return the folder of a checkpoint."""
+        return self.folder / f"step_{step}"
+
+    def steps(self) -> list[int]:
+        """Return the steps of the complete checkpoints, ascending."""
+        return complete_steps(self.folder)
+
+    def latest(self) -> int | None:
+        """Return the step of the newest complete checkpoint, None if there is none."""
+        steps = self.steps()
+        return steps[-1] if steps else None
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Save a state, then remove what is older than the newest `keep`.
+
+        Args:
+            step: updates made.
+            state: see the class.
+
+        Returns:
+            The folder of the checkpoint.
+
+        Raises:
+            ValueError: if the step is saved already, or the state holds what is neither a tensor
+                nor plain, or two ranks hold different plain values under one key.
+        """
+        path, draft = self.path(step), self.folder / f"step_{step}.tmp"
+        if path.exists():
+            raise ValueError(f"{path} is there already: a step is saved once")
+        tensors, values = split_state(state)
+        record: dict[str, Any] = {
+            "format": FORMAT,
+            "step": step,
+            "ranks": _world_size(),
+            "tensors": _union(_describe(tensors)),
+            "values": _union(values),
+        }
+        record["fingerprint"] = fingerprint(record["tensors"])
+        if _rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob("step_*.tmp"):
+                shutil.rmtree(leftover)
+            draft.mkdir()
+        _barrier()
+        writer = FileSystemWriter(draft, sync_files=True)
+        with _alone_is_fine():
+            dcp_save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+        _barrier()
+        if _rank() == 0:
+            write_atomically(draft / COMPLETE, json.dumps(record, indent=1))
+            draft.rename(path)
+            sync_folder(self.folder)
+            for old in self.steps()[: -self.keep]:
+                _remove(self.path(old))
+        _barrier()
+        return path
+
+    def load(self, step: int, state: dict[str, Any], *, per_rank: Sequence[str] = ()) -> None:
+        """Load a checkpoint into a state of the same shape.
+
+        Args:
+            step: one of `steps()`.
+            state: as it was given to `save`. Its tensors are filled in place, its plain values
+                replaced; values that it lacks are added, so they need no template.
+            per_rank: first parts of keys that depend on the number of ranks: what the checkpoint
+                has no match for is left as it is, and the other way round.
+
+        Raises:
+            ValueError: if the checkpoint is of another model, naming the first differences, or is
+                not complete.
+        """
+        path = self.path(step)
+        record = read_record(path)
+        tensors, values = split_state(state)
+        _check_same_model(path, record, _union(_describe(tensors)), per_rank)
+        _check_values(path, record["values"], values, per_rank)
+        wanted = {key: tensor for key, tensor in tensors.items() if key in record["tensors"]}
+        reader = _SafeReader(path)
+        with _alone_is_fine():
+            dcp_load(dict(wanted), storage_reader=reader, no_dist=not dist.is_initialized())
+        for key, value in record["values"].items():
+            _put(state, key, value)
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Return the steps of the complete checkpoints in `folder`, ascending."""
+    numbers = [
+        p.parent.name.removeprefix("step_")
+        for p in folder.glob(f"step_*/{COMPLETE}")
+        if not p.parent.name.endswith(".tmp")
+    ]
+    return sorted(int(number) for number in numbers if number.isdecimal())
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the record (checkpoint.json) of a checkpoint.
+
+    Raises:
+        ValueError: if there is none, or it is of another format.
+    """
+    if not (path / COMPLETE).is_file():
+        raise ValueError(
+            f"{path} is no complete checkpoint: expected a file {COMPLETE} in it. "
+            f"Complete ones beside it: {complete_steps(path.parent) or 'none'}."
+        )
+    try:
+        record = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path / COMPLETE}: expected JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = record.get("format") if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"{path / COMPLETE}: expected format {FORMAT}, found {found}")
+    return record
+
+
+def split_state(state: dict[str, Any]) -> tuple[_Tensors, dict[str, Any]]:
+    """Return the tensors and the plain values of a nested state, by dotted key.
+
+    Raises:
+        ValueError: if two leaves share a key, or a leaf is neither a tensor nor plain.
+    """
+    tensors: _Tensors = {}
+    values: dict[str, Any] = {}
+    for key, leaf in _leaves(state, ""):
+        if key in tensors or key in values:
+            raise ValueError(f"two parts of the state have the key {key!r}: rename one")
+        if _is_tensor(leaf):
+            tensors[key] = leaf
+        else:
+            values[key] = _plain(key, leaf)
+    return tensors, values
+
+
+def fingerprint(tensors: dict[str, dict[str, Any]]) -> str:
+    """Return a hash of keys, shapes and dtypes: equal for equal models."""
+    rows = [[key, each["shape"], each["dtype"]] for key, each in sorted(tensors.items())]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def inspect(path: str | Path) -> str:
+    """Return in words what a checkpoint holds: step, tensors with shape and bytes, plain values.
+
+    Args:
+        path: a step_N folder, a checkpoints folder or a run directory (then the newest is taken).
+
+    Raises:
+        ValueError: if there is no complete checkpoint.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(
+            f"{path}: expected a folder, found {'a file' if folder.exists() else 'none'}"
+        )
+    for candidate in (folder, folder / "checkpoints"):
+        steps = complete_steps(candidate)
+        if steps:
+            folder = candidate / f"step_{steps[-1]}"
+    record = read_record(folder)
+    tensors = record["tensors"]
+    total = sum(each["bytes"] for each in tensors.values())
+    lines = [
+        f"{folder}",
+        f"step {record['step']}, saved by {record['ranks']} rank(s), fingerprint "
+        f"{record['fingerprint']}, {len(tensors)} tensors, {total:,} bytes",
+    ]
+    for group in dict.fromkeys(key.split(".", 1)[0] for key in tensors):
+        members = {k: t for k, t in tensors.items() if k.split(".", 1)[0] == group}
+        lines.append(f"{group}: {sum(t['bytes'] for t in members.values()):,} bytes")
+        width = max(len(key) for key in members)
+        for key, each in members.items():
+            shape = " x ".join(map(str, each["shape"])) or "scalar"
+            lines.append(f"  {key:{width}}  {shape:>16}  {each['dtype']:8} {each['bytes']:,} bytes")
+    if record["values"]:
+        lines.append("values:")
+    for key, value in record["values"].items():
+        text = json.dumps(value)
+        lines.append(f"  {key} = {text if len(text) <= 200 else text[:200] + ' ...'}")
+    return "\n".join(lines)
+
+
+def _leaves(node: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, dict):
+            yield from _leaves(value, name)
+        else:
+            yield name, value
+
+
+def _is_tensor(leaf: Any) -> bool:
+    # A ShardedTensor is no subclass of Tensor.
+    return isinstance(leaf, torch.Tensor) or hasattr(leaf, "local_shards")
+
+
+def _plain(key: str, value: Any) -> Any:
+    """Return the value as JSON gives it back (tuples are lists)."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(key, inner) for inner in value]
+    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
+        return {name: _plain(key, inner) for name, inner in value.items()}
+    raise ValueError(
+        f"state {key!r}: expected a tensor, number, text, or list of plain values, found "
+        f"{type(value).__name__}. Tensors go into dicts, not into lists."
+    )
+
+
+def _put(state: dict[Any, Any], key: str, value: Any) -> None:
+    """Set the leaf at a dotted key; parts of the key may hold dots themselves."""
+    names = {str(name): name for name in state}
+    for name, original in names.items():
+        if key == name:
+            state[original] = value
+            return
+        if key.startswith(f"{name}.") and isinstance(state[original], dict):
+            _put(state[original], key[len(name) + 1 :], value)
+            return
+    first, _, rest = key.partition(".")
+    if rest:
+        state[first] = {}  # absent, or a placeholder such as None
+        _put(state[first], rest, value)
+    else:
+        state[first] = value
+
+
+def _describe(tensors: _Tensors) -> dict[str, dict[str, Any]]:
+    described = {}
+    for key, tensor in tensors.items():
+        shape = list(tensor.size())
+        width = tensor.dtype.itemsize
+        described[key] = {
+            "shape": shape,
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "bytes": math.prod(shape) * width,
+        }
+    return described
+
+
+def _check_same_model(
+    path: Path, record: dict[str, Any], expected: dict[str, Any], per_rank: Sequence[str]
+) -> None:
+    found = record["tensors"]
+    differences = []
+    for key in sorted({*expected, *found}):
+        free = key.split(".", 1)[0] in per_rank
+        if key not in found or key not in expected:
+            if not free:
+                which = "this run has" if key in expected else "the checkpoint has"
+                differences.append(f"only {which} {key}")
+        elif expected[key] != found[key]:
+            theirs, ours = (_shape_text(each[key]) for each in (found, expected))
+            differences.append(f"{key} is {theirs} in the checkpoint, {ours} in this run")
+    if differences:
+        more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+        raise ValueError(
+            f"{path} is a checkpoint of another model (fingerprint {record['fingerprint']}, this "
+            f"run {fingerprint(expected)}): {'; '.join(differences[:_SHOWN])}{more}. Resume it "
+            "with the configuration that it was trained with, or start a new run_dir."
+        )
+
+
+def _shape_text(each: dict[str, Any]) -> str:
+    return f"{tuple(each['shape'])} {each['dtype']}"
+
+
+def _check_values(
+    path: Path, stored: dict[str, Any], expected: dict[str, Any], per_rank: Sequence[str]
+) -> None:
+    lacking = [k for k in expected if k not in stored and k.split(".", 1)[0] not in per_rank]
+    # A value that is a dict in the checkpoint may be None or a number in a fresh state.
+    lacking = [k for k in lacking if not any(name.startswith(f"{k}.") for name in stored)]
+    if lacking:
+        raise ValueError(
+            f"{path} lacks the value(s) {lacking[:_SHOWN]} that this run restores. It was saved by "
+            "another version of this code: resume with that version, or start a new run_dir."
+        )
+
+
+def _union(own: dict[str, Any]) -> dict[str, Any]:
+    """Merge dicts over all ranks; a key of several ranks must have one value."""
+    parts: list[dict[str, Any]] = [own] * _world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(parts, own)
+    merged: dict[str, Any] = {}
+    for rank, part in enumerate(parts):
+        for key, value in part.items():
+            if repr(merged.setdefault(key, value)) != repr(value):
+                raise ValueError(
+                    f"state {key!r} differs between ranks: {merged[key]!r} on one, {value!r} on "
+                    f"rank {rank}. Put the rank into the key of what belongs to a rank."
+                )
+    return merged
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; its record goes first, so that a kill leaves no half of one."""
+    (path / COMPLETE).unlink()
+    shutil.rmtree(path)
+
+
+@contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    """Silence DCP's remark that a single process saves or loads: it is what `no_dist` asks for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+_INDEX_CLASSES = {
+    (cls.__module__, cls.__qualname__): cls
+    for cls in (
+        dcp_metadata.ChunkStorageMetadata,
+        dcp_metadata.Metadata,
+        dcp_metadata.MetadataIndex,
+        dcp_metadata.StorageMeta,
+        dcp_metadata.TensorProperties,
+        dcp_metadata.TensorStorageMetadata,
+        dcp_metadata._MEM_FORMAT_ENCODING,
+        _StorageInfo,
+        torch.Size,
+    )
+}
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Reads DCP's index; any other class in it is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _INDEX_CLASSES:
+            return _INDEX_CLASSES[module, name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) == ("torch.serialization", "_get_layout"):
+            return torch.serialization._get_layout
+        if module.split(".")[0] == "pathlib" and name == "PosixPath":
+            return Path
+        raise ValueError(
+            f"the checkpoint's index names {module}.{name}, which no checkpoint of ours holds. "
+            "It may be damaged or hostile: do not load it."
+        )
+
+
+class _SafeReader(FileSystemReader):
+    """FileSystemReader whose index cannot run code; DCP itself reads tensors with weights_only."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp_metadata.Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            index = _IndexUnpickler(file).load()
+        storage_meta = index.storage_meta or dcp_metadata.StorageMeta()
+        storage_meta.load_id = self.load_id
+        index.storage_meta = storage_meta
+        for key, entry in index.state_dict_metadata.items():
+            if not isinstance(entry, dcp_metadata.TensorStorageMetadata):
+                raise ValueError(f"the checkpoint's index holds {key!r}, which is no tensor")
+        return index  # type: ignore[no-any-return]
