@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from gr.atomic import write_atomically
@@ -213,6 +212,9 @@ class RunLog:
         self._run = run
         if run is None:
             return
+        # Brings torch, which readers of a run directory do without.
+        from torch.utils.tensorboard import SummaryWriter
+
         cut_after(run, restored_step)
         self._metrics = (run.path / METRICS).open("a", encoding="utf-8")
         self._eval = (run.path / EVAL).open("a", encoding="utf-8")

@@ -1,0 +1,166 @@
+"""The command line: `gr COMMAND ...`, the same as `python -m gr COMMAND ...`.
+
+A user's mistake is one message on stderr and exit status 2; a defect of ours keeps its traceback.
+Heavy modules are imported by the command that needs them.
+"""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from gr.config_io import load_config
+from gr.versions import check_versions
+
+USER_ERROR = 2
+INTERRUPTED = 130
+# Errors that a path of the user causes, whoever notices.
+_PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+_OURS = ("gr", "embeddings", "kernels", "pipelines", "launch")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments; None means those of the process.
+
+    Returns:
+        Exit status: 0, 2 for a user's mistake, 130 for ctrl-C.
+    """
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command in ("sessionize", "train"):
+        # argparse stops collecting overrides at the first option.
+        arguments.overrides += [text for text in rest if not text.startswith("-")]
+        rest = [text for text in rest if text.startswith("-")]
+    if rest and arguments.command != "bench":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, *_PATH_ERRORS) as error:
+        if arguments.traceback or not _is_users(error):
+            raise
+        who = _speaker(arguments.command)
+        print(f"{who}gr {arguments.command}: error: {_text(error)}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gr", description="Train generative recommenders.")
+    parser.add_argument(
+        "--version", action="version", version=f"gr {metadata.version('gr-recsys')}"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str, **options: Any) -> argparse.ArgumentParser:
+        child = commands.add_parser(name, help=text, description=text, **options)
+        child.set_defaults(run=run, traceback=False)
+        return child
+
+    for name, run, text in (
+        ("sessionize", _sessionize, "Turn an event log into a session-end log."),
+        ("train", _train, "Train and evaluate in one pass over a session-end log."),
+    ):
+        child = command(name, run, text)
+        child.add_argument("config", help="YAML file")
+        child.add_argument("overrides", nargs="*", metavar="key=value", help="override of the file")
+        child.add_argument("--print-config", action="store_true", help="print the result and exit")
+        child.add_argument("--traceback", action="store_true", help="show it also for user errors")
+
+    child = command("report", _report, "Compare runs: table, report.md, CSV and plots.")
+    child.add_argument("runs", nargs="+", help="run directories; seeds of one config are grouped")
+    child.add_argument("--output", help="folder of the report; the first run if not given")
+    child.add_argument("--traceback", action="store_true", help="show it also for user errors")
+
+    child = command("checkpoint", _checkpoint, "Look into a checkpoint.")
+    child.add_argument("action", choices=["inspect"])
+    child.add_argument("path", help="step_N folder, checkpoints folder or run directory")
+
+    command("bench", _bench, "Time operators (gr bench --help).", add_help=False)
+    return parser
+
+
+def _sessionize(arguments: argparse.Namespace) -> None:
+    check_versions()
+    from pipelines.config import SessionizeConfig
+
+    config, resolved = load_config(SessionizeConfig, arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print(OmegaConf.to_yaml(resolved), end="")
+        return
+    from pipelines.sessionize import sessionize
+
+    sessionize(config)
+    print(f"wrote {config.output}")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    check_versions()
+    from gr.config import TrainConfig
+    from gr.parallel import environment_rank
+
+    try:
+        config, resolved = load_config(TrainConfig, arguments.config, arguments.overrides)
+    except ValueError:
+        # The same on every rank, so that one message is enough.
+        if environment_rank() == 0:
+            raise
+        sys.exit(USER_ERROR)
+    if arguments.print_config:
+        if environment_rank() == 0:
+            print(OmegaConf.to_yaml(resolved), end="")
+        return
+    from gr.train import train
+
+    train(config, resolved, arguments.overrides)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from gr.report import report
+
+    print(report(arguments.runs, arguments.output))
+
+
+def _checkpoint(arguments: argparse.Namespace) -> None:
+    from gr.checkpoint import inspect
+
+    print(inspect(arguments.path))
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from gr import bench
+
+    sys.exit(bench.main(arguments.rest))
+
+
+def _is_users(error: BaseException) -> bool:
+    """Return whether an error is about a path, or was raised by a check of ours."""
+    if isinstance(error, _PATH_ERRORS):
+        return True
+    innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    return str(innermost.f_globals.get("__name__", "")).split(".")[0] in _OURS
+
+
+def _speaker(command: str) -> str:
+    """Return "" on rank 0, else a prefix: a rank may meet a bad record that no other sees."""
+    if command != "train":
+        return ""
+    from gr.parallel import environment_rank
+
+    return f"[rank {environment_rank()}] " if environment_rank() else ""
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
