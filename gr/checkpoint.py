@@ -116,15 +116,15 @@ class CheckpointManager:
         _barrier()
         return path
 
-    def load(self, step: int, state: dict[str, Any], *, per_rank: Sequence[str] = ()) -> None:
+    def load(self, step: int, state: dict[str, Any], *, apart: Sequence[str] = ()) -> None:
         """Load a checkpoint into a state of the same shape.
 
         Args:
             step: one of `steps()`.
             state: as it was given to `save`. Its tensors are filled in place, its plain values
                 replaced; values that it lacks are added, so they need no template.
-            per_rank: first parts of keys that depend on the number of ranks: what the checkpoint
-                has no match for is left as it is, and the other way round.
+            apart: first parts of keys that are left alone, here and in the checkpoint, because
+                shapes or keys depend on the data or on the number of ranks; `read` gets them.
 
         Raises:
             ValueError: if the checkpoint is of another model, naming the first differences, or is
@@ -132,15 +132,46 @@ class CheckpointManager:
         """
         path = self.path(step)
         record = read_record(path)
-        tensors, values = split_state(state)
-        _check_same_model(path, record, _union(_describe(tensors)), per_rank)
-        _check_values(path, record["values"], values, per_rank)
-        wanted = {key: tensor for key, tensor in tensors.items() if key in record["tensors"]}
-        reader = _SafeReader(path)
-        with _alone_is_fine():
-            dcp_load(dict(wanted), storage_reader=reader, no_dist=not dist.is_initialized())
-        for key, value in record["values"].items():
+        tensors, values = (_without(part, apart) for part in split_state(state))
+        stored = _without(record["values"], apart)
+        _check_same_model(path, _without(record["tensors"], apart), _union(_describe(tensors)))
+        _check_values(path, stored, values)
+        self._read_tensors(path, tensors, no_dist=not dist.is_initialized())
+        for key, value in stored.items():
             _put(state, key, value)
+
+    def read(self, step: int, prefix: str) -> dict[str, Any]:
+        """Return part of a checkpoint with no template. Each rank may ask for another part.
+
+        Args:
+            step: one of `steps()`.
+            prefix: dotted key of the part, for instance metrics.rank_3.
+
+        Returns:
+            Rest of the key -> new tensor on the CPU, or plain value; empty if there is no such part.
+
+        Raises:
+            ValueError: if the checkpoint is not complete.
+        """
+        path = self.path(step)
+        record = read_record(path)
+        start = f"{prefix}."
+        tensors = {
+            key: torch.empty(each["shape"], dtype=getattr(torch, each["dtype"]))
+            for key, each in record["tensors"].items()
+            if key.startswith(start)
+        }
+        self._read_tensors(path, tensors, no_dist=True)
+        values = {k: v for k, v in record["values"].items() if k.startswith(start)}
+        return {key.removeprefix(start): leaf for key, leaf in (tensors | values).items()}
+
+    def num_ranks(self, step: int) -> int:
+        """Return the number of ranks that saved a checkpoint."""
+        return int(read_record(self.path(step))["ranks"])
+
+    def _read_tensors(self, path: Path, tensors: _Tensors, *, no_dist: bool) -> None:
+        with _alone_is_fine():
+            dcp_load(dict(tensors), storage_reader=_SafeReader(path), no_dist=no_dist)
 
 
 def complete_steps(folder: Path) -> list[int]:
@@ -298,26 +329,26 @@ def _describe(tensors: _Tensors) -> dict[str, dict[str, Any]]:
     return described
 
 
-def _check_same_model(
-    path: Path, record: dict[str, Any], expected: dict[str, Any], per_rank: Sequence[str]
-) -> None:
-    found = record["tensors"]
+def _without(part: dict[str, Any], apart: Sequence[str]) -> dict[str, Any]:
+    return {key: leaf for key, leaf in part.items() if key.split(".", 1)[0] not in apart}
+
+
+def _check_same_model(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     differences = []
     for key in sorted({*expected, *found}):
-        free = key.split(".", 1)[0] in per_rank
-        if key not in found or key not in expected:
-            if not free:
-                which = "this run has" if key in expected else "the checkpoint has"
-                differences.append(f"only {which} {key}")
+        if key not in found:
+            differences.append(f"only this run has {key}")
+        elif key not in expected:
+            differences.append(f"only the checkpoint has {key}")
         elif expected[key] != found[key]:
             theirs, ours = (_shape_text(each[key]) for each in (found, expected))
             differences.append(f"{key} is {theirs} in the checkpoint, {ours} in this run")
     if differences:
         more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
         raise ValueError(
-            f"{path} is a checkpoint of another model (fingerprint {record['fingerprint']}, this "
-            f"run {fingerprint(expected)}): {'; '.join(differences[:_SHOWN])}{more}. Resume it "
-            "with the configuration that it was trained with, or start a new run_dir."
+            f"{path} is a checkpoint of another model (fingerprint {fingerprint(found)}, this run "
+            f"{fingerprint(expected)}): {'; '.join(differences[:_SHOWN])}{more}. Resume it with "
+            "the configuration that it was trained with, or start a new run_dir."
         )
 
 
@@ -325,10 +356,8 @@ def _shape_text(each: dict[str, Any]) -> str:
     return f"{tuple(each['shape'])} {each['dtype']}"
 
 
-def _check_values(
-    path: Path, stored: dict[str, Any], expected: dict[str, Any], per_rank: Sequence[str]
-) -> None:
-    lacking = [k for k in expected if k not in stored and k.split(".", 1)[0] not in per_rank]
+def _check_values(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:
+    lacking = [key for key in expected if key not in stored]
     # A value that is a dict in the checkpoint may be None or a number in a fresh state.
     lacking = [k for k in lacking if not any(name.startswith(f"{k}.") for name in stored)]
     if lacking:

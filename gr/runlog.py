@@ -28,7 +28,7 @@ EVAL = "eval.jsonl"
 FREE_ON_RESUME = ("run_dir", "resume", "max_steps", "log_every", "device", "data.prefetch")
 FREE_ON_RESUME_UNDER = ("checkpoint.",)
 
-Value = float | int | str | bool
+Value = float | int | str | bool | None
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ class RunLog:
             step: updates made when the row is written: a row written after the checkpoint of step s
                 must have a larger step, or a resumed run would keep it and write it again.
             window: the day or hour, or "all".
-            values: flat, as in ne-click, auc-click, hr@10.
+            values: flat, as in ne-click, auc-click, hr@10; None is not defined.
         """
         if self._run is None:
             return
