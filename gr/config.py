@@ -240,6 +240,13 @@ class EvalConfig:
     """Rank each retrieval target against the full catalogue."""
     filter_seen: bool = False
     """Leave items of the user's history in the sequence out of the ranking, the target excepted."""
+    lifetime_auc: bool = True
+    """Keep every prediction (20 bytes each and binary task, on rank 0 and in checkpoints) for the
+    AUC and GAUC of the run; false: these two are null, those of the windows are not."""
+
+    def __post_init__(self) -> None:
+        if any(k < 1 for k in self.ks):
+            raise ValueError(f"eval.ks must be at least 1, got {list(self.ks)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
