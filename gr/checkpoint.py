@@ -43,12 +43,15 @@ class CheckpointManager:
     rank needs keys that do.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+    def __init__(self, folder: Path, *, keep: int = 2, apart: Sequence[str] = ()) -> None:
         """Take a folder, which need not be there.
 
         Args:
             folder: holds step_N folders.
             keep: newest checkpoints kept, at least 1.
+            apart: first parts of keys whose shapes or keys depend on the data or on the number of
+                ranks (metrics, generators). They are saved; `load` leaves them alone, `read` gets
+                them.
 
         Raises:
             ValueError: if `keep` is below 1.
@@ -57,6 +60,7 @@ class CheckpointManager:
             raise ValueError(f"checkpoint.keep must be at least 1, got {keep}")
         self.folder = folder
         self.keep = keep
+        self.apart = tuple(apart)
 
     def path(self, step: int) -> Path:
         """Return the folder of a checkpoint."""
@@ -96,7 +100,7 @@ class CheckpointManager:
             "tensors": _union(_describe(tensors)),
             "values": _union(values),
         }
-        record["fingerprint"] = fingerprint(record["tensors"])
+        record["fingerprint"] = fingerprint(_without(record["tensors"], self.apart))
         if _rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob("step_*.tmp"):
@@ -116,15 +120,13 @@ class CheckpointManager:
         _barrier()
         return path
 
-    def load(self, step: int, state: dict[str, Any], *, apart: Sequence[str] = ()) -> None:
+    def load(self, step: int, state: dict[str, Any]) -> None:
         """Load a checkpoint into a state of the same shape.
 
         Args:
             step: one of `steps()`.
             state: as it was given to `save`. Its tensors are filled in place, its plain values
                 replaced; values that it lacks are added, so they need no template.
-            apart: first parts of keys that are left alone, here and in the checkpoint, because
-                shapes or keys depend on the data or on the number of ranks; `read` gets them.
 
         Raises:
             ValueError: if the checkpoint is of another model, naming the first differences, or is
@@ -132,9 +134,9 @@ class CheckpointManager:
         """
         path = self.path(step)
         record = read_record(path)
-        tensors, values = (_without(part, apart) for part in split_state(state))
-        stored = _without(record["values"], apart)
-        _check_same_model(path, _without(record["tensors"], apart), _union(_describe(tensors)))
+        tensors, values = (_without(part, self.apart) for part in split_state(state))
+        stored = _without(record["values"], self.apart)
+        _check_same_model(path, _without(record["tensors"], self.apart), _union(_describe(tensors)))
         _check_values(path, stored, values)
         self._read_tensors(path, tensors, no_dist=not dist.is_initialized())
         for key, value in stored.items():
@@ -148,7 +150,8 @@ class CheckpointManager:
             prefix: dotted key of the part, for instance metrics.rank_3.
 
         Returns:
-            Rest of the key -> new tensor on the CPU, or plain value; empty if there is no such part.
+            Rest of the key -> new tensor on the CPU, or plain value; empty if there is no such
+            part.
 
         Raises:
             ValueError: if the checkpoint is not complete.
