@@ -91,6 +91,9 @@ class SequenceBatch:
     """Events supervised in this rank's share."""
     num_rejected: dict[str, int]
     """Sessions skipped since the last batch, by reason."""
+    num_clipped: int = 0
+    """Sequences of this rank's share that lack some history, because more than data.overlap_slack
+    events of sessions that overlap with theirs came first."""
 
     @property
     def num_sequences(self) -> int:

@@ -1,6 +1,7 @@
 """Configuration of the data side. Free of torch, so that launchers can read it."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from omegaconf import MISSING
@@ -13,6 +14,8 @@ Supervise = Literal["session", "all", "sampled"]
 ITEM_ID = "item_id"
 TARGET_ITEM_ID = "target_item_id"
 NEGATIVE_ITEM_ID = "negative_item_id"
+
+MAX_THRESHOLDS = 254  # codes are bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,11 +39,20 @@ class CounterConfig:
     """Counts of past events that share a key, as they stood strictly before each event."""
 
     keys: tuple[str, ...] = MISSING
-    """Event columns whose values must agree, for instance (user_id, author_id)."""
+    """Columns of the event log, or joined to it, whose values must agree, for instance (user_id,
+    author_id). A null agrees with nothing: all columns of the counter are then null."""
     actions: tuple[str, ...] = ()
-    """Action columns whose sums over those past events are added to their count."""
+    """Action columns whose sums over those past events are added to their count: known values only."""
+    known: tuple[str, ...] = ()
+    """Action columns for which the past events that know the action are counted too."""
     days: int = 0
-    """Only events of the last so many days; 0 means all."""
+    """Only events of the last so many days (24 h each); 0 means all."""
+
+    def __post_init__(self) -> None:
+        if not self.keys:
+            raise ValueError("keys of a counter must name at least one column, got none")
+        if self.days < 0:
+            raise ValueError(f"days of a counter must be 0 (all) or more, got {self.days}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,14 +82,20 @@ class SessionizeConfig:
     """Column that names the session; empty means sessions are cut where `gap_seconds` pass."""
     gap_seconds: int = 1800
     """A longer silence than this ends a session."""
+    duplicates: Literal["exact", "event", "keep"] = "exact"
+    """Rows that are dropped and counted. exact: those that repeat an earlier row in every column
+    read, `order` aside; event: those that repeat its user, item and time; keep: none."""
     actions: tuple[str, ...] = MISSING
     """Action columns: bool, integer or float. Null is unknown, which is not zero."""
     features: tuple[str, ...] = ()
-    """Further columns of the event: item features, place, device."""
+    """Further columns of the event: item features, place, device. Strings are hashed to 64 bits."""
+    context: tuple[str, ...] = ()
+    """Columns that hold for the whole session, as its first event has them."""
     joins: tuple[JoinConfig, ...] = ()
     """Features that lie in other files."""
     counters: dict[str, CounterConfig] = field(default_factory=dict)
-    """Prefix -> counts to add: columns PREFIX_count and PREFIX_ACTION, float32."""
+    """Prefix -> counts to add: columns PREFIX_count, PREFIX_ACTION and PREFIX_known_ACTION, float32;
+    null in the starting histories."""
     partitions: int = 64
     """Number of partitions; an upper bound of the number of ranks."""
     partition_seed: int = 0
@@ -86,8 +104,28 @@ class SessionizeConfig:
     """What hour, weekday and day mean; recorded in the manifest."""
     engine: Literal["duckdb"] = "duckdb"
     """What runs the expression."""
+    memory_gb: float = 2.0
+    """Memory of the engine; what needs more is spilled to disk beside the output."""
+    threads: int = 0
+    """Threads of the engine; 0 means one a core."""
     max_reject_fraction: float = 0.01
     """Stop if more than this share of the events is unusable (null user, item or time)."""
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("partitions", self.partitions, 1),
+            ("gap_seconds", self.gap_seconds, 0),
+            ("partition_seed", self.partition_seed, 0),
+            ("threads", self.threads, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.memory_gb <= 0:
+            raise ValueError(f"memory_gb must be positive, got {self.memory_gb}")
+        if not 0 <= self.max_reject_fraction <= 1:
+            raise ValueError(
+                f"max_reject_fraction must be within 0 and 1, got {self.max_reject_fraction}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,6 +184,9 @@ class DataConfig:
     """Newest tokens of history kept, after layout; context tokens come on top."""
     max_session_events: int = 256
     """A longer session is split: its earlier part becomes history of the later."""
+    overlap_slack: int = 64
+    """Events held of each user beyond `max_history_tokens`, so that a session finds its history
+    behind so many events of sessions that overlap with it in time. What it lacks is counted."""
     context: Literal["none", "prefix"] = "none"
     """prefix: one token a context feature before the history."""
     actions: dict[str, ActionConfig] = field(default_factory=dict)
@@ -179,17 +220,17 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_supervision(self)
-        if self.max_session_events < 1:
+        check_ranges(self)
+        if self.context == "prefix" and not self.context_features:
             raise ValueError(
-                f"data.max_session_events must be at least 1, got {self.max_session_events}"
+                "data.context=prefix has no token to put in front: name data.context_features, or "
+                "use data.context=none"
             )
-        if self.sessions_per_partition < 1:
+        if self.dense_features and not self.tasks:
             raise ValueError(
-                f"data.sessions_per_partition must be at least 1, got {self.sessions_per_partition}"
+                "data.dense_features are read at ranking positions, but data.tasks is empty: clear "
+                "data.dense_features, or name a task"
             )
-        for name, task in self.tasks.items():
-            if task.scale <= 0:
-                raise ValueError(f"data.tasks.{name}.scale must be positive, got {task.scale}")
 
 
 def check_supervision(data: DataConfig) -> None:
@@ -206,6 +247,71 @@ def check_supervision(data: DataConfig) -> None:
         )
     if data.anchor == "session" and data.supervise != "session":
         raise ValueError(
-            "data.anchor=session predicts the session's events only, "
-            f"got data.supervise={data.supervise}. Use data.supervise=session, or data.anchor=event."
+            "data.anchor=session predicts the session's events only, got "
+            f"data.supervise={data.supervise}. Use data.supervise=session, or data.anchor=event."
         )
+    if data.supervise != "session" and data.context == "prefix":
+        raise ValueError(
+            "data.context=prefix holds what is known at the session's start, which the predictions "
+            f"of the history must not know: data.supervise must be session, got {data.supervise}. "
+            "Use data.supervise=session, or data.context=none."
+        )
+    if data.sampled_rate != 1.0 and data.supervise != "sampled":
+        raise ValueError(
+            f"data.sampled_rate={data.sampled_rate} works with data.supervise=sampled only; "
+            f"data.supervise={data.supervise}. Leave it out, or use data.supervise=sampled."
+        )
+
+
+def check_ranges(data: DataConfig) -> None:
+    """Refuse numbers out of range.
+
+    Raises:
+        ValueError: naming the key, the range and the number.
+    """
+    at_least = {
+        "max_history_tokens": 0,
+        "max_session_events": 1,
+        "overlap_slack": 0,
+        "num_items": 1,
+        "num_negatives": 0,
+        "sessions_per_partition": 1,
+        "prefetch": 0,
+    }
+    for key, least in at_least.items():
+        value = getattr(data, key)
+        if value != MISSING and value < least:
+            raise ValueError(f"data.{key} must be at least {least}, got {value}")
+    if data.sampled_rate <= 0:
+        raise ValueError(f"data.sampled_rate must be positive, got {data.sampled_rate}")
+    if not 0 <= data.max_reject_fraction <= 1:
+        raise ValueError(
+            f"data.max_reject_fraction must be from 0 to 1, got {data.max_reject_fraction}"
+        )
+    for name, task in data.tasks.items():
+        if task.scale <= 0:
+            raise ValueError(f"data.tasks.{name}.scale must be positive, got {task.scale}")
+    for name, action in data.actions.items():
+        if not 1 <= len(action.thresholds) <= MAX_THRESHOLDS:
+            raise ValueError(
+                f"data.actions.{name}.thresholds must hold 1 to {MAX_THRESHOLDS} numbers, got "
+                f"{len(action.thresholds)}"
+            )
+        _check_ascending(f"data.actions.{name}.thresholds", action.thresholds)
+    features = {"item_features": data.item_features, "context_features": data.context_features}
+    for group, named in features.items():
+        for name, feature in named.items():
+            _check_ascending(f"data.{group}.{name}.boundaries", feature.boundaries)
+    made = {ITEM_ID, TARGET_ITEM_ID, NEGATIVE_ITEM_ID}
+    names = [*data.item_features, *data.context_features]
+    taken = sorted({name for name in names if names.count(name) > 1 or name in made})
+    if taken:
+        raise ValueError(
+            "data.item_features and data.context_features must not share names, nor take "
+            f"{sorted(made)}, got {taken} again: rename them and say the column in `column`"
+        )
+
+
+def _check_ascending(key: str, values: tuple[float, ...]) -> None:
+    if any(a >= b for a, b in pairwise(values)):
+        raise ValueError(f"{key} must be ascending, got {values}")

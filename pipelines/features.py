@@ -1,0 +1,166 @@
+"""From columns of the log to codes, ids and labels: what is computed once for each event."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipelines.config import ActionConfig, DataConfig, FeatureConfig, TaskConfig
+from pipelines.history import EventRows
+from pipelines.schema import EVENT_ITEM_ID, EVENT_TIMESTAMP, USER_ID
+
+Floats = NDArray[np.float64]
+Place = Literal["session", "context", "events"]
+Kind = Literal["integer", "number"]
+
+UNKNOWN_ID = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of the log that the configuration needs."""
+
+    place: Place
+    """session: of the row itself."""
+    name: str
+    kind: Kind
+    """integer: a whole number or a flag; number: also floating point."""
+    wanted_by: str
+    """Key of the configuration, for messages."""
+
+
+class EventEncoder:
+    """Encodes events as rows.
+
+    ints: item id, timestamp, item features. floats: labels, dense features. codes: action codes,
+    then 1 where the event is positive.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        """Take what concerns events from the configuration."""
+        self.config = config
+        # The labels and dense features are read at ranking positions only.
+        self.dense_features = config.dense_features if config.tasks else ()
+        self.num_ints = 2 + len(config.item_features)
+        self.num_floats = len(config.tasks) + len(self.dense_features)
+        self.num_codes = len(config.actions) + 1
+
+    @property
+    def columns(self) -> list[Column]:
+        """Columns of the log that are decoded."""
+        config = self.config
+        columns = [
+            Column("events", EVENT_ITEM_ID, "integer", "every log"),
+            Column("events", EVENT_TIMESTAMP, "integer", "every log"),
+        ]
+        for name in config.actions:
+            columns.append(Column("events", name, "number", f"data.actions.{name}"))
+        for name in config.positive:
+            columns.append(Column("events", name, "number", "data.positive"))
+        for name, task in config.tasks.items():
+            columns.append(Column("events", task.action, "number", f"data.tasks.{name}.action"))
+        for name in self.dense_features:
+            columns.append(Column("events", name, "number", "data.dense_features"))
+        for name, feature in config.item_features.items():
+            columns.append(_feature_column("events", name, feature, f"data.item_features.{name}"))
+        for name, feature in config.context_features.items():
+            place: Place = "session" if feature.column == USER_ID else "context"
+            columns.append(_feature_column(place, name, feature, f"data.context_features.{name}"))
+        return columns
+
+    def encode(self, events: Mapping[str, pa.Array], item_id: NDArray[np.int64]) -> EventRows:
+        """Encode the events of some sessions.
+
+        Args:
+            events: column -> (E,) values; null is unknown.
+            item_id: (E,) int64, without nulls.
+
+        Returns:
+            Rows in the order of `events`.
+        """
+        config, num_events = self.config, len(item_id)
+        signals: dict[str, Floats] = {}
+        for name in {*config.actions, *config.positive, *(t.action for t in config.tasks.values())}:
+            signals[name] = numbers(events[name])
+
+        ints = np.empty((num_events, self.num_ints), np.int64)
+        ints[:, 0] = item_id
+        ints[:, 1] = integers(events[EVENT_TIMESTAMP])
+        for i, (name, feature) in enumerate(config.item_features.items(), start=2):
+            ints[:, i] = feature_ids(events[feature.column or name], feature)
+
+        floats = np.empty((num_events, self.num_floats), np.float32)
+        with np.errstate(
+            over="ignore"
+        ):  # too large for float32 is infinite, which the reader refuses
+            for i, task in enumerate(config.tasks.values()):
+                floats[:, i] = task_labels(signals[task.action], task)
+            for i, name in enumerate(self.dense_features, start=len(config.tasks)):
+                floats[:, i] = numbers(events[name])
+
+        codes = np.empty((num_events, self.num_codes), np.uint8)
+        for i, (name, action) in enumerate(config.actions.items()):
+            codes[:, i] = action_codes(signals[name], action)
+        codes[:, -1] = not config.positive
+        for name in config.positive:
+            codes[:, -1] |= signals[name] >= 0.5
+        return EventRows(ints.reshape(-1), floats.reshape(-1), codes.reshape(-1))
+
+
+def action_codes(values: Floats, action: ActionConfig) -> NDArray[np.uint8]:
+    """Return the code of each value: 1 + number of thresholds <= value; 0 where it is NaN."""
+    codes = 1 + np.searchsorted(action.thresholds, values, side="right")
+    codes[np.isnan(values)] = 0
+    return codes.astype(np.uint8)
+
+
+def task_labels(values: Floats, task: TaskConfig) -> Floats:
+    """Return the label of each value, NaN where it is NaN.
+
+    binary: 1 if value >= threshold. regression: x = value / scale, min(x, maximum), log(1 + x).
+    """
+    if task.type == "binary":
+        return np.where(np.isnan(values), np.nan, (values >= task.threshold).astype(np.float64))
+    labels = values / task.scale
+    if task.maximum > 0:
+        labels = np.minimum(labels, task.maximum)
+    if task.log1p:
+        # Below -1 there is no logarithm: infinite, so that the reader refuses the session.
+        labels = np.where(labels > -1.0, np.log1p(np.maximum(labels, -1.0 + 1e-12)), -np.inf)
+        labels[np.isnan(values)] = np.nan
+    return labels
+
+
+def feature_ids(values: pa.Array, feature: FeatureConfig) -> NDArray[np.int64]:
+    """Return the id of each value: itself, or the number of boundaries <= value; null is -1."""
+    if not feature.boundaries:
+        return integers(values)
+    numeric = numbers(values)
+    ids = np.searchsorted(feature.boundaries, numeric, side="right")
+    ids[np.isnan(numeric)] = UNKNOWN_ID
+    return ids
+
+
+def integers(values: pa.Array) -> NDArray[np.int64]:
+    """Return int64 values, -1 where null."""
+    if values.type != pa.int64():
+        values = pc.cast(values, pa.int64())
+    if values.null_count:
+        values = values.fill_null(UNKNOWN_ID)
+    return np.asarray(values.to_numpy(zero_copy_only=False))
+
+
+def numbers(values: pa.Array) -> Floats:
+    """Return float64 values, NaN where null."""
+    if values.type != pa.float64():
+        values = pc.cast(values, pa.float64(), safe=False)
+    return np.asarray(values.to_numpy(zero_copy_only=False))
+
+
+def _feature_column(place: Place, name: str, feature: FeatureConfig, key: str) -> Column:
+    kind: Kind = "number" if feature.boundaries else "integer"
+    return Column(place, feature.column or name, kind, key)
