@@ -1,0 +1,123 @@
+"""The recommender: rows of the tables in, predictions and losses out.
+
+Letters: B sequences, L tokens, R rows of the encoder, P ranking positions, Q retrieval positions,
+M negatives, D model dim.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from gr.baselines.dlrm import DLRM
+from gr.baselines.sasrec import SASRecEncoder
+from gr.baselines.transformer import TransformerEncoder
+from gr.config import TrainConfig, lookup_features
+from gr.encodings import TokenEncoding
+from gr.heads import RankingHead, RetrievalHead
+from gr.hstu import HSTUEncoder
+from gr.sequence import SequenceInfo, sequence_index, tail_rows
+from gr.tokens import TokenEmbedding
+from pipelines.batch import SequenceBatch, TokenKind
+from pipelines.config import ITEM_ID
+
+ENCODERS = {"hstu": HSTUEncoder, "sasrec": SASRecEncoder, "transformer": TransformerEncoder}
+
+
+@dataclass
+class Predictions:
+    """What the dense part says about a batch."""
+
+    ranking: dict[str, Tensor]
+    """Task -> (P,) logits or values."""
+    user_vectors: Tensor | None
+    """(Q, item dim) user vector of each retrieval position."""
+
+
+class SequenceModel(nn.Module):
+    """Token embedding, encodings, encoder and heads: the dense part of every sequence model."""
+
+    def __init__(self, config: TrainConfig, feature_dims: Mapping[str, int], utc_offset: int):
+        super().__init__()
+        model, data = config.model, config.data
+        self.tokens = TokenEmbedding(data, model, feature_dims)
+        self.encoding = TokenEncoding(model.encoding, model.dim, utc_offset_seconds=utc_offset)
+        self.encoder = ENCODERS[model.encoder](model)
+        self.ranking = (
+            RankingHead(model.dim, data.tasks, model.head.ranking_hidden) if data.tasks else None
+        )
+        self.retrieval = (
+            RetrievalHead(model.dim, feature_dims[ITEM_ID], l2_normalize=model.head.l2_normalize)
+            if model.head.retrieval
+            else None
+        )
+
+    def forward(
+        self, batch: SequenceBatch, info: SequenceInfo, rows: Mapping[str, Tensor]
+    ) -> Predictions:
+        """Return the predictions at every position that a loss reads."""
+        x_LD = self.encoding(self.tokens(batch, rows), info)
+        y_RD: Tensor = self.encoder(x_LD, info)
+        sequence_L = sequence_index(batch.offsets, batch.num_tokens)
+
+        def read(positions: Tensor) -> Tensor:
+            rows_of = tail_rows(info, positions, sequence_L[positions])
+            return y_RD.index_select(0, rows_of)
+
+        return Predictions(
+            ranking=self.ranking(read(batch.ranking_positions)) if self.ranking else {},
+            user_vectors=self.retrieval(read(batch.retrieval_positions))
+            if self.retrieval
+            else None,
+        )
+
+
+class PointwiseModel(nn.Module):
+    """DLRM: each candidate on its own, with dense features instead of the history."""
+
+    def __init__(self, config: TrainConfig, feature_dims: Mapping[str, int]):
+        super().__init__()
+        data, model = config.data, config.model
+        self.item_features = (ITEM_ID, *data.item_features)
+        self.context_features = tuple(data.context_features)
+        names = (*self.item_features, *self.context_features)
+        self.dlrm = DLRM(
+            model.dlrm,
+            num_dense=len(data.dense_features),
+            feature_dims={name: feature_dims[name] for name in names},
+            dim=model.dim,
+        )
+        self.ranking = RankingHead(model.dlrm.top[-1], data.tasks, ())
+
+    def forward(
+        self, batch: SequenceBatch, info: SequenceInfo, rows: Mapping[str, Tensor]
+    ) -> Predictions:
+        """Return the predictions at every ranking position."""
+        kind = batch.token_kind
+        has_item = (kind != TokenKind.CONTEXT) & (kind != TokenKind.ACTION)
+        item_P = (has_item.cumsum(0) - 1)[batch.ranking_positions]
+        sequence_P = sequence_index(batch.offsets, batch.num_tokens)[batch.ranking_positions]
+        features = {name: rows[name][item_P] for name in self.item_features}
+        features |= {name: rows[name][sequence_P] for name in self.context_features}
+        return Predictions(self.ranking(self.dlrm(batch.dense_features, features)), None)
+
+
+def dense_model(
+    config: TrainConfig, feature_dims: Mapping[str, int], utc_offset: int
+) -> SequenceModel | PointwiseModel:
+    """Return the dense part that the configuration asks for.
+
+    Args:
+        config: of the run.
+        feature_dims: feature -> width of its rows.
+        utc_offset: seconds to add to a timestamp for local time.
+    """
+    if config.model.encoder == "dlrm":
+        return PointwiseModel(config, feature_dims)
+    return SequenceModel(config, feature_dims, utc_offset)
+
+
+def feature_dims(config: TrainConfig) -> dict[str, int]:
+    """Return the width of the rows of each looked-up feature."""
+    dims = {f: t.dim for t in config.embeddings.tables.values() for f in t.features}
+    return {name: dims[name] for name in lookup_features(config)}

@@ -1,0 +1,144 @@
+"""Ranks and processes. The only place that reads the launcher's environment."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of the job."""
+
+    rank: int
+    """0 .. size - 1."""
+    size: int
+    """Number of processes."""
+    device: torch.device
+    """Where this process computes."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what is written once a job."""
+        return self.rank == 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of `x` over all ranks."""
+        if self.size > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+        return x
+
+    def on_main(self, action: Callable[[], Any]) -> None:
+        """Do something on rank 0, and fail on every rank if it fails there.
+
+        Raises:
+            ValueError: what `action` raised on rank 0.
+        """
+        error: list[ValueError | None] = [None]
+        if self.is_main:
+            try:
+                action()
+            except ValueError as failure:
+                error[0] = failure
+        if self.size > 1:
+            dist.broadcast_object_list(error)
+        if error[0] is not None:
+            raise error[0]
+
+    def agree(self, what: str, value: str) -> None:
+        """Refuse to go on if the ranks hold different values.
+
+        Args:
+            what: names the value in the message.
+            value: this rank's.
+
+        Raises:
+            ValueError: naming a rank that differs from rank 0, and both values.
+        """
+        if self.size == 1:
+            return
+        values: list[str] = [""] * self.size
+        dist.all_gather_object(values, value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise ValueError(
+                    f"all ranks must have the same {what}, but rank {rank} differs from rank 0: "
+                    f"{_first_difference(values[0], other)}. Start every rank with the same "
+                    "command and files."
+                )
+
+
+def environment_rank() -> int:
+    """Return the rank that the launcher gave to this process, 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def start(device: str) -> World:
+    """Join the job that torchrun started, or stand alone.
+
+    Args:
+        device: auto, cpu or cuda; auto is CUDA where there is one.
+
+    Raises:
+        ValueError: if CUDA is asked for and there is none, or fewer GPUs than local ranks.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no GPU here. Use device=cpu.")
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"local rank {local_rank} has no GPU of its own: this host has "
+                f"{torch.cuda.device_count()}. Start at most as many processes a host."
+            )
+        torch.cuda.set_device(local_rank)
+        where = torch.device("cuda", local_rank)
+    else:
+        where = torch.device("cpu")
+    if not dist.is_initialized() and (size > 1 or device == "cuda"):
+        _set_lonely_rendezvous(size)
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            timeout=timedelta(minutes=10),
+            device_id=where if device == "cuda" else None,
+        )
+    return World(environment_rank(), size, where)
+
+
+def stop() -> None:
+    """Leave the job."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Make arithmetic bit-reproducible, or let every library choose the fastest."""
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        # cuBLAS needs a fixed workspace for reproducible sums; it reads this at its first call.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def _set_lonely_rendezvous(size: int) -> None:
+    # TorchRec needs a process group even for one process; torchrun sets these for many.
+    if size == 1 and "MASTER_ADDR" not in os.environ:
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0"
+        )
+
+
+def _first_difference(a: str, b: str) -> str:
+    for line_a, line_b in zip(a.splitlines(), b.splitlines(), strict=False):
+        if line_a != line_b:
+            return f"{line_a.strip()!r} against {line_b.strip()!r}"
+    return f"{len(a.splitlines())} against {len(b.splitlines())} lines"

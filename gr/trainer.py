@@ -1,0 +1,268 @@
+"""One training step, the evaluation before it, and the state that a checkpoint keeps."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from embeddings.collection import build_tables
+from embeddings.vocabulary import Vocabulary
+from gr.checkpoint import CheckpointManager
+from gr.config import TrainConfig
+from gr.flops import training_flops
+from gr.metrics import EvalAccumulator
+from gr.model import Predictions, SequenceModel, dense_model, feature_dims
+from gr.objective import Objective
+from gr.optim import dense_optimizer, lr_factor
+from gr.parallel import World
+from gr.retrieval_metrics import catalogue_ranks
+from gr.sequence import SequenceInfo, sequence_index, sequence_info
+from pipelines.batch import SequenceBatch, StreamPosition
+from pipelines.config import ITEM_ID, TARGET_ITEM_ID
+
+EVALUATION = "evaluation"
+
+
+@dataclass
+class Progress:
+    """How far a run is, over all ranks."""
+
+    step: int = 0
+    """Updates made."""
+    examples: int = 0
+    """Sequences trained on."""
+    tokens: int = 0
+    """Tokens of those sequences."""
+    position: StreamPosition | None = None
+    """Position of the stream after the last trained batch."""
+
+
+class Trainer:
+    """Model, tables, optimizers and metrics of a run; `train_step` is the whole loop body.
+
+    Args:
+        config: of the run.
+        world: this process among all.
+        utc_offset: seconds to add to a timestamp for local time.
+        partitions: of the log, which together with the configuration says how large a batch is.
+    """
+
+    def __init__(
+        self, config: TrainConfig, world: World, *, utc_offset: int, partitions: int
+    ) -> None:
+        self.config = config
+        self.world = world
+        torch.manual_seed(config.seed)
+        dims = feature_dims(config)
+        self.item_table = next(
+            name for name, table in config.embeddings.tables.items() if ITEM_ID in table.features
+        )
+        self.vocabulary = Vocabulary(config.embeddings)
+        self.tables = build_tables(
+            config.embeddings,
+            device=world.device,
+            seed=config.seed,
+            num_sequences_hint=-(-config.data.sessions_per_partition * partitions // world.size),
+            mean_length_hint=max(1.0, config.data.max_history_tokens),
+        )
+        self.model = dense_model(config, dims, utc_offset).to(world.device)
+        self.dense: nn.Module = self.model
+        if world.size > 1:
+            self.dense = DistributedDataParallel(self.model)
+        self.objective = Objective(config, self.item_table).to(world.device)
+        self.optimizer = dense_optimizer(self.model, config.optim)
+        self.evaluation = EvalAccumulator(config.data.tasks, ks=config.eval.ks)
+        self.progress = Progress()
+        self.loss_sums = torch.zeros(2, len(self.objective.names), dtype=torch.float64)
+        self.flops = 0.0
+        self.has_dropout = any(m.p > 0 for m in self.model.modules() if isinstance(m, nn.Dropout))
+
+    def train_step(self, batch: SequenceBatch) -> dict[str, float]:
+        """Score the batch, then learn from it.
+
+        Args:
+            batch: this rank's share of a global batch, raw ids, on the CPU.
+
+        Returns:
+            Gradient norm and learning rates of the step.
+
+        Raises:
+            ValueError: for an id outside a static table.
+            FloatingPointError: if the loss is not finite, on all ranks alike.
+        """
+        config, world = self.config, self.world
+        self._seed_step()
+        batch.ids = self.vocabulary.rows(batch.ids, batch.partition)
+        batch = batch.to(world.device, non_blocking=True)
+        factor = lr_factor(self.progress.step, config.optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.optim.lr * factor
+        self.tables.set_lr(config.embeddings.optimizer.lr * factor)
+
+        info = sequence_info(batch)
+        global_weights = world.sum(self.objective.weights(batch))
+        rows = self.tables.lookup(batch.ids)
+        with torch.autocast(world.device.type, torch.bfloat16, config.precision == "bf16"):
+            predictions: Predictions = self.dense(batch, info, rows)
+        head = self.model.retrieval if isinstance(self.model, SequenceModel) else None
+        sums = self.objective(batch, rows, predictions, head, self.tables)
+        # Gradients are averaged over ranks, sums are not: hence world.size.
+        loss = sum(
+            factor * sums[name].total * (world.size / weight.clamp_min(1e-12))
+            for name, factor, weight in zip(
+                self.objective.names, self.objective.factors, global_weights.float(), strict=True
+            )
+        )
+        assert isinstance(loss, Tensor)
+        totals = torch.stack([sums[name].total.detach().double() for name in self.objective.names])
+        totals = world.sum(totals)
+        self._check_finite(totals)
+
+        self._score(batch, info, rows, predictions)
+
+        loss.backward()  # type: ignore[no-untyped-call]
+        grad_norm = nn.utils.clip_grad_norm_(
+            self.model.parameters(), config.optim.clip_norm or float("inf")
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.tables.optimizer_step()
+        self.tables.optimizer_zero_grad()
+
+        self.loss_sums += torch.stack([totals, global_weights]).cpu()
+        counts = world.sum(
+            torch.tensor([batch.num_sequences, batch.num_tokens], device=world.device)
+        )
+        self.flops += training_flops(config.model, info)
+        self.progress.step += 1
+        self.progress.examples += int(counts[0])
+        self.progress.tokens += int(counts[1])
+        self.progress.position = batch.position
+        return {
+            "grad_norm": float(grad_norm),
+            "lr/dense": config.optim.lr * factor,
+            "lr/embeddings": config.embeddings.optimizer.lr * factor,
+        }
+
+    def take_losses(self) -> dict[str, float]:
+        """Return the mean of each loss since the last call, over all ranks, and their sum."""
+        totals, weights = self.loss_sums
+        means = {
+            name: float(total / weight) if weight > 0 else float("nan")
+            for name, total, weight in zip(self.objective.names, totals, weights, strict=True)
+        }
+        factors = dict(zip(self.objective.names, self.objective.factors, strict=True))
+        seen = {name: mean for name, mean in means.items() if mean == mean}
+        self.loss_sums.zero_()
+        return {
+            "train/loss": sum(factors[name] * mean for name, mean in seen.items()),
+            **{f"train/loss/{name}": mean for name, mean in means.items()},
+        }
+
+    def take_flops(self) -> float:
+        """Return this rank's training FLOPs since the last call."""
+        flops, self.flops = self.flops, 0.0
+        return flops
+
+    @torch.no_grad()
+    def _score(
+        self,
+        batch: SequenceBatch,
+        info: SequenceInfo,
+        rows: dict[str, Tensor],
+        predictions: Predictions,
+    ) -> None:
+        if self.has_dropout:
+            self.model.eval()
+            predictions = self.model(batch, info, rows)
+            self.model.train()
+        sequence_L = sequence_index(batch.offsets, batch.num_tokens)
+        if predictions.ranking:
+            self.evaluation.update_ranking(
+                predictions.ranking,
+                batch.labels,
+                batch.weights,
+                batch.user_id[sequence_L[batch.ranking_positions]],
+            )
+        if predictions.user_vectors is not None and self.config.eval.retrieval:
+            assert isinstance(self.model, SequenceModel)
+            head = self.model.retrieval
+            assert head is not None
+            chunks = (
+                (first, head.item_vectors(chunk))
+                for first, chunk in self.tables.all_rows(self.item_table)
+            )
+            ranks, log_probs = catalogue_ranks(
+                predictions.user_vectors,
+                head.item_vectors(rows[TARGET_ITEM_ID]),
+                batch.ids[TARGET_ITEM_ID].values(),
+                chunks,
+                temperature=self.config.loss.temperature,
+            )
+            self.evaluation.update_retrieval(ranks, log_probs, batch.retrieval_weights)
+
+    def _seed_step(self) -> None:
+        # Dropout is a function of (seed, step, rank): a resumed run repeats it without saved state.
+        mixed = (self.config.seed * 1_000_003 + self.progress.step) * 65_537 + self.world.rank
+        torch.manual_seed(mixed % (1 << 63))
+
+    def _check_finite(self, totals: Tensor) -> None:
+        finite = totals.isfinite()
+        if bool(finite.all()):
+            return
+        names = [n for n, ok in zip(self.objective.names, finite.tolist(), strict=True) if not ok]
+        raise FloatingPointError(
+            f"the loss of {names} is not finite at step {self.progress.step}. This batch updated "
+            "nothing. Lower optim.lr or embeddings.optimizer.lr, add optim.warmup_steps, or look "
+            "for absurd values in the labels and dense features of the log."
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps; the evaluation by rank, the rest alike on all ranks."""
+        position = self.progress.position
+        return {
+            "dense": get_model_state_dict(self.model),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+            "tables": self.tables.checkpoint_state(),
+            "objective": self.objective.state_dict(),
+            "loss_sums": self.loss_sums,
+            EVALUATION: {f"rank_{self.world.rank}": self.evaluation.state_dict()},
+            "progress": {
+                "step": self.progress.step,
+                "examples": self.progress.examples,
+                "tokens": self.progress.tokens,
+                "rows": list(position.rows) if position else [],
+            },
+        }
+
+    def load(self, checkpoints: CheckpointManager, step: int) -> None:
+        """Restore a checkpoint that any number of ranks saved.
+
+        Raises:
+            ValueError: if it is of another model or not complete.
+        """
+        state = self.state()
+        checkpoints.load(step, state)
+        set_model_state_dict(self.model, state["dense"])
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        self.tables.load_checkpoint_state(state["tables"])
+        self.objective.load_state_dict(state["objective"])
+        self.loss_sums = state["loss_sums"]
+        stored = state["progress"]
+        self.progress = Progress(
+            step=stored["step"],
+            examples=stored["examples"],
+            tokens=stored["tokens"],
+            position=StreamPosition(rows=tuple(stored["rows"]), step=stored["step"]),
+        )
+        for rank in range(self.world.rank, checkpoints.num_ranks(step), self.world.size):
+            stored_evaluation = checkpoints.read(step, f"{EVALUATION}.rank_{rank}")
+            self.evaluation.merge_state_dict(stored_evaluation)
