@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,11 +30,11 @@ FREE_ON_RESUME_UNDER = ("checkpoint.",)
 Value = float | int | str | bool | None
 
 
-@dataclass(frozen=True)
 class RunDir:
     """Paths of a run directory."""
 
-    path: Path
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
 
     @property
     def checkpoints(self) -> Path:
@@ -63,7 +62,7 @@ def open_run_dir(
         ValueError: if something is there and `resume` is false, if what is there is no run, or if
             its configuration differs in more than FREE_ON_RESUME.
     """
-    run = RunDir(Path(path))
+    run = RunDir(path)
     if run.path.exists() and not run.path.is_dir():
         raise ValueError(f"run_dir={path} is a file. Name a directory that is empty or not there.")
     found = [p.name for p in run.path.iterdir()] if run.path.exists() else []
