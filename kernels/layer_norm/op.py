@@ -39,29 +39,15 @@ def layer_norm(
     _check(x_LD, weight_D, bias_D)
     if resolve(impl, x_LD) is Impl.REFERENCE:
         return reference.layer_norm(x_LD, weight_D, bias_D, eps)
-    check_triton_rows("x", x_LD)
+    _check_triton(x_LD)
     y_LD: Tensor = _forward(x_LD, weight_D, bias_D, eps)[0]
     return y_LD
 
 
-def check_triton_rows(name: str, x_LD: Tensor) -> None:
-    """Refuse what the row kernels cannot hold: rows above 16384 columns, and float64.
+def _check_triton(x_LD: Tensor) -> None:
+    from kernels._triton.rows import check_rows
 
-    Raises:
-        ValueError: naming the argument `name`.
-    """
-    from kernels._triton.rows import MAX_DIM
-
-    if x_LD.shape[1] > MAX_DIM:
-        raise ValueError(
-            f"{name} has {x_LD.shape[1]} columns, impl='triton' holds at most {MAX_DIM}: use "
-            "impl='reference'"
-        )
-    if x_LD.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"{name} must be float32, float16 or bfloat16 for impl='triton', got {x_LD.dtype}: use "
-            "impl='reference'"
-        )
+    check_rows("x", x_LD.dtype, x_LD.shape[1])
 
 
 def _check(x_LD: Tensor, weight_D: Tensor | None, bias_D: Tensor | None) -> None:

@@ -1,0 +1,303 @@
+"""Gated norm, one pass forward and one backward.
+
+Forward:  xh = (x - mean) * rstd,  n = xh * w + b,  out = keep * [u, x,] n * u / (1 - dropout)
+Backward: n is computed again from x, mean and rstd; what dropout kept, from the seed.
+          du = dy * n [+ dout_u],  g = dy * u * w
+          dx = rstd * (g - mean(g) - xh * mean(g * xh)) [+ dout_x]
+          dw = sum(dy * u * xh),  db = sum(dy * u)
+
+L rows of C = G * V channels; a program owns one group (axis 1 of the grid), so that the sums of its
+weights stay in registers. Sums over rows as in layer_norm: partial rows, added in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._triton.rows import backward_tile, forward_tile, num_programs
+
+
+@triton.jit
+def _mix(x):
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _row_keys(seed_ptr, rows):
+    seed = tl.load(seed_ptr)
+    low = seed.to(tl.uint32)
+    high = (seed >> 32).to(tl.uint32)
+    return _mix(_mix(low + rows.to(tl.uint32) * 0x9E3779B9) ^ high)
+
+
+@triton.jit
+def _dropped(y, row_keys, channels, threshold, scale):
+    """Return y / (1 - dropout) where it is kept, else 0: kept() in reference.py."""
+    drawn = _mix(row_keys[:, None] ^ (channels.to(tl.uint32) * 0x85EBCA6B)[None, :]) >> 8
+    return tl.where(drawn.to(tl.int32) >= threshold, y * scale, 0.0)
+
+
+@triton.jit
+def _norm_gate_fwd_kernel(
+    x_ptr,
+    u_ptr,
+    weight_ptr,
+    bias_ptr,
+    seed_ptr,
+    out_ptr,
+    mean_ptr,
+    rstd_ptr,
+    L,
+    stride_x,
+    stride_u,
+    eps,
+    threshold,
+    scale,
+    C: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CONCAT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(1)
+    cols = tl.arange(0, BLOCK_V)
+    channels = group * V + cols
+    mask = (rows < L)[:, None] & (cols < V)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * stride_x + channels[None, :], mask=mask, other=0.0)
+    u = tl.load(u_ptr + rows[:, None] * stride_u + channels[None, :], mask=mask, other=0.0)
+    x = x.to(tl.float32)
+    u = u.to(tl.float32)
+    mean = tl.sum(x, 1) / V
+    centred = tl.where(mask, x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / V + eps)
+    y = centred * rstd[:, None]
+    if HAS_WEIGHT:
+        y *= tl.load(weight_ptr + channels, mask=cols < V, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + channels, mask=cols < V, other=0.0).to(tl.float32)[None, :]
+    y *= u
+
+    per_group = rows * (C // V) + group
+    tl.store(mean_ptr + per_group, mean, mask=rows < L)
+    tl.store(rstd_ptr + per_group, rstd, mask=rows < L)
+    if DROPOUT:
+        keys = _row_keys(seed_ptr, rows)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    if CONCAT:
+        offs = rows[:, None] * (3 * C) + channels[None, :]
+        if DROPOUT:
+            u = _dropped(u, keys, channels, threshold, scale)
+            x = _dropped(x, keys, channels + C, threshold, scale)
+            y = _dropped(y, keys, channels + 2 * C, threshold, scale)
+        tl.store(out_ptr + offs, u.to(dtype), mask=mask)
+        tl.store(out_ptr + offs + C, x.to(dtype), mask=mask)
+        tl.store(out_ptr + offs + 2 * C, y.to(dtype), mask=mask)
+    else:
+        if DROPOUT:
+            y = _dropped(y, keys, channels, threshold, scale)
+        tl.store(out_ptr + rows[:, None] * C + channels[None, :], y.to(dtype), mask=mask)
+
+
+@triton.jit
+def _norm_gate_bwd_kernel(
+    dout_ptr,
+    x_ptr,
+    u_ptr,
+    weight_ptr,
+    bias_ptr,
+    seed_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    du_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    L,
+    stride_dout,
+    stride_x,
+    stride_u,
+    threshold,
+    scale,
+    C: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CONCAT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    group = tl.program_id(1)
+    cols = tl.arange(0, BLOCK_V)
+    channels = group * V + cols
+    weight = tl.full((BLOCK_V,), 1.0, tl.float32)
+    bias = tl.zeros((BLOCK_V,), tl.float32)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + channels, mask=cols < V, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + channels, mask=cols < V, other=0.0).to(tl.float32)
+    dweight = tl.zeros((ROWS, BLOCK_V), tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK_V), tl.float32)
+    for block in range(pid, tl.cdiv(L, ROWS), tl.num_programs(0)):
+        rows = block * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        mask = (rows < L)[:, None] & (cols < V)[None, :]
+        offs_dout = rows[:, None] * stride_dout + channels[None, :]
+        if CONCAT:
+            dy = tl.load(dout_ptr + offs_dout + 2 * C, mask=mask, other=0.0).to(tl.float32)
+            du = tl.load(dout_ptr + offs_dout, mask=mask, other=0.0).to(tl.float32)
+            dx = tl.load(dout_ptr + offs_dout + C, mask=mask, other=0.0).to(tl.float32)
+        else:
+            dy = tl.load(dout_ptr + offs_dout, mask=mask, other=0.0).to(tl.float32)
+        if DROPOUT:
+            keys = _row_keys(seed_ptr, rows)
+            if CONCAT:
+                du = _dropped(du, keys, channels, threshold, scale)
+                dx = _dropped(dx, keys, channels + C, threshold, scale)
+                dy = _dropped(dy, keys, channels + 2 * C, threshold, scale)
+            else:
+                dy = _dropped(dy, keys, channels, threshold, scale)
+        x = tl.load(x_ptr + rows[:, None] * stride_x + channels[None, :], mask=mask, other=0.0)
+        u = tl.load(u_ptr + rows[:, None] * stride_u + channels[None, :], mask=mask, other=0.0)
+        per_group = rows * (C // V) + group
+        mean = tl.load(mean_ptr + per_group, mask=rows < L, other=0.0)
+        rstd = tl.load(rstd_ptr + per_group, mask=rows < L, other=0.0)
+        xh = tl.where(mask, (x.to(tl.float32) - mean[:, None]) * rstd[:, None], 0.0)
+
+        offs = rows[:, None] * C + channels[None, :]
+        gate_grad = dy * (xh * weight[None, :] + bias[None, :])
+        if CONCAT:
+            gate_grad += du
+        tl.store(du_ptr + offs, gate_grad.to(du_ptr.dtype.element_ty), mask=mask)
+
+        dn = dy * u.to(tl.float32)
+        if HAS_WEIGHT:
+            dweight += dn * xh
+        if HAS_BIAS:
+            dbias += dn
+        g = dn * weight[None, :]
+        mean_g = tl.sum(g, 1) / V
+        mean_gx = tl.sum(g * xh, 1) / V
+        x_grad = rstd[:, None] * (g - mean_g[:, None] - xh * mean_gx[:, None])
+        if CONCAT:
+            x_grad += dx
+        tl.store(dx_ptr + offs, x_grad.to(dx_ptr.dtype.element_ty), mask=mask)
+    offs_sum = pid.to(tl.int64) * C + channels
+    if HAS_WEIGHT:
+        tl.store(dweight_ptr + offs_sum, tl.sum(dweight, 0), mask=cols < V)
+    if HAS_BIAS:
+        tl.store(dbias_ptr + offs_sum, tl.sum(dbias, 0), mask=cols < V)
+
+
+def norm_gate_fwd(
+    x: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    num_groups: int,
+    eps: float,
+    concat: bool,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return out (L, C or 3 C), mean and rstd (L, G) float32. x and u may have any row stride."""
+    L, C = x.shape
+    V = C // num_groups
+    out = x.new_empty(L, 3 * C if concat else C)
+    mean, rstd = (x.new_empty(L, num_groups, dtype=torch.float32) for _ in range(2))
+    if L == 0:
+        return out, mean, rstd
+    rows, columns, warps = forward_tile(V)
+    _norm_gate_fwd_kernel[(triton.cdiv(L, rows), num_groups)](
+        x,
+        u,
+        weight,
+        bias,
+        seed,
+        out,
+        mean,
+        rstd,
+        L,
+        x.stride(0),
+        u.stride(0),
+        eps,
+        round(dropout * 2**24),
+        1 / (1 - dropout),
+        C=C,
+        V=V,
+        ROWS=rows,
+        BLOCK_V=columns,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        CONCAT=concat,
+        DROPOUT=dropout > 0,
+        num_warps=warps,
+    )
+    return out, mean, rstd
+
+
+def norm_gate_bwd(
+    dout: Tensor,
+    x: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    concat: bool,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return dx, du (L, C), and dweight and dbias in float32 (zero where there is none)."""
+    L, C = x.shape
+    V = C // num_groups
+    dx, du = x.new_empty(L, C), u.new_empty(L, C)
+    rows, columns, warps = backward_tile(V)
+    per_processor = 3 if columns <= 512 else 2
+    blocks = triton.cdiv(L, rows)
+    programs = min(
+        blocks, triton.cdiv(num_programs(x.device, blocks * num_groups, per_processor), num_groups)
+    )
+    wanted = (weight is not None, bias is not None)
+    dweight, dbias = (x.new_empty(programs if w else 0, C, dtype=torch.float32) for w in wanted)
+    if L > 0:
+        _norm_gate_bwd_kernel[(programs, num_groups)](
+            dout,
+            x,
+            u,
+            weight,
+            bias,
+            seed,
+            mean,
+            rstd,
+            dx,
+            du,
+            dweight,
+            dbias,
+            L,
+            dout.stride(0),
+            x.stride(0),
+            u.stride(0),
+            round(dropout * 2**24),
+            1 / (1 - dropout),
+            C=C,
+            V=V,
+            ROWS=rows,
+            BLOCK_V=columns,
+            HAS_WEIGHT=wanted[0],
+            HAS_BIAS=wanted[1],
+            CONCAT=concat,
+            DROPOUT=dropout > 0,
+            num_warps=warps,
+        )
+    return dx, du, dweight.sum(0), dbias.sum(0)
