@@ -5,6 +5,7 @@ import torch.distributed as dist
 
 from embeddings.config import EmbeddingsConfig
 from embeddings.replicated import ReplicatedTables
+from embeddings.sharded import ShardedTables
 from embeddings.tables import Tables
 
 
@@ -34,5 +35,12 @@ def build_tables(
     if form == "auto":
         form = "sharded" if device.type == "cuda" else "replicated"
     if form == "sharded":
-        raise NotImplementedError("embeddings.form=sharded")
+        return ShardedTables(
+            config,
+            device=device,
+            seed=seed,
+            num_sequences_hint=num_sequences_hint,
+            mean_length_hint=mean_length_hint,
+            process_group=process_group,
+        )
     return ReplicatedTables(config, device=device, seed=seed, process_group=process_group)

@@ -58,6 +58,7 @@ class ReplicatedTables(Tables):
 
     def lookup(self, rows: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Return the rows of each feature (see Tables)."""
+        self.check_served(rows.keys())
         bounds = rows.offset_per_key()
         values = {f: rows.values()[bounds[i] : bounds[i + 1]] for i, f in enumerate(rows.keys())}
         found: dict[str, Tensor] = {}
@@ -70,12 +71,6 @@ class ReplicatedTables(Tables):
             vectors_nD = _look_up(self.weights[name], rows_n)
             sizes = [values[feature].numel() for feature in features]
             found.update(zip(features, torch.split(vectors_nD, sizes), strict=True))
-        unserved = [feature for feature in values if feature not in found]
-        if unserved:
-            raise ValueError(
-                f"no embedding table serves feature(s) {unserved}: add them to "
-                "embeddings.tables.NAME.features"
-            )
         return {feature: found[feature] for feature in values}
 
     def all_rows(self, table: str, chunk_rows: int = 65536) -> Iterator[tuple[int, Tensor]]:

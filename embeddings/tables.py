@@ -88,6 +88,20 @@ class Tables(nn.Module, ABC):
     def plan_summary(self) -> str:
         """Return one line a table: rows x dim, form, sharding, ranks, bytes with moments."""
 
+    def check_served(self, features: list[str]) -> None:
+        """Refuse features that no table serves.
+
+        Raises:
+            ValueError: naming them.
+        """
+        served = {f for table in self.config.tables.values() for f in table.features}
+        unserved = [feature for feature in features if feature not in served]
+        if unserved:
+            raise ValueError(
+                f"no embedding table serves feature(s) {unserved}: add them to "
+                "embeddings.tables.NAME.features"
+            )
+
     def table_config(self, table: str) -> TableConfig:
         """Return the configuration of `table`.
 
