@@ -69,10 +69,18 @@ class TransformerConfig:
     num_heads: int = 2
     """Heads; the model dim must be a multiple of it."""
     ffn_dim: int = 0
-    """Hidden width of the feed-forward part; 0 means the model dim (SASRec), 8/3 of it
-    (Transformer++)."""
+    """Hidden width of the feed-forward part; 0 means the model dim (SASRec), 8/3 of it rounded up
+    to a multiple of 8 (Transformer++)."""
     dropout: float = 0.0
-    """After attention and feed-forward."""
+    """After attention and feed-forward; in SASRec also on the hidden part of the latter."""
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1 or self.ffn_dim < 0:
+            raise ValueError(
+                "model.transformer.num_heads must be at least 1 and ffn_dim at least 0, got "
+                f"{self.num_heads} and {self.ffn_dim}"
+            )
+        check_dropout("model.transformer.dropout", self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +90,14 @@ class DLRMConfig:
     bottom: tuple[int, ...] = (128, 64)
     """Widths of the MLP over dense features; its output is projected to the model dim."""
     top: tuple[int, ...] = (256, 128)
-    """Widths of the MLP over the interactions."""
+    """Widths of the MLP over the interactions; the last is what the tasks read."""
+
+    def __post_init__(self) -> None:
+        if not self.top or any(width < 1 for width in (*self.bottom, *self.top)):
+            raise ValueError(
+                "model.dlrm.top must have a layer, and widths must be at least 1, got "
+                f"bottom={list(self.bottom)}, top={list(self.top)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

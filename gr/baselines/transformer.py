@@ -1,0 +1,157 @@
+"""Transformer++: the pre-norm Transformer with RMSNorm, rotary positions and SwiGLU.
+
+Letters: L tokens, R rows of the result, D model dim, H heads, K = D / H.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gr.baselines.attention import softmax_attention
+from gr.config import ModelConfig
+from gr.hstu import tail_index
+from gr.sequence import SequenceInfo, sequence_index
+
+NORM_EPS = 1e-6
+ROTARY_BASE = 10_000.0
+
+
+class TransformerEncoder(nn.Module):
+    """A stack of layers and a norm; the last layer computes the rows of the tails only.
+
+    Args:
+        config: `dim`, `num_layers` and `transformer` are read; ffn_dim 0 means 8/3 D, rounded up to
+            a multiple of 8.
+
+    Raises:
+        ValueError: if the dim of a head is odd.
+
+    Source: the Transformer++ of arXiv 2402.17152, table 5: layers of Touvron et al., "LLaMA", 2023.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.dim // config.transformer.num_heads
+        if self.head_dim % 2:
+            raise ValueError(
+                "rotary positions turn pairs of numbers: model.dim / model.transformer.num_heads "
+                f"must be even, got {config.dim} / {config.transformer.num_heads}"
+            )
+        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.num_layers))
+        self.final_norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
+
+    def forward(self, x_LD: Tensor, info: SequenceInfo) -> Tensor:
+        """Return (R, D): the rows of the tails, in the order of the tokens.
+
+        Args:
+            x_LD: floating, the tokens of all sequences.
+            info: structure of the batch.
+        """
+        dtype = torch.promote_types(x_LD.dtype, torch.float32)
+        rotation = rotary_angles(token_positions(info, len(x_LD)), self.head_dim, dtype)
+        for layer in self.layers[:-1]:
+            x_LD = layer(x_LD, info, rotation)
+        y_RD: Tensor = self.layers[-1](x_LD, info, rotation, tail_R=tail_index(info))
+        return self.final_norm(y_RD)  # type: ignore[no-any-return]
+
+
+class TransformerLayer(nn.Module):
+    """One layer.
+
+        N = rms_norm(X);   Z = X + dropout(W_o softmax(rope(W_q N) rope(W_k N)^T / sqrt(K)) W_v N)
+        M = rms_norm(Z);   Y = Z + dropout(W_2 (silu(W_g M) * W_1 M))               (no biases)
+
+    Args:
+        config: as of the encoder.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        ffn_dim = config.transformer.ffn_dim or -(-(8 * dim) // (3 * 8)) * 8
+        self.num_heads = config.transformer.num_heads
+        self.dropout = config.transformer.dropout
+        self.attention_norm = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key_value = nn.Linear(dim, 2 * dim, bias=False)
+        self.output = nn.Linear(dim, dim, bias=False)
+        self.ffn_norm = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.ffn_in = nn.Linear(dim, 2 * ffn_dim, bias=False)
+        self.ffn_out = nn.Linear(ffn_dim, dim, bias=False)
+        for linear in (self.query, self.key_value, self.ffn_in):
+            nn.init.normal_(linear.weight, std=0.02)
+        # Two residual branches a layer: their sum starts no larger in deep stacks (GPT-2).
+        for linear in (self.output, self.ffn_out):
+            nn.init.normal_(linear.weight, std=0.02 / (2 * config.num_layers) ** 0.5)
+
+    def forward(
+        self,
+        x_LD: Tensor,
+        info: SequenceInfo,
+        rotation: tuple[Tensor, Tensor],
+        tail_R: Tensor | None = None,
+    ) -> Tensor:
+        """Return Y: (L, D), or (R, D) for the tokens `tail_R` (gr.hstu.tail_index).
+
+        Args:
+            x_LD: floating.
+            info: structure of the batch.
+            rotation: `rotary_angles` of the tokens.
+            tail_R: tokens whose rows are wanted; None means all.
+        """
+        normed_LD = self.attention_norm(x_LD)
+        k_LD, v_LD = self.key_value(normed_LD).chunk(2, dim=1)
+        k_LHK, v_LHK = (x.unflatten(1, (self.num_heads, -1)) for x in (k_LD, v_LD))
+        k_LHK = rotate(k_LHK, rotation)
+        x_RD = x_LD
+        if tail_R is not None:
+            x_RD, normed_LD = x_LD.index_select(0, tail_R), normed_LD.index_select(0, tail_R)
+            rotation = (rotation[0].index_select(0, tail_R), rotation[1].index_select(0, tail_R))
+        q_RHK = rotate(self.query(normed_LD).unflatten(1, (self.num_heads, -1)), rotation)
+        attended_RHK = softmax_attention(q_RHK, k_LHK, v_LHK, info, of_tails=tail_R is not None)
+        z_RD = x_RD + self._drop(self.output(attended_RHK.flatten(1)))
+        gate_RF, value_RF = self.ffn_in(self.ffn_norm(z_RD)).chunk(2, dim=1)
+        return z_RD + self._drop(self.ffn_out(functional.silu(gate_RF) * value_RF))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return functional.dropout(x, self.dropout, self.training)
+
+
+def token_positions(info: SequenceInfo, num_tokens: int) -> Tensor:
+    """Return (L,) int64: the index of each token in its sequence; all candidates share the first's.
+
+    Args:
+        info: structure of the batch.
+        num_tokens: L.
+    """
+    sequence_L = sequence_index(info.offsets, num_tokens)
+    index_L = torch.arange(num_tokens, device=info.offsets.device) - info.offsets[sequence_L]
+    history_B = info.offsets.diff() - info.num_candidates
+    return torch.minimum(index_L, history_B[sequence_L])
+
+
+def rotary_angles(position_L: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cos and sin, each (L, 1, K / 2), of position * 10000^(-2 i / K), i = 0 .. K / 2 - 1.
+
+    Args:
+        position_L: int64.
+        head_dim: K, even.
+        dtype: of the result.
+
+    Source: Su et al., "RoFormer", 2021, equation 15.
+    """
+    pair = torch.arange(0, head_dim, 2, device=position_L.device, dtype=dtype)
+    angle = position_L.to(dtype)[:, None, None] * ROTARY_BASE ** (-pair / head_dim)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_LHK: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Return x with each pair (i, i + K / 2) turned by its angle, so that q k depends on distance.
+
+    Args:
+        x_LHK: queries or keys.
+        rotation: cos and sin of `rotary_angles`.
+    """
+    cos, sin = rotation
+    a, b = x_LHK.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x_LHK.dtype)
