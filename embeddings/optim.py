@@ -129,25 +129,27 @@ def build_optimizer(weights: Mapping[str, Tensor], config: EmbeddingsConfig) -> 
 def row_gradient(gradient: Tensor | RowGradient) -> RowGradient:
     """Return a gradient as (U,) int64 rows, distinct and ascending, and their (U, D) sums."""
     if not isinstance(gradient, Tensor):
-        return sum_duplicates(*gradient)
+        return sum_duplicates(gradient)
     if not gradient.is_sparse:
         return torch.arange(gradient.shape[0], device=gradient.device), gradient
     if gradient.is_coalesced():
         return gradient.indices()[0], gradient.values()
-    return sum_duplicates(gradient._indices()[0], gradient._values())
+    return sum_duplicates((gradient._indices()[0], gradient._values()))
 
 
-def sum_duplicates(rows_n: Tensor, grads_nD: Tensor) -> RowGradient:
+def sum_duplicates(*lots: RowGradient) -> RowGradient:
     """Sum the gradients of equal rows, in the order in which they stand.
 
     Args:
-        rows_n: (n,) int64.
-        grads_nD: (n, D) floating.
+        lots: one or more pairs of (n,) int64 rows and (n, D) floating gradients.
 
     Returns:
         (U,) int64 distinct rows, ascending, and their (U, D) sums.
     """
     # Sparse coalesce takes 2.3 times as long: 11.6 ms against 5.1 for 100,000 x 64 on a CPU core.
-    rows_U, owner_n = torch.unique(rows_n, return_inverse=True)
-    sums_UD = grads_nD.new_zeros(rows_U.numel(), grads_nD.shape[1])
-    return rows_U, sums_UD.index_add_(0, owner_n, grads_nD)
+    rows_U, owner_n = torch.unique(torch.cat([rows for rows, _ in lots]), return_inverse=True)
+    sums_UD = lots[0][1].new_zeros(rows_U.numel(), lots[0][1].shape[1])
+    owners = torch.split(owner_n, [rows.numel() for rows, _ in lots])
+    for owner, (_, grads) in zip(owners, lots, strict=True):
+        sums_UD.index_add_(0, owner, grads)
+    return rows_U, sums_UD

@@ -66,11 +66,9 @@ class ReplicatedTables(Tables):
             features = [feature for feature in table.features if feature in values]
             if not features:
                 continue
-            # One lookup for the features that share a table: one gradient to sum, once.
-            rows_n = torch.cat([values[feature] for feature in features])
-            vectors_nD = _look_up(self.weights[name], rows_n)
-            sizes = [values[feature].numel() for feature in features]
-            found.update(zip(features, torch.split(vectors_nD, sizes), strict=True))
+            # One autograd node for the features that share a table: its gradient is summed once.
+            vectors = _look_up(self.weights[name], [values[feature] for feature in features])
+            found.update(zip(features, vectors, strict=True))
         return {feature: found[feature] for feature in values}
 
     def all_rows(self, table: str, chunk_rows: int = 65536) -> Iterator[tuple[int, Tensor]]:
@@ -173,10 +171,8 @@ class ReplicatedTables(Tables):
         all_grads = [torch.empty_like(grads_nD) for _ in counts]
         dist.all_gather(all_rows, rows_n, group=self.group)
         dist.all_gather(all_grads, grads_nD, group=self.group)
-        rows_U, sums_UD = sum_duplicates(
-            torch.cat([x[:count] for x, count in zip(all_rows, counts, strict=True)]),
-            torch.cat([x[:count] for x, count in zip(all_grads, counts, strict=True)]),
-        )
+        lots = zip(all_rows, all_grads, counts, strict=True)
+        rows_U, sums_UD = sum_duplicates(*((r[:count], g[:count]) for r, g, count in lots))
         return rows_U, sums_UD / len(counts)
 
     def _average_dense(self, weight: Tensor) -> RowGradient:
@@ -196,24 +192,24 @@ DENSE = -1
 
 
 class _RowLookup(torch.autograd.Function):
-    """weight[rows] whose gradient is sparse and coalesced."""
+    """weight[rows] for several lots of rows; the gradient is one sparse, coalesced tensor."""
 
     @staticmethod
-    def forward(ctx: Any, weight_ED: Tensor, rows_n: Tensor) -> Tensor:
-        ctx.save_for_backward(rows_n)
+    def forward(ctx: Any, weight_ED: Tensor, *lots: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*lots)
         ctx.shape = weight_ED.shape
-        return weight_ED.index_select(0, rows_n)
+        return tuple(weight_ED.index_select(0, rows_n) for rows_n in lots)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_nD: Tensor) -> tuple[Tensor, None]:
-        (rows_n,) = ctx.saved_tensors
-        return _sparse(*sum_duplicates(rows_n, grad_nD), ctx.shape), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        summed = sum_duplicates(*zip(ctx.saved_tensors, grads, strict=True))
+        return _sparse(*summed, ctx.shape), *(None for _ in grads)
 
 
-def _look_up(weight_ED: Tensor, rows_n: Tensor) -> Tensor:
-    vectors_nD: Tensor = _RowLookup.apply(weight_ED, rows_n)  # type: ignore[no-untyped-call]
-    return vectors_nD
+def _look_up(weight_ED: Tensor, lots: list[Tensor]) -> tuple[Tensor, ...]:
+    vectors: tuple[Tensor, ...] = _RowLookup.apply(weight_ED, *lots)  # type: ignore[no-untyped-call]
+    return vectors
 
 
 def _coalesce(gradient: Tensor) -> Tensor:

@@ -10,14 +10,12 @@ from tests.embeddings.scenario import (
     SEED,
     TABLES,
     Case,
-    catalogue,
     oracle_tables,
     rank_batch,
     train,
-    train_steps,
 )
 
-STEPS, SAVED = 40, 15
+STEPS, SAVED = 100, 37
 TOLERANCE = {"rtol": 0, "atol": 1e-6}
 
 REPLICATED = Case("replicated", "adamw")
@@ -191,15 +189,20 @@ def _build_message(case: Case) -> str:
     return str(error.value)
 
 
-def _fp16_run(steps: int) -> dict[str, torch.Tensor]:
-    tables = Case("sharded", "adagrad", weights="fp16").build()
-    train_steps(tables, 0, steps)
-    return catalogue(tables)
-
-
-def test_half_precision_weights_follow_to_their_rounding():
-    (final,) = run_distributed(_fp16_run, 1, STEPS)
-    for name, oracle in oracle_tables("adagrad", STEPS).items():
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(Case("sharded", "adagrad", weights="fp16"), id="cpu"),
+        pytest.param(
+            Case("sharded", "adamw", device="cuda", weights="fp16"),
+            id="cuda",
+            marks=pytest.mark.gpu,
+        ),
+    ],
+)
+def test_half_precision_weights_follow_to_their_rounding(case: Case):
+    final = run(case, 1, 0, STEPS)[0]["final"]
+    for name, oracle in oracle_tables(case.rule, STEPS).items():
         expected = torch.tensor(oracle.w)
         # 2^-11 is half a unit in the last place of fp16; each step may round once more.
         allowed = STEPS * 2.0**-11 * expected.abs().max()

@@ -74,7 +74,9 @@ def test_a_table_without_a_gradient_stays_but_the_step_counts():
 def test_sum_duplicates_against_a_dense_sum():
     rows = torch.tensor([4, 0, 4, 4, 2])
     grads = torch.randn(5, DIM, dtype=torch.float64)
-    distinct, sums = sum_duplicates(rows, grads)
+    distinct, sums = sum_duplicates(
+        (rows[:3], grads[:3]), (rows[:0], grads[:0]), (rows[3:], grads[3:])
+    )
     dense = torch.zeros(ROWS, DIM, dtype=torch.float64)
     for row, grad in zip(rows, grads, strict=True):
         dense[row] += grad
