@@ -42,7 +42,7 @@ class CounterConfig:
     """Columns of the event log, or joined to it, whose values must agree, for instance (user_id,
     author_id). A null agrees with nothing: all columns of the counter are then null."""
     actions: tuple[str, ...] = ()
-    """Action columns whose sums over those past events are added to their count: known values only."""
+    """Action columns whose sums of known values over those past events are added to the count."""
     known: tuple[str, ...] = ()
     """Action columns for which the past events that know the action are counted too."""
     days: int = 0
@@ -94,7 +94,7 @@ class SessionizeConfig:
     joins: tuple[JoinConfig, ...] = ()
     """Features that lie in other files."""
     counters: dict[str, CounterConfig] = field(default_factory=dict)
-    """Prefix -> counts to add: columns PREFIX_count, PREFIX_ACTION and PREFIX_known_ACTION, float32;
+    """Prefix -> counts to add: float32 columns PREFIX_count, PREFIX_ACTION, PREFIX_known_ACTION;
     null in the starting histories."""
     partitions: int = 64
     """Number of partitions; an upper bound of the number of ranks."""

@@ -1,0 +1,176 @@
+"""Events to ordered rows of sessions: the Ibis expression of `sessionize`, step by step.
+
+Columns on the way. raw_NAME: as read. reason: why the event is unusable, or null. user_id, item_id,
+time (int64 us), order, source, file, row: what an event is and its place. event_NAME, context_NAME:
+what goes into the log.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipelines.config import JoinConfig, SessionizeConfig
+from pipelines.counters import counter_columns, counter_names
+from pipelines.event_log import Kind
+from pipelines.portable_hash import partition_of, string_id_column
+from pipelines.schema import END_TS, EVENT_TIMESTAMP, SESSION_ID, START_TS, USER_ID
+from pipelines.session_writer import CONTEXT_PREFIX, EVENT_PREFIX, PARTITION
+
+if TYPE_CHECKING:
+    import ibis.expr.types as ir
+
+HISTORY, LOG = 0, 1
+HISTORY_SESSION = -1
+
+_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
+_US = 1_000_000
+# Start of the year 10000: a later time is one in a finer unit than the configuration says.
+_LAST_SECOND = 253_402_300_800
+# Order of a user's events: by time, then as the user says, then as they lie in the files.
+_PLACE = ("time", "order", "source", "file", "row")
+
+
+def with_time_and_reason(
+    rows: "ir.Table", config: SessionizeConfig, kinds: dict[str, Kind]
+) -> "ir.Table":
+    """Return `rows` with time, order and reason; the reason is null where the event is usable."""
+    import ibis
+
+    stamp = rows["raw_" + config.timestamp]
+    unit = "us" if kinds[config.timestamp] == "timestamp" else config.timestamp_unit
+    per_second = _PER_SECOND[unit]
+    too_late = stamp >= _LAST_SECOND * per_second
+    item = rows["raw_" + config.item_id]
+    reasons = [
+        (rows["raw_" + config.user_id].isnull(), f"{config.user_id} is null"),
+        (item.isnull(), f"{config.item_id} is null"),
+        (stamp.isnull(), f"{config.timestamp} is null"),
+        (stamp < 0, f"{config.timestamp} is negative"),
+        (too_late, f"{config.timestamp} is after the year 9999 in timestamp_unit={unit}"),
+    ]
+    if kinds[config.item_id] == "integer":
+        reasons.append((item < 0, f"{config.item_id} is negative"))
+    if config.session_id:
+        unnamed = rows["raw_" + config.session_id].isnull() & (rows["source"] == LOG)
+        reasons.append((unnamed, f"{config.session_id} is null"))
+    order = rows["raw_" + config.order] if config.order else ibis.literal(0)
+    return rows.mutate(
+        # A time out of range would overflow; its row is rejected.
+        time=too_late.ifelse(ibis.null(), stamp) * (_US // per_second),
+        order=order,
+        reason=ibis.cases(*reasons, else_=ibis.null("string")),
+    )
+
+
+def with_join(events: "ir.Table", join: JoinConfig, right: "ir.Table") -> "ir.Table":
+    """Return `events` with the columns of a second table, null where it lacks the key.
+
+    Args:
+        events: has raw_KEY.
+        join: key and columns.
+        right: has raw_ columns; each key once.
+    """
+    key = "raw_" + (join.right_key or join.key)
+    columns = {"raw_" + new: right["raw_" + old] for new, old in join.columns.items()}
+    table = right.filter(right[key].notnull()).select(right_key=right[key], **columns)
+    joined = events.left_join(table, events["raw_" + join.key] == table["right_key"])
+    return joined.drop("right_key")
+
+
+def with_ids(
+    events: "ir.Table",
+    config: SessionizeConfig,
+    kinds: dict[str, Kind],
+    event_columns: Sequence[str],
+    context_columns: Sequence[str],
+) -> "ir.Table":
+    """Return the columns that the log needs, strings as 64-bit ids."""
+
+    def value(name: str) -> Any:
+        column = events["raw_" + name]
+        return string_id_column(column) if kinds[name] == "string" else column
+
+    columns = {name: events[name] for name in _PLACE}
+    columns["user_id"] = value(config.user_id)
+    columns["item_id"] = value(config.item_id)
+    if config.session_id:
+        columns["named_session"] = value(config.session_id)
+    columns.update({EVENT_PREFIX + name: value(name) for name in event_columns})
+    columns.update({CONTEXT_PREFIX + name: value(name) for name in context_columns})
+    return events.select(**columns)
+
+
+def without_repeats(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
+    """Return `events` less the rows that repeat an earlier one by the rule of config.duplicates."""
+    import ibis
+
+    if config.duplicates == "keep":
+        return events
+    same = ["source", "user_id", "item_id", "time"]
+    if config.duplicates == "exact":
+        same += [name for name in events.columns if name not in ("order", "file", "row", *same)]
+    earlier = ibis.row_number().over(group_by=same, order_by=["order", "file", "row"])
+    numbered = events.mutate(repeat=earlier)
+    return numbered.filter(numbered["repeat"] == 0).drop("repeat")
+
+
+def with_counters(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
+    """Return `events` with the columns of every counter."""
+    added = {}
+    ids = {config.user_id: "user_id", config.item_id: "item_id"}
+    for prefix, counter in config.counters.items():
+        columns = counter_columns(
+            events,
+            counter,
+            keys={name: ids.get(name, EVENT_PREFIX + name) for name in counter.keys},
+            actions={name: EVENT_PREFIX + name for name in (*counter.actions, *counter.known)},
+        )
+        names = counter_names(prefix, counter)
+        added.update({EVENT_PREFIX + x: y for x, y in zip(names, columns, strict=True)})
+    return events.mutate(**added) if added else events
+
+
+def in_sessions(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
+    """Return the events of the log (histories left out) with session_id."""
+    import ibis
+
+    events = events.filter(events["source"] == LOG)
+    if config.session_id:
+        return events.rename(session_id="named_session")
+    # A user's sessions are numbered from 0 in order of time.
+    silence = events["time"] - events["time"].lag().over(group_by="user_id", order_by=_PLACE)
+    events = events.mutate(starts=(silence > config.gap_seconds * _US).fill_null(False))
+    so_far = ibis.cumulative_window(group_by="user_id", order_by=_PLACE)
+    number = events["starts"].cast("int64").sum().over(so_far)
+    return events.mutate(session_id=number.cast("int64")).drop("starts")
+
+
+def as_histories(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
+    """Return the events of the starting histories, one session a user, counters null."""
+    import ibis
+
+    names = [name for x, y in config.counters.items() for name in counter_names(x, y)]
+    events = events.filter(events["source"] == HISTORY)
+    return events.mutate(
+        session_id=ibis.literal(HISTORY_SESSION, "int64"),
+        **{EVENT_PREFIX + name: ibis.null("float32") for name in names},
+    )
+
+
+def in_order(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
+    """Return events in the order in which the log holds them, as `write_partitions` reads them."""
+    whole = {"group_by": [USER_ID, SESSION_ID]}
+    second = events["time"] // _US
+    events = events.mutate(
+        **{
+            PARTITION: partition_of(events[USER_ID], config.partition_seed, config.partitions),
+            START_TS: second.min().over(**whole),
+            END_TS: second.max().over(**whole),
+            EVENT_PREFIX + "item_id": events["item_id"],
+            EVENT_PREFIX + EVENT_TIMESTAMP: second,
+        }
+    )
+    events = events.order_by([PARTITION, END_TS, USER_ID, SESSION_ID, *_PLACE])
+    keep = [PARTITION, USER_ID, SESSION_ID, START_TS, END_TS]
+    return events.select(
+        *keep, *(x for x in events.columns if x.startswith((EVENT_PREFIX, CONTEXT_PREFIX)))
+    )

@@ -1,0 +1,413 @@
+"""An event log to a session-end log: one Ibis expression, run by DuckDB, spilling to disk.
+
+event log + starting history
+  -> usable events (the others counted and written to rejects.parquet)
+  -> joined columns -> string ids to 64 bits -> repeats dropped -> counters of the past
+  -> sessions -> ordered by (partition, end_ts, user_id, session_id, time)
+  -> nested, one row a session, one file a partition
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import session_expression as steps
+from pipelines.config import SessionizeConfig
+from pipelines.counters import counter_names
+from pipelines.event_log import IBIS_TYPES, Kind, Source, find_source, read_source
+from pipelines.manifest import Manifest, is_session_log, log_schema, write_manifest
+from pipelines.schema import EVENT_ITEM_ID, EVENT_TIMESTAMP, history_name, part_name
+from pipelines.session_writer import WrittenFiles, write_partitions
+
+if TYPE_CHECKING:
+    import ibis.expr.types as ir
+
+REJECTS = "rejects.parquet"
+
+_IDS: frozenset[Kind] = frozenset({"integer", "string"})
+_TIMES: frozenset[Kind] = frozenset({"integer", "timestamp"})
+_NUMBERS: frozenset[Kind] = frozenset({"bool", "integer", "float"})
+_VALUES: frozenset[Kind] = _NUMBERS | {"string"}
+_ANY: frozenset[Kind] = _VALUES | {"timestamp"}
+_ARROW_TYPES: dict[Kind, str] = {
+    "bool": "bool",
+    "integer": "int64",
+    "float": "double",
+    "string": "int64",
+}
+_BATCH_ROWS = 1 << 17
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """The files that are read, and what the log takes from them."""
+
+    log: Source
+    history: Source | None
+    joins: tuple[Source, ...]
+    kinds: dict[str, Kind]
+    """Kind of each column of the event log and of each joined one."""
+    features: tuple[str, ...]
+    """Event columns beside the actions, counters left out."""
+    context: tuple[str, ...]
+    """Context columns."""
+
+
+def sessionize(config: SessionizeConfig) -> Manifest:
+    """Write the session-end log of an event log.
+
+    The output appears complete or not at all.
+
+    Args:
+        config: what is read, how, and where the result goes; relative paths start at the working
+            folder.
+
+    Returns:
+        The manifest of the log that was written.
+
+    Raises:
+        ValueError: if the configuration contradicts itself or the files, a file or column is
+            missing, a joined file repeats a key or matches nothing, the log is empty, too many
+            events are unusable, `output` exists and may not be replaced, or memory_gb is too little.
+    """
+    _check_names(config)
+    _check_timezone(config.timezone)
+    output = Path(config.output)
+    _check_output(output, config.overwrite)
+    inputs = _find_inputs(config)
+    with _new_folder(output) as (folder, scratch):
+        with _engine(config, scratch) as engine:
+            manifest = _write(config, inputs, engine, folder)
+        write_manifest(manifest)
+    return replace(manifest, folder=output)
+
+
+def _write(config: SessionizeConfig, inputs: _Inputs, engine: Any, folder: Path) -> Manifest:
+    rows = steps.with_time_and_reason(_read_rows(inputs, engine), config, inputs.kinds)
+    num_rows, rejects = _count(rows, config, inputs, engine, folder)
+    events = rows.filter(rows["reason"].isnull())
+    for index, (join, source) in enumerate(zip(config.joins, inputs.joins, strict=True)):
+        right = read_source(engine, source, f"join_{index}")
+        _check_unique(engine, right, join.right_key or join.key, source)
+        events = steps.with_join(events, join, right)
+    event_columns = (*config.actions, *inputs.features)
+    events = steps.with_ids(events, config, inputs.kinds, event_columns, inputs.context)
+    events = steps.without_repeats(events, config)
+
+    actions, features, context = _columns(config, inputs)
+    schema = log_schema(actions, features, context)
+
+    def write(sessions: "ir.Table", file_name: Any) -> WrittenFiles:
+        return write_partitions(
+            _fetch(engine, steps.in_order(sessions, config), config, inputs),
+            folder,
+            schema,
+            partitions=config.partitions,
+            seed=config.partition_seed,
+            file_name=file_name,
+        )
+
+    log = write(steps.in_sessions(steps.with_counters(events, config), config), part_name)
+    past = WrittenFiles()
+    if inputs.history is not None:
+        past = write(steps.as_histories(events, config), history_name)
+    num_events = sum(file.num_events for file in (*log.files, *past.files))
+    manifest = Manifest(
+        folder=folder,
+        partitions=config.partitions,
+        partition_seed=config.partition_seed,
+        timezone=config.timezone,
+        actions=actions,
+        features=features,
+        context=context,
+        parts=tuple(log.files),
+        histories=tuple(past.files),
+        start_ts=log.start_ts,
+        end_ts=log.end_ts,
+        num_rows_read=num_rows,
+        num_duplicates=num_rows - sum(rejects.values()) - num_events,
+        rejects=rejects,
+        nulls=log.nulls,
+        config=asdict(config),
+    )
+    _check_joins(config, inputs, manifest)
+    return manifest
+
+
+def _columns(
+    config: SessionizeConfig, inputs: _Inputs
+) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """Return name -> Arrow type of the actions, the further event columns and the context."""
+
+    def types(names: tuple[str, ...]) -> dict[str, str]:
+        return {name: _ARROW_TYPES[inputs.kinds[name]] for name in names}
+
+    counters = [name for x, y in config.counters.items() for name in counter_names(x, y)]
+    features = types(inputs.features) | dict.fromkeys(counters, "float")
+    return types(config.actions), features, types(inputs.context)
+
+
+def _check_names(config: SessionizeConfig) -> None:
+    """Refuse two columns of one name and counters of columns that are not there."""
+    if not config.actions:
+        raise ValueError("actions is empty: name at least one action column of the event log")
+    joined = {name: i for i, join in enumerate(config.joins) for name in join.columns}
+    event = [EVENT_ITEM_ID, EVENT_TIMESTAMP, *config.actions, *config.features]
+    context = list(config.context)
+    for join in config.joins:
+        (event if join.into == "event" else context).extend(join.columns)
+        if not join.columns:
+            raise ValueError(f"join of {join.path} adds nothing: name its columns")
+    keys = {config.user_id, config.item_id, *event[2:]}
+    for prefix, counter in config.counters.items():
+        event.extend(counter_names(prefix, counter))
+        for setting, names, known in (
+            ("keys", counter.keys, keys),
+            ("actions", counter.actions, set(config.actions)),
+            ("known", counter.known, set(config.actions)),
+        ):
+            unknown = sorted(set(names) - known)
+            if unknown:
+                raise ValueError(
+                    f"counters.{prefix}.{setting} names {unknown}, expected some of {sorted(known)}"
+                )
+    raw = [*config.actions, *config.features, *config.context]
+    raw += [config.user_id, config.item_id, config.timestamp]
+    clash = sorted(set(joined) & set(raw))
+    if clash:
+        raise ValueError(f"joins add column(s) {clash} that the event log has: choose other names")
+    for what, columns in (("event", event), ("context", context), ("joined", list(joined))):
+        seen: set[str] = set()
+        for name in columns:
+            if name.lower() in seen:
+                raise ValueError(
+                    f"two {what} columns are named {name} (capitals do not count): rename one in "
+                    "actions, features, context, joins or counters"
+                )
+            seen.add(name.lower())
+
+
+def _check_timezone(name: str) -> None:
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"timezone={name} is not known; expected an IANA name such as UTC or Asia/Shanghai"
+        ) from error
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if output.is_dir():
+        if is_session_log(output):
+            if not overwrite:
+                raise ValueError(
+                    f"output={output} holds a session-end log already: set overwrite=true to "
+                    "replace it, or choose another folder"
+                )
+        elif any(output.iterdir()):
+            raise ValueError(
+                f"output={output} exists and is no session-end log, so it is not replaced: choose "
+                "another folder"
+            )
+    elif output.exists() or output.is_symlink():
+        raise ValueError(f"output={output} exists and is no folder: choose another one")
+
+
+def _find_inputs(config: SessionizeConfig) -> _Inputs:
+    """Find all files and check their columns before anything is computed."""
+    added = {name for join in config.joins for name in join.columns}
+    columns = {config.user_id: _IDS, config.item_id: _IDS, config.timestamp: _TIMES}
+    wanted = [
+        *((name, _NUMBERS) for name in config.actions),
+        *((name, _VALUES) for name in (*config.features, *config.context)),
+        *((join.key, _IDS) for join in config.joins if join.key not in added),
+        *([(config.session_id, _IDS)] if config.session_id else []),
+        *([(config.order, _ANY)] if config.order else []),
+    ]
+    for name, allowed in wanted:
+        columns[name] = columns.get(name, allowed) & allowed
+    log = find_source(config.input, "input", columns)
+    history = None
+    if config.history:
+        others = [x for x in columns if x not in (config.user_id, config.item_id, config.timestamp)]
+        history = find_source(config.history, "history", columns, optional=others)
+        for name, kind in history.kinds.items():
+            if kind != log.kinds[name]:
+                raise ValueError(
+                    f"column {name} is {kind} in history={config.history} but {log.kinds[name]} in "
+                    f"input={config.input}: cast one of them"
+                )
+    kinds = dict(log.kinds)
+    joins = []
+    for index, join in enumerate(config.joins):
+        if join.key not in kinds:
+            raise ValueError(
+                f"joins.{index}.key={join.key} is neither a column of the event log nor of an "
+                f"earlier join; they have {sorted(kinds)}"
+            )
+        right_key = join.right_key or join.key
+        right = dict.fromkeys(join.columns.values(), _VALUES) | {right_key: _IDS}
+        source = find_source(join.path, f"joins.{index}.path", right)
+        if source.kinds[right_key] != kinds[join.key]:
+            raise ValueError(
+                f"joins.{index}: column {right_key} of {join.path} is {source.kinds[right_key]}, "
+                f"but column {join.key} of the events is {kinds[join.key]}: cast one of them"
+            )
+        kinds.update({new: source.kinds[old] for new, old in join.columns.items()})
+        joins.append(source)
+    features, context = list(config.features), list(config.context)
+    for join in config.joins:
+        (features if join.into == "event" else context).extend(join.columns)
+    return _Inputs(log, history, tuple(joins), kinds, tuple(features), tuple(context))
+
+
+def _read_rows(inputs: _Inputs, engine: Any) -> "ir.Table":
+    """Return the rows of log and history, columns that the history lacks as nulls."""
+    import ibis
+
+    log = read_source(engine, inputs.log, "log").mutate(source=steps.LOG)
+    if inputs.history is None:
+        return log
+    history = read_source(engine, inputs.history, "history").mutate(source=steps.HISTORY)
+    lacking = {
+        "raw_" + name: ibis.null(IBIS_TYPES[kind])
+        for name, kind in inputs.log.kinds.items()
+        if name not in inputs.history.kinds
+    }
+    return log.union(history.mutate(**lacking).select(*log.columns))
+
+
+def _count(
+    rows: "ir.Table", config: SessionizeConfig, inputs: _Inputs, engine: Any, folder: Path
+) -> tuple[int, dict[str, int]]:
+    """Return the number of rows and of unusable ones by reason, and write the latter to a file."""
+    counts = rows.group_by(["source", "reason"]).agg(n=rows.count())
+    found = engine.to_pyarrow(counts.order_by(["source", "reason"])).to_pylist()
+    if not any(x["n"] for x in found if x["source"] == steps.LOG):
+        raise ValueError(f"input={config.input} is empty: it has no row")
+    rejects: dict[str, int] = {}
+    for x in found:
+        if x["reason"] is not None:
+            rejects[x["reason"]] = rejects.get(x["reason"], 0) + x["n"]
+    num_rows, num_rejects = sum(x["n"] for x in found), sum(rejects.values())
+    usable = sum(x["n"] for x in found if x["source"] == steps.LOG and x["reason"] is None)
+    if num_rejects:
+        bad = rows.filter(rows["reason"].notnull())
+        place = ["source", "file", "row"]
+        names = dict.fromkeys((config.user_id, config.item_id, config.timestamp))
+        bad = bad.select(*place, "reason", **{name: bad["raw_" + name] for name in names})
+        bad = bad.order_by(place)
+        if num_rejects > config.max_reject_fraction * num_rows or not usable:
+            first = engine.to_pyarrow(bad.limit(1)).to_pylist()[0]
+            raise ValueError(
+                f"{num_rejects} of {num_rows} events are unusable, more than max_reject_fraction="
+                f"{config.max_reject_fraction} allows: {rejects}. The first is row {first['row']} "
+                f"of {_file_of(inputs, first)}: {first['reason']}. Repair the log, or raise "
+                "max_reject_fraction."
+            )
+        _write_rejects(engine, bad, inputs, folder / REJECTS)
+    return num_rows, rejects
+
+
+def _file_of(inputs: _Inputs, row: dict[str, Any]) -> str:
+    source = inputs.log if row["source"] == steps.LOG else inputs.history
+    assert source is not None
+    name: str = source.files[row["file"]]
+    return name
+
+
+def _write_rejects(engine: Any, bad: "ir.Table", inputs: _Inputs, path: Path) -> None:
+    """Write the unusable rows: reason, file, row in the file, user, item and time as read."""
+    table = engine.to_pyarrow(bad)
+    files = [_file_of(inputs, row) for row in table.select(["source", "file"]).to_pylist()]
+    table = table.drop_columns(["source", "file"]).add_column(
+        1, "file", pa.array(files, pa.string())
+    )
+    pq.write_table(table, path)
+
+
+def _check_unique(engine: Any, right: "ir.Table", key: str, source: Source) -> None:
+    keys = right.select(key=right["raw_" + key])
+    keys = keys.filter(keys["key"].notnull())
+    counts = keys.group_by("key").agg(n=keys.count())
+    repeated = engine.to_pyarrow(
+        counts.filter(counts["n"] > 1).order_by("key").limit(1)
+    ).to_pylist()
+    if repeated:
+        raise ValueError(
+            f"{source.setting}={', '.join(source.files)}: {key}={repeated[0]['key']} stands in "
+            f"{repeated[0]['n']} rows, expected one row a key: drop the others"
+        )
+
+
+def _check_joins(config: SessionizeConfig, inputs: _Inputs, manifest: Manifest) -> None:
+    """Refuse a join that matched nothing: its key is likely not the one meant."""
+    for index, (join, source) in enumerate(zip(config.joins, inputs.joins, strict=True)):
+        rows = manifest.num_events if join.into == "event" else manifest.num_sessions
+        if all(manifest.nulls[name] == rows for name in join.columns):
+            raise ValueError(
+                f"joins.{index}: all columns are null for every {join.into}: no {join.key} of the "
+                f"log has a value in column {join.right_key or join.key} of "
+                f"{', '.join(source.files)}. Check key and right_key, or drop the join."
+            )
+
+
+@contextmanager
+def _engine(config: SessionizeConfig, scratch: Path) -> Iterator[Any]:
+    """Yield an Ibis connection to a DuckDB that keeps to its memory and needs no network."""
+    import duckdb
+    import ibis
+
+    options: dict[str, Any] = {
+        "memory_limit": f"{round(config.memory_gb * 1000)}MB",
+        "temp_directory": str(scratch),
+        "autoinstall_known_extensions": False,
+    }
+    if config.threads:
+        options["threads"] = config.threads
+    engine = ibis.duckdb.connect(**options)
+    try:
+        engine.raw_sql("SET enable_progress_bar = false")
+        yield engine
+    except duckdb.OutOfMemoryException as error:
+        raise ValueError(
+            f"memory_gb={config.memory_gb} is too little for this log: raise it, or lower threads "
+            f"({error})"
+        ) from error
+    finally:
+        engine.disconnect()
+
+
+def _fetch(
+    engine: Any, table: "ir.Table", config: SessionizeConfig, inputs: _Inputs
+) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of an expression; what is not yet fetched is not in memory."""
+    import duckdb
+
+    try:
+        # ibis 12 calls a method that duckdb 2.0 no longer has, so DuckDB is asked directly.
+        yield from engine.con.sql(engine.compile(table)).to_arrow_reader(_BATCH_ROWS)
+    except (duckdb.InvalidInputException, duckdb.IOException) as error:
+        files = [inputs.log.files, inputs.history.files if inputs.history else (), config.output]
+        raise ValueError(f"cannot read or spill a file, one of {files}: {error}") from error
+
+
+@contextmanager
+def _new_folder(output: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield (a folder that becomes `output` if all goes well, a folder for scratch files)."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as draft:
+        folder, scratch = Path(draft, "log"), Path(draft, "scratch")
+        folder.mkdir()
+        scratch.mkdir()
+        yield folder, scratch
+        if output.exists():
+            output.rename(Path(draft, "replaced"))
+        folder.rename(output)
