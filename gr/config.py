@@ -31,7 +31,8 @@ class HSTUConfig:
     alpha: float = 0.0
     """Factor of QK^T; 0 means 1 / sqrt(qk_dim)."""
     scaling_length: int = 256
-    """Divisor of the pointwise attention weights: fixed, never the batch's."""
+    """Divisor of the pointwise attention weights: fixed, never the batch's. Softmax divides by its
+    own sum and does not read it."""
     bias: Literal["none", "position", "position_time"] = "none"
     """Relative attention bias, added before the activation, shared by the heads."""
     bias_max_len: int = 512
@@ -108,7 +109,8 @@ class EncodingConfig:
     """Learned position: index from the start; distance to the first token of the session (the
     anchor of what is supervised); distance to the end (needs data.anchor=session)."""
     position_buckets: int = 1024
-    """Rows of the position table; farther positions share the last."""
+    """Rows of the position table; farther positions share the last. from_session: one half counts
+    down through the history, the other up through the session."""
     time: Literal["none", "sqrt", "log"] = "none"
     """Learned bucket of the time from a token to the start of the session: floor(sqrt(minutes)), or
     floor(ln(seconds) / 0.301)."""

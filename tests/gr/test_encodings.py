@@ -160,7 +160,12 @@ def test_empty_batches():
     encoding = TokenEncoding(config, DIM)
     for lengths in ([], [0], [0, 0]):
         info = make_info(make_sequences(lengths, lengths))
-        assert encoding(torch.zeros(0, DIM), info).shape == (0, DIM)
+        encoded = encoding(torch.zeros(0, DIM), info)
+        assert encoded.shape == (0, DIM)
+        encoding.zero_grad()
+        encoded.sum().backward()
+        for parameter in encoding.parameters():
+            assert torch.equal(parameter.grad, torch.zeros_like(parameter))
 
 
 @settings(deadline=None, max_examples=200)

@@ -137,6 +137,19 @@ def test_autocast_keeps_the_residual_in_float32():
     assert all(p.grad.dtype == torch.float32 for p in encoder.parameters())
 
 
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_an_empty_batch_gives_every_parameter_a_gradient_of_zero(options, lengths):
+    """A rank without sequences takes part in the sum of gradients."""
+    _, encoder = make_encoder(OPTIONS[options])
+    x_LD = torch.zeros(0, DIM, dtype=torch.float64)
+    y_RD = encoder(x_LD, make_info(make_sequences(lengths, lengths)))
+    assert y_RD.shape == (0, DIM)
+    y_RD.sum().backward()
+    for parameter in encoder.parameters():
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+
+
 def test_weights_start_as_in_the_research_code():
     torch.manual_seed(0)
     config = HSTUConfig(num_heads=4, qk_dim=32, v_dim=64, bias="position_time", norm_affine=True)
