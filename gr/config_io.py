@@ -29,7 +29,8 @@ def load_config(
 
     Args:
         schema: dataclass that defines keys, types and defaults.
-        path: YAML file. Its key `base:` names a file, relative to its own folder, that it extends.
+        path: YAML file. Its key `base:` names a file, relative to its own folder, that it
+            extends, unless the schema has a field of that name.
         overrides: `key.path=value`, the value in YAML.
 
     Returns:
@@ -39,7 +40,8 @@ def load_config(
         ConfigError: for anything that is wrong with the file or an override.
     """
     config = OmegaConf.structured(schema)
-    layers = _read_chain(Path(path), ()) + [_read_override(text) for text in overrides]
+    extends = BASE not in get_type_hints(schema)
+    layers = _read_chain(Path(path), (), extends) + [_read_override(text) for text in overrides]
     for source, layer in layers:
         config = _merge(config, schema, source, _typed(schema, layer, (), source))
     try:
@@ -60,7 +62,9 @@ def load_config(
     return built, resolved
 
 
-def _read_chain(path: Path, parents: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
+def _read_chain(
+    path: Path, parents: tuple[Path, ...], extends: bool
+) -> list[tuple[str, dict[str, Any]]]:
     """Return (source, content) of the file and of all that it extends, the remotest base first."""
     if path.resolve() in parents:
         chain = " -> ".join(str(p) for p in (*parents, path.resolve()))
@@ -74,12 +78,15 @@ def _read_chain(path: Path, parents: tuple[Path, ...]) -> list[tuple[str, dict[s
         raise ConfigError(f"{path}: no such file{found_in}. Expected a YAML file.") from error
     except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
-    base = content.pop(BASE, None)
+    base = content.pop(BASE, None) if extends else None
     if base is None:
         return [(str(path), content)]
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base: expected the path of one file, found {base!r}")
-    return [*_read_chain(path.parent / base, (*parents, path.resolve())), (str(path), content)]
+    return [
+        *_read_chain(path.parent / base, (*parents, path.resolve()), extends),
+        (str(path), content),
+    ]
 
 
 def yaml_mapping(text: str, source: str) -> dict[str, Any]:

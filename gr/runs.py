@@ -71,10 +71,7 @@ def read_run(argument: str | Path) -> Run:
     Raises:
         ValueError: if it is no run directory, or a file in it is damaged.
     """
-    label, path = "", Path(argument)
-    if not path.exists() and "=" in str(argument):
-        label, _, rest = str(argument).partition("=")
-        path = Path(rest)
+    label, path = _split_label(str(argument))
     if not (path / CONFIG).is_file():
         found = "no such directory" if not path.exists() else f"no {CONFIG} in it"
         raise ValueError(f"{path} is not a run directory: {found}. Name what `gr train` wrote.")
@@ -85,6 +82,16 @@ def read_run(argument: str | Path) -> Run:
         windows[row["window"]] = row
     config = flatten(OmegaConf.to_container(OmegaConf.load(path / CONFIG)))
     return Run(path, label, config, windows, read_lines(path / METRICS))
+
+
+def _split_label(argument: str) -> tuple[str, Path]:
+    """Return label and directory; both may hold "=", so the first split that exists counts."""
+    parts = argument.split("=")
+    for i in range(len(parts)):
+        path = Path("=".join(parts[i:]))
+        if path.is_dir() and str(path) != ".":
+            return "=".join(parts[:i]), path
+    return "", Path(argument)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
