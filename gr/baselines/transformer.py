@@ -70,7 +70,7 @@ class TransformerLayer(nn.Module):
         dim = config.dim
         ffn_dim = config.transformer.ffn_dim or -(-(8 * dim) // (3 * 8)) * 8
         self.num_heads = config.transformer.num_heads
-        self.dropout = config.transformer.dropout
+        self.dropout = nn.Dropout(config.transformer.dropout)
         self.attention_norm = nn.RMSNorm(dim, eps=NORM_EPS)
         self.query = nn.Linear(dim, dim, bias=False)
         self.key_value = nn.Linear(dim, 2 * dim, bias=False)
@@ -109,12 +109,10 @@ class TransformerLayer(nn.Module):
             rotation = (rotation[0].index_select(0, tail_R), rotation[1].index_select(0, tail_R))
         q_RHK = rotate(self.query(normed_LD).unflatten(1, (self.num_heads, -1)), rotation)
         attended_RHK = softmax_attention(q_RHK, k_LHK, v_LHK, info, of_tails=tail_R is not None)
-        z_RD = x_RD + self._drop(self.output(attended_RHK.flatten(1)))
+        z_RD = x_RD + self.dropout(self.output(attended_RHK.flatten(1)))
         gate_RF, value_RF = self.ffn_in(self.ffn_norm(z_RD)).chunk(2, dim=1)
-        return z_RD + self._drop(self.ffn_out(functional.silu(gate_RF) * value_RF))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return functional.dropout(x, self.dropout, self.training)
+        hidden_RF = functional.silu(gate_RF) * value_RF
+        return z_RD + self.dropout(self.ffn_out(hidden_RF))  # type: ignore[no-any-return]
 
 
 def token_positions(info: SequenceInfo, num_tokens: int) -> Tensor:
