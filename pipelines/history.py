@@ -27,8 +27,6 @@ NUM_USERS, HIGH, FREE = range(3)
 # Slots of Progress: next session, sequences, events, supervised events, cut sequences.
 NEXT, SEQUENCES, EVENTS, SUPERVISED, CLIPPED = range(5)
 
-EXTRA = 32  # rows that a full region has beyond `keep`, so that it slides once per so many events
-
 
 class EventRows(NamedTuple):
     """Encoded events, one a row, flattened."""
@@ -103,6 +101,8 @@ class Rules(NamedTuple):
     """Newest events of history in a sequence."""
     keep: int
     """Newest events of a user that can ever be read."""
+    extra: int
+    """Rows of a full region beyond `keep`: it slides once for so many events."""
     max_session_events: int
     sampled_rate: float
     """k of min(1, k / n), or infinity."""
@@ -121,7 +121,7 @@ class HistoryStore:
     def __init__(self, rules: Rules) -> None:
         """Make an empty store."""
         self.rules = rules
-        capacities = size_classes(rules.keep)
+        capacities = size_classes(rules.keep, rules.extra)
         self.arena = Arena(
             table=np.full(64, -1, np.int32),
             user_id=np.zeros(32, np.int64),
@@ -252,14 +252,14 @@ def empty_progress() -> Ints:
     return np.zeros(5, np.int64)
 
 
-def size_classes(keep: int, *, first: int = 4, ratio: float = 1.15) -> Ints:
-    """Return the capacities of regions, ascending, the last of which is keep + EXTRA rows."""
+def size_classes(keep: int, extra: int, *, first: int = 4, ratio: float = 1.15) -> Ints:
+    """Return the capacities of regions, ascending, the last of which is keep + extra rows."""
     capacities = []
     size = first
     while size < keep:
         capacities.append(size)
         size = max(size + 1, int(size * ratio))
-    return np.array([*capacities, keep + EXTRA], np.int64)
+    return np.array([*capacities, keep + extra], np.int64)
 
 
 @njit(inline="always")
@@ -339,7 +339,7 @@ def _ensure(arena: Any, slot: int, num_rows: int, rules: Any) -> None:
 
 @njit(inline="always")
 def _append(arena: Any, slot: int, events: Any, first: int, num_events: int, rules: Any) -> None:
-    """Merge at most EXTRA events, sorted by time, into a region that _ensure made large enough."""
+    """Merge at most `extra` events, sorted by time, into a region that _ensure made large."""
     held, length, base = arena.events, arena.length[slot], arena.base[slot]
     num_ints = rules.num_ints
     if length + num_events > arena.capacities[arena.size_class[slot]]:
@@ -425,8 +425,8 @@ def _advance(
                         e + n + m,
                         s + m,
                     )
-            for start in range(first, first + m, EXTRA):
-                _append(arena, slot, events, start, min(EXTRA, first + m - start), rules)
+            for start in range(first, first + m, rules.extra):
+                _append(arena, slot, events, start, min(rules.extra, first + m - start), rules)
             arena.total[slot] += m
         session += 1
     progress[NEXT] = session

@@ -9,6 +9,8 @@ from pipelines.history import HistoryStore, Rules
 from pipelines.reader import Block, read_blocks
 from pipelines.rejects import RejectLog
 
+ROWS_PER_BLOCK = 4096
+
 
 class PartitionReader:
     """Gives the sessions of one partition in order."""
@@ -26,13 +28,13 @@ class PartitionReader:
         self._encoder = encoder
         self._rejects = rejects
         self._store = HistoryStore(rules)
-        self._blocks = read_blocks(path, encoder)
+        self._blocks = read_blocks(path, encoder, rows_per_block=ROWS_PER_BLOCK)
         self._block: Block | None = None
         self._cursor = 0
 
     def load_history(self, path: Path) -> None:
         """Append the users' starting histories."""
-        for block in read_blocks(path, self._encoder):
+        for block in read_blocks(path, self._encoder, rows_per_block=ROWS_PER_BLOCK):
             self._rejects.add(self.partition, block, 0, block.num_sessions)
             self._store.extend(block.sessions, block.events, 0, block.num_sessions)
 

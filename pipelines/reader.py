@@ -26,7 +26,6 @@ from pipelines.schema import (
 )
 
 END_OF_TIME = 253_402_300_800  # 1 January 10000 UTC; milliseconds taken for seconds lie beyond
-ROWS_PER_BLOCK = 4096
 
 Flags = NDArray[np.bool_]
 
@@ -48,7 +47,7 @@ class Block:
 
 
 def read_blocks(
-    path: Path, encoder: EventEncoder, *, rows_per_block: int = ROWS_PER_BLOCK
+    path: Path, encoder: EventEncoder, *, rows_per_block: int
 ) -> Iterator[Block]:
     """Yield the sessions of a file in order, decoding only the columns that `encoder` needs.
 

@@ -17,6 +17,7 @@ from pipelines.reader import check_columns, read_end_ts
 from pipelines.rejects import Reject, RejectLog
 from pipelines.schedule import make_schedule
 
+EXTRA_ROWS = 32
 OnReject = Callable[[Reject], None]
 
 
@@ -158,6 +159,7 @@ def history_rules(config: DataConfig, encoder: EventEncoder, seed: int) -> Rules
         purpose=int(Purpose.SAMPLED),
         max_events=max_events,
         keep=max_events + config.overlap_slack,
+        extra=EXTRA_ROWS,
         max_session_events=config.max_session_events,
         sampled_rate=config.sampled_rate if config.supervise == "sampled" else float("inf"),
         supervise_history=supervise_history,

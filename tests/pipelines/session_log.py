@@ -11,14 +11,16 @@ from pipelines.schema import history_name, part_name, session_schema
 ACTIONS = {"click": pa.bool_(), "watch": pa.float64()}
 FEATURES = {"tab": pa.int64(), "price": pa.float64(), "seen": pa.float32()}
 CONTEXT = {"country": pa.int64(), "age": pa.float64()}
-SCHEMA = session_schema(
-    actions=ACTIONS.items(), features=FEATURES.items(), context=CONTEXT.items()
-)
+SCHEMA = session_schema(actions=ACTIONS.items(), features=FEATURES.items(), context=CONTEXT.items())
 
 
 def write_log(
-    folder: Path, partitions: list[list[dict]], histories: list[list[dict]] | None = None, *,
-    schema: pa.Schema = SCHEMA, row_group_size: int = 3,
+    folder: Path,
+    partitions: list[list[dict]],
+    histories: list[list[dict]] | None = None,
+    *,
+    schema: pa.Schema = SCHEMA,
+    row_group_size: int = 3,
 ) -> None:
     """Write rows (keys as in the schema) of each partition, in the order given."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -28,8 +30,13 @@ def write_log(
             pa.Table.from_pylist(rows, schema=schema), folder / name, row_group_size=row_group_size
         )
         return PartitionFile(
-            name=name, num_sessions=len(rows), num_events=0, first_end_ts=None, last_end_ts=None,
-            num_bytes=0, sha256="",
+            name=name,
+            num_sessions=len(rows),
+            num_events=0,
+            first_end_ts=None,
+            last_end_ts=None,
+            num_bytes=0,
+            sha256="",
         )
 
     parts = [write(part_name(p), rows) for p, rows in enumerate(partitions)]
@@ -37,10 +44,22 @@ def write_log(
     types = [{k: str(v) for k, v in c.items()} for c in (ACTIONS, FEATURES, CONTEXT)]
     write_manifest(
         Manifest(
-            folder=folder, partitions=len(parts), partition_seed=0, timezone="UTC",
-            actions=types[0], features=types[1], context=types[2], parts=tuple(parts),
-            histories=tuple(starts), start_ts=0, end_ts=0, num_rows_read=0, num_duplicates=0,
-            rejects={}, nulls={}, config={},
+            folder=folder,
+            partitions=len(parts),
+            partition_seed=0,
+            timezone="UTC",
+            actions=types[0],
+            features=types[1],
+            context=types[2],
+            parts=tuple(parts),
+            histories=tuple(starts),
+            start_ts=0,
+            end_ts=0,
+            num_rows_read=0,
+            num_duplicates=0,
+            rejects={},
+            nulls={},
+            config={},
         )
     )
 
@@ -48,12 +67,20 @@ def write_log(
 def session(user: int, session_id: int, events: list[dict], **changes) -> dict:
     """Return a row; `events` hold t, item and any further columns."""
     rows = [
-        {"item_id": e["item"], "timestamp": e["t"], **{k: v for k, v in e.items() if k not in ("item", "t")}}
+        {
+            "item_id": e["item"],
+            "timestamp": e["t"],
+            **{k: v for k, v in e.items() if k not in ("item", "t")},
+        }
         for e in events
     ]
     times = [e["t"] for e in events] or [0]
     row = {
-        "user_id": user, "session_id": session_id, "start_ts": times[0], "end_ts": times[-1],
-        "context": {"country": None, "age": None}, "events": rows,
+        "user_id": user,
+        "session_id": session_id,
+        "start_ts": times[0],
+        "end_ts": times[-1],
+        "context": {"country": None, "age": None},
+        "events": rows,
     }
     return row | changes
