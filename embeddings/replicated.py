@@ -44,6 +44,7 @@ class ReplicatedTables(Tables):
                 "set it to fp32, or embeddings.form=sharded"
             )
         self.config = config
+        self.device = device
         self.group = process_group
         self.weights = nn.ParameterDict()
         for name, table in config.tables.items():
@@ -155,7 +156,7 @@ class ReplicatedTables(Tables):
                 counts.append(weight.grad.values().shape[0])
             else:
                 counts.append(DENSE)
-        local = torch.tensor(counts, device=self._device())
+        local = torch.tensor(counts, device=self.device)
         gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(gathered, local, group=self.group)
         return torch.stack(gathered, 1)
@@ -181,10 +182,6 @@ class ReplicatedTables(Tables):
             dense_ED += weight.grad
         dist.all_reduce(dense_ED, group=self.group)
         return row_gradient(dense_ED / dist.get_world_size(self.group))
-
-    def _device(self) -> torch.device:
-        device: torch.device = next(iter(self.weights.values())).device
-        return device
 
 
 DENSE = -1

@@ -280,7 +280,7 @@ def _like(
     ]
     metadata = ShardedTensorMetadata(
         shards_metadata=shards,
-        size=weight.size()[:dims],
+        size=weight.metadata().size[:dims],
         tensor_properties=TensorProperties(dtype=torch.float32),
     )
     own = [

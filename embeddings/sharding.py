@@ -147,6 +147,8 @@ def sharder(
             "beta2": rule.betas[1],
             "weight_decay": rule.weight_decay,
         }
-    # Histories repeat items: send each id once. FBGEMM has the kernel on CUDA only.
+    # Histories repeat items: send each id once. FBGEMM has the kernel on CUDA only, and it sums the
+    # gradients of an id in no fixed order.
     dedup = world_size > 1 and device.type == "cuda"
+    dedup = dedup and not torch.are_deterministic_algorithms_enabled()
     return EmbeddingCollectionSharder(fused_params=fused, use_index_dedup=dedup)

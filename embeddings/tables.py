@@ -24,10 +24,12 @@ class Tables(nn.Module, ABC):
 
     Attributes:
         config: what the tables were built from.
+        device: where `lookup` expects its rows.
         steps: optimizer steps taken.
     """
 
     config: EmbeddingsConfig
+    device: torch.device
     steps: int
 
     @abstractmethod

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Children fork from a server that has imported the slow libraries once and holds no threads.
+# Children fork from a server that has imported the slow libraries once and holds no threads. Where
+# there is a GPU, importing TorchRec starts CUDA, which must not happen before a fork.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torchrec"])
+_CONTEXT.set_forkserver_preload(["torch"] if torch.cuda.is_available() else ["torch", "torchrec"])
 
 
 def run_distributed(

@@ -39,6 +39,7 @@ class Case:
     sharding: tuple[str, ...] = ("row_wise",)
     device: str = "cpu"
     weights: str = "fp32"
+    deterministic: bool = False
 
     def config(self) -> EmbeddingsConfig:
         decay = DECAY if self.rule == "adamw" else 0.0
@@ -52,6 +53,7 @@ class Case:
         )
 
     def build(self, seed: int = SEED):
+        torch.use_deterministic_algorithms(self.deterministic)
         device = torch.device(self.device)
         if self.device == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
@@ -151,7 +153,7 @@ def train_steps(tables, first: int, last: int) -> None:
     rank = dist.get_rank() if dist.is_initialized() else 0
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     for step in range(first, last):
-        device = next(iter(tables.parameters())).device
+        device = tables.device
         rows, grads = rank_batch(step, rank, world_size)
         tables.set_lr(learning_rate(step))
         with torch.no_grad():
@@ -173,8 +175,7 @@ def train(case: Case, first: int, last: int, *, load_from="", save_at=-1, save_t
     rank = dist.get_rank() if dist.is_initialized() else 0
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     rows, _ = rank_batch(first, rank, world_size)
-    device = next(iter(tables.parameters())).device
-    found = tables.lookup(rows.to(device))
+    found = tables.lookup(rows.to(tables.device))
     result["lookup"] = {name: x.detach().cpu() for name, x in found.items()}
     if save_to:
         train_steps(tables, first, save_at)

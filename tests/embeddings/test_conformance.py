@@ -15,7 +15,7 @@ from tests.embeddings.scenario import (
     train,
 )
 
-STEPS, SAVED = 100, 37
+SAVED = 17
 TOLERANCE = {"rtol": 0, "atol": 1e-6}
 
 REPLICATED = Case("replicated", "adamw")
@@ -23,6 +23,7 @@ BY_ROW = Case("sharded", "adagrad", ("row_wise",))
 BY_TABLE = Case("sharded", "adagrad", ("table_wise",))
 CUDA_BY_ROW = Case("sharded", "adamw", ("row_wise",), "cuda")
 CUDA_BY_TABLE = Case("sharded", "adamw", ("table_wise",), "cuda")
+CUDA_FIXED_ORDER = Case("sharded", "adamw", ("row_wise",), "cuda", deterministic=True)
 FORMS = [
     pytest.param((REPLICATED, 1), id="replicated-1"),
     pytest.param((REPLICATED, 2), id="replicated-2"),
@@ -33,6 +34,7 @@ FORMS = [
     pytest.param((CUDA_BY_TABLE, 1), id="cuda-table_wise-1", marks=pytest.mark.gpu),
     pytest.param((CUDA_BY_ROW, 2), id="cuda-row_wise-2", marks=pytest.mark.multi_gpu),
     pytest.param((CUDA_BY_TABLE, 2), id="cuda-table_wise-2", marks=pytest.mark.multi_gpu),
+    pytest.param((CUDA_FIXED_ORDER, 2), id="cuda-fixed_order-2", marks=pytest.mark.multi_gpu),
 ]
 # What a checkpoint of a form is loaded by: fewer ranks, another plan, another form.
 HEIRS = {
@@ -45,7 +47,13 @@ HEIRS = {
     (CUDA_BY_TABLE, 1): [(CUDA_BY_ROW, 1)],
     (CUDA_BY_ROW, 2): [(CUDA_BY_TABLE, 2), (CUDA_BY_ROW, 1)],
     (CUDA_BY_TABLE, 2): [(CUDA_BY_ROW, 2)],
+    (CUDA_FIXED_ORDER, 2): [(CUDA_BY_TABLE, 2)],
 }
+
+
+def num_steps(case: Case) -> int:
+    """Of a run: fewer on the CPU, where every commit runs it."""
+    return 100 if case.device == "cuda" else 40
 
 
 def run(case: Case, world_size: int, *args, **options) -> list[dict]:
@@ -62,7 +70,7 @@ def trained(request, tmp_path_factory):
     """A form, what each of its ranks saw in a whole run, and a checkpoint from the middle of it."""
     case, world_size = request.param
     folder = str(tmp_path_factory.mktemp("checkpoint"))
-    results = run(case, world_size, 0, STEPS, save_at=SAVED, save_to=folder)
+    results = run(case, world_size, 0, num_steps(case), save_at=SAVED, save_to=folder)
     return case, world_size, results, folder
 
 
@@ -87,9 +95,9 @@ def test_a_lookup_returns_the_rows_in_the_order_of_the_ids(trained):
 
 def test_training_matches_the_oracle_on_every_rank(trained):
     case, _, results, _ = trained
-    oracles = oracle_tables(case.rule, STEPS)
+    oracles = oracle_tables(case.rule, num_steps(case))
     for result in results:
-        assert result["steps"] == STEPS
+        assert result["steps"] == num_steps(case)
         for name, oracle in oracles.items():
             expected = torch.tensor(oracle.w, dtype=torch.float64)
             moved = (expected - result["initial"][name]).abs().max()
@@ -100,17 +108,21 @@ def test_training_matches_the_oracle_on_every_rank(trained):
 
 def test_a_resumed_run_ends_with_the_same_bits(trained):
     case, world_size, results, folder = trained
-    resumed = run(case, world_size, SAVED, STEPS, load_from=folder, seed=SEED + 1)
+    resumed = run(case, world_size, SAVED, num_steps(case), load_from=folder, seed=SEED + 1)
+    # Between GPUs ids are sent once, and then their gradients have no fixed order unless asked for.
+    exact = case.device == "cpu" or world_size == 1 or case.deterministic
+    allowed = {"rtol": 0, "atol": 0} if exact else TOLERANCE
     for result in resumed:
-        assert result["steps"] == STEPS
+        assert result["steps"] == num_steps(case)
         for name in TABLES:
-            assert torch.equal(result["final"][name], results[0]["final"][name])
+            torch.testing.assert_close(result["final"][name], results[0]["final"][name], **allowed)
 
 
 def test_a_checkpoint_goes_to_other_ranks_plans_and_forms(trained):
     case, world_size, results, folder = trained
     for heir, heir_size in HEIRS[case, world_size]:
-        for result in run(heir, heir_size, SAVED, STEPS, load_from=folder, seed=SEED + 1):
+        last = num_steps(case)
+        for result in run(heir, heir_size, SAVED, last, load_from=folder, seed=SEED + 1):
             for name in TABLES:
                 torch.testing.assert_close(
                     result["final"][name], results[0]["final"][name], **TOLERANCE
@@ -201,11 +213,11 @@ def _build_message(case: Case) -> str:
     ],
 )
 def test_half_precision_weights_follow_to_their_rounding(case: Case):
-    final = run(case, 1, 0, STEPS)[0]["final"]
-    for name, oracle in oracle_tables(case.rule, STEPS).items():
+    final = run(case, 1, 0, num_steps(case))[0]["final"]
+    for name, oracle in oracle_tables(case.rule, num_steps(case)).items():
         expected = torch.tensor(oracle.w)
         # 2^-11 is half a unit in the last place of fp16; each step may round once more.
-        allowed = STEPS * 2.0**-11 * expected.abs().max()
+        allowed = num_steps(case) * 2.0**-11 * expected.abs().max()
         assert final[name].dtype == torch.float32
         assert torch.equal(final[name], final[name].half().float())
         assert (final[name] - expected).abs().max() < allowed
