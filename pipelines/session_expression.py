@@ -8,8 +8,8 @@ what goes into the log.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipelines import counters
 from pipelines.config import JoinConfig, SessionizeConfig
-from pipelines.counters import counter_columns, counter_names
 from pipelines.event_log import Kind
 from pipelines.portable_hash import partition_of, string_id_column
 from pipelines.schema import END_TS, EVENT_TIMESTAMP, SESSION_ID, START_TS, USER_ID
@@ -114,26 +114,32 @@ def without_repeats(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
 
 
 def with_counters(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
-    """Return `events` with the columns of every counter."""
-    added = {}
-    ids = {config.user_id: "user_id", config.item_id: "item_id"}
-    for prefix, counter in config.counters.items():
-        columns = counter_columns(
-            events,
-            counter,
-            keys={name: ids.get(name, EVENT_PREFIX + name) for name in counter.keys},
-            actions={name: EVENT_PREFIX + name for name in (*counter.actions, *counter.known)},
-        )
-        names = counter_names(prefix, counter)
-        added.update({EVENT_PREFIX + x: y for x, y in zip(names, columns, strict=True)})
-    return events.mutate(**added) if added else events
+    """Return the events of the log with the columns of every counter; histories count as past."""
+    log = events.filter(events["source"] == LOG)
+    if not config.counters:
+        return log
+    named = [x for y in config.counters.values() for x in (*y.keys, *y.actions, *y.known)]
+    columns = {name: EVENT_PREFIX + name for name in named}
+    columns |= {config.user_id: "user_id", config.item_id: "item_id"}
+    # Windows sort whole rows, so they get only the columns that they need.
+    used = [columns[name] for name in named]
+    counted = counters.with_counters(
+        events.select(*dict.fromkeys((*_PLACE, *used))),
+        config.counters,
+        columns=columns,
+        place=_PLACE,
+        prefix=EVENT_PREFIX,
+    )
+    counted = counted.filter(counted["source"] == LOG)
+    spent = dict.fromkeys(("source", "time", "order", *used))
+    counted = counted.drop(*spent)
+    return log.join(counted, ["file", "row"])
 
 
 def in_sessions(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
-    """Return the events of the log (histories left out) with session_id."""
+    """Return `events` with session_id."""
     import ibis
 
-    events = events.filter(events["source"] == LOG)
     if config.session_id:
         return events.rename(session_id="named_session")
     # A user's sessions are numbered from 0 in order of time.
@@ -148,7 +154,7 @@ def as_histories(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
     """Return the events of the starting histories, one session a user, counters null."""
     import ibis
 
-    names = [name for x, y in config.counters.items() for name in counter_names(x, y)]
+    names = [name for x, y in config.counters.items() for name in counters.counter_names(x, y)]
     events = events.filter(events["source"] == HISTORY)
     return events.mutate(
         session_id=ibis.literal(HISTORY_SESSION, "int64"),
@@ -159,7 +165,8 @@ def as_histories(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
 def in_order(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
     """Return events in the order in which the log holds them, as `write_partitions` reads them."""
     whole = {"group_by": [USER_ID, SESSION_ID]}
-    second = events["time"] // _US
+    # Ibis divides as floats: rounding, not flooring, keeps the second exact up to the year 9999.
+    second = ((events["time"] - events["time"] % _US) / _US).round().cast("int64")
     events = events.mutate(
         **{
             PARTITION: partition_of(events[USER_ID], config.partition_seed, config.partitions),

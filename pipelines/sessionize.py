@@ -75,7 +75,7 @@ def sessionize(config: SessionizeConfig) -> Manifest:
     Raises:
         ValueError: if the configuration contradicts itself or the files, a file or column is
             missing, a joined file repeats a key or matches nothing, the log is empty, too many
-            events are unusable, `output` exists and may not be replaced, or memory_gb is too little.
+            events are unusable, `output` exists and may not be replaced, or memory_gb too small.
     """
     _check_names(config)
     _check_timezone(config.timezone)
