@@ -23,18 +23,20 @@ def softmax_attention(
         info: structure of the batch; candidates see the history and themselves only.
         of_tails: whether the queries are those of the tails.
     """
-    return hstu_attention(
-        q_RHK,
-        k_LHK,
-        v_LHK,
-        info.offsets,
-        max_len=info.max_len,
-        alpha=q_RHK.shape[-1] ** -0.5,
-        scaling_length=None,
-        activation="softmax",
-        mask=attention_mask(info),
-        num_candidates=info.num_candidates,
-        q_offsets=info.tail_offsets if of_tails else info.offsets,
-        max_q_len=info.max_tail_len if of_tails else info.max_len,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
+    # The operator chooses its own precision; autocast would cast again inside of its reference.
+    with torch.autocast(q_RHK.device.type, enabled=False):
+        return hstu_attention(
+            q_RHK,
+            k_LHK,
+            v_LHK,
+            info.offsets,
+            max_len=info.max_len,
+            alpha=q_RHK.shape[-1] ** -0.5,
+            scaling_length=None,
+            activation="softmax",
+            mask=attention_mask(info),
+            num_candidates=info.num_candidates,
+            q_offsets=info.tail_offsets if of_tails else info.offsets,
+            max_q_len=info.max_tail_len if of_tails else info.max_len,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )

@@ -232,6 +232,22 @@ def test_dropout_in_training_only(name):
     assert torch.equal(encoder(x, info), encoder(x, info))
 
 
+@pytest.mark.parametrize("name", ENCODERS)
+def test_autocast_to_bf16_stays_near_fp32(name):
+    encoder = make_encoder(name).float()
+    sequences, num_context, x = make_batch("context_and_candidates")
+    x, info = x.float(), make_info(sequences, num_context)
+    expected = encoder(x, info)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = encoder(x, info)
+    assert got.dtype == torch.float32
+    assert not torch.equal(got, expected)
+    # bf16 keeps 8 bits: each of a dozen products in a row errs by 2^-9 of its size.
+    assert (got - expected).abs().max() < 12 * 2**-8 * expected.abs().max()
+    got.sum().backward()
+    assert all(p.grad.isfinite().all() for p in encoder.parameters())
+
+
 def test_default_widths_of_the_feed_forward_part():
     config = ModelConfig(dim=64, transformer=TransformerConfig(num_heads=2))
     assert SASRecEncoder(config).layers[0].ffn_in.out_features == 64
