@@ -1,0 +1,289 @@
+"""Linear map whose epilogue adds the bias, applies SiLU or adds the residual.
+
+Forward:  z = x W^T + b,  y = z | silu(z) | z + residual
+Backward: dz = dy * silu'(z),  db = sum(dz)  here; dx = dz W and dW = dz^T x are torch's products.
+
+L rows, D input and F output columns. Programs are persistent: one a processor, each computing tiles
+in an order that keeps neighbouring tiles in the L2 cache. Tiles travel by TMA where addresses and
+row strides are multiples of 16 bytes, else by pointers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels._triton.rows import num_programs
+from kernels._triton.silu import is_fast, silu, silu_derivative
+
+GROUP = 8
+"""Tiles of rows that are computed before the next tile of columns."""
+
+
+@triton.jit
+def _load(source, row, col, stride, num_rows, num_cols, ROWS, COLS, TMA: tl.constexpr):
+    """Return a (ROWS, COLS) tile of a descriptor, or of a pointer; zero outside."""
+    if TMA:
+        return source.load([row, col])
+    else:
+        rows = row + tl.arange(0, ROWS).to(tl.int64)
+        cols = col + tl.arange(0, COLS)
+        mask = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+        return tl.load(source + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(target, value, row, col, num_rows, num_cols, ROWS, COLS, TMA: tl.constexpr):
+    """Store a tile in the dtype of a contiguous target."""
+    if TMA:
+        target.store([row, col], value.to(target.dtype))
+    else:
+        rows = row + tl.arange(0, ROWS).to(tl.int64)
+        cols = col + tl.arange(0, COLS)
+        mask = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+        offs = rows[:, None] * num_cols + cols[None, :]
+        tl.store(target + offs, value.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _tile_position(tile, tiles_l, tiles_f, GROUP: tl.constexpr):
+    group = tile // (GROUP * tiles_f)
+    size = min(tiles_l - group * GROUP, GROUP)
+    inside = tile % (GROUP * tiles_f)
+    return group * GROUP + inside % size, inside // size
+
+
+@triton.jit
+def _epilogue(
+    z,
+    row,
+    col,
+    bias_ptr,
+    residual,
+    y,
+    kept,
+    L,
+    F,
+    stride_residual,
+    BLOCK_L: tl.constexpr,
+    COLS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    SILU: tl.constexpr,
+    KEEP: tl.constexpr,
+    FAST: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    if HAS_BIAS:
+        cols = col + tl.arange(0, COLS)
+        z += tl.load(bias_ptr + cols, mask=cols < F, other=0.0).to(tl.float32)[None, :]
+    if KEEP:
+        _store(kept, z, row, col, L, F, BLOCK_L, COLS, TMA)
+    if SILU:
+        z = silu(z, FAST)
+    if HAS_RESIDUAL:
+        z += _load(residual, row, col, stride_residual, L, F, BLOCK_L, COLS, TMA).to(tl.float32)
+    _store(y, z, row, col, L, F, BLOCK_L, COLS, TMA)
+
+
+@triton.jit
+def _linear_fwd_kernel(
+    x,
+    weight,
+    bias_ptr,
+    residual,
+    y,
+    kept,
+    L,
+    F,
+    D,
+    stride_x,
+    stride_residual,
+    BLOCK_L: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    SILU: tl.constexpr,
+    KEEP: tl.constexpr,
+    FAST: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    programs = tl.num_programs(0)
+    tiles_l = tl.cdiv(L, BLOCK_L)
+    tiles_f = tl.cdiv(F, BLOCK_F)
+    HALF: tl.constexpr = BLOCK_F // 2
+    # A second count of the tiles keeps the epilogue apart from the flattened loop: without it the
+    # pipeline of the next tile's loads would wait for the stores.
+    done = tl.program_id(0) - programs
+    for tile in tl.range(tl.program_id(0), tiles_l * tiles_f, programs, flatten=FLATTEN):
+        tile_l, tile_f = _tile_position(tile, tiles_l, tiles_f, GROUP)
+        z = tl.zeros((BLOCK_L, BLOCK_F), tl.float32)
+        for d in range(tl.cdiv(D, BLOCK_D)):
+            a = _load(x, tile_l * BLOCK_L, d * BLOCK_D, stride_x, L, D, BLOCK_L, BLOCK_D, TMA)
+            b = _load(weight, tile_f * BLOCK_F, d * BLOCK_D, D, F, D, BLOCK_F, BLOCK_D, TMA)
+            z = tl.dot(a, b.T, z, input_precision=PRECISION)
+        done += programs
+        tile_l, tile_f = _tile_position(done, tiles_l, tiles_f, GROUP)
+        row = tile_l * BLOCK_L
+        col = tile_f * BLOCK_F
+        # Half a tile at a time: the whole one does not fit beside the loads in flight.
+        left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_L, 2, HALF)), (0, 2, 1)))
+        _epilogue(
+            left, row, col, bias_ptr, residual, y, kept, L, F, stride_residual,
+            BLOCK_L, HALF, HAS_BIAS, HAS_RESIDUAL, SILU, KEEP, FAST, TMA,
+        )  # fmt: skip
+        _epilogue(
+            right, row, col + HALF, bias_ptr, residual, y, kept, L, F, stride_residual,
+            BLOCK_L, HALF, HAS_BIAS, HAS_RESIDUAL, SILU, KEEP, FAST, TMA,
+        )  # fmt: skip
+
+
+@triton.jit
+def _silu_bwd_kernel(
+    dy_ptr,
+    z_ptr,
+    dz_ptr,
+    dbias_ptr,
+    L,
+    stride_dy,
+    F: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    dbias = tl.zeros((ROWS, BLOCK_F), tl.float32)
+    for block in range(pid, tl.cdiv(L, ROWS), tl.num_programs(0)):
+        rows = block * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        mask = (rows < L)[:, None] & (cols < F)[None, :]
+        offs = rows[:, None] * F + cols[None, :]
+        dy = tl.load(dy_ptr + rows[:, None] * stride_dy + cols[None, :], mask=mask, other=0.0)
+        z = tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        dz = dy.to(tl.float32) * silu_derivative(z, FAST)
+        dbias += dz
+        tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+    tl.store(dbias_ptr + pid.to(tl.int64) * F + cols, tl.sum(dbias, 0), mask=cols < F)
+
+
+def linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    apply_silu: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return y (L, F), and z (L, F) if `keep`, else an empty tensor.
+
+    Args:
+        x: (L, D), columns contiguous.
+        weight: (F, D) contiguous, dtype of x.
+        bias: (F,) contiguous.
+        residual: (L, F), columns contiguous, dtype of x.
+        apply_silu: whether y = silu(z).
+        keep: whether z is stored.
+    """
+    (L, D), F = x.shape, weight.shape[0]
+    y = x.new_empty(L, F)
+    kept = x.new_empty(L if keep else 0, F)
+    if L == 0:
+        return y, kept
+    tma = all(_fits_tma(tensor) for tensor in (x, weight, residual, y, kept) if tensor is not None)
+    block_l, block_f, block_d, warps, stages = _tile(x.dtype, F, residual is not None, tma)
+    half = block_f // 2
+
+    def source(tensor: Tensor | None, columns: int, rows: int = block_l) -> object:
+        if tensor is None or not tma or tensor.numel() == 0:
+            return tensor
+        return TensorDescriptor(tensor, [*tensor.shape], [*tensor.stride()], [rows, columns])
+
+    tiles = triton.cdiv(L, block_l) * triton.cdiv(F, block_f)
+    _linear_fwd_kernel[(num_programs(x.device, tiles, 1),)](
+        source(x, block_d),
+        source(weight, block_d, block_f),
+        bias,
+        source(residual, half),
+        source(y, half),
+        source(kept, half) if keep else None,
+        L,
+        F,
+        D,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        BLOCK_L=block_l,
+        BLOCK_F=block_f,
+        BLOCK_D=block_d,
+        GROUP=GROUP,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        SILU=apply_silu,
+        KEEP=keep,
+        FAST=is_fast(x.dtype),
+        TMA=tma,
+        PRECISION="ieee",
+        FLATTEN=tma,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return y, kept
+
+
+def silu_bwd(dy: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return dz = dy * silu'(z) (L, F), and its sum over rows (F,) in float32."""
+    L, F = z.shape
+    dz = torch.empty_like(z)
+    block_f = min(512, triton.next_power_of_2(F))
+    rows = 4096 // block_f
+    tiles_f = triton.cdiv(F, block_f)
+    blocks = triton.cdiv(L, rows)
+    programs = min(blocks, triton.cdiv(num_programs(z.device, blocks * tiles_f, 4), tiles_f))
+    dbias = z.new_empty(programs, F, dtype=torch.float32)
+    if L > 0:
+        _silu_bwd_kernel[(programs, tiles_f)](
+            dy,
+            z,
+            dz,
+            dbias,
+            L,
+            dy.stride(0),
+            F=F,
+            ROWS=rows,
+            BLOCK_F=block_f,
+            FAST=is_fast(z.dtype),
+            num_warps=4,
+        )
+    return dz, dbias.sum(0)
+
+
+def _tile(
+    dtype: torch.dtype, F: int, has_residual: bool, tma: bool
+) -> tuple[int, int, int, int, int]:
+    """Return (rows, columns, depth, warps, stages) of a tile.
+
+    128 x 256 x 64 was fastest of the 16-bit tiles on one H100 at D from 512 to 2048; a residual
+    tile takes the room of one stage. float32 runs on the ordinary units, and addresses without TMA
+    take registers: small tiles for both.
+    """
+    if dtype == torch.float32:
+        return 64, 64, 32, 8, 2
+    if not tma:
+        return 64, 128, 32, 8, 2
+    if F <= 128:
+        return 128, 128, 64, 8, 3
+    return 128, 256, 64, 8, 3 if has_residual else 4
+
+
+def _fits_tma(tensor: Tensor) -> bool:
+    """Whether a tensor can be described to the TMA unit."""
+    return (
+        tensor.data_ptr() % 16 == 0
+        and tensor.stride(1) == 1
+        and tensor.stride(0) * tensor.element_size() % 16 == 0
+        and (not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) >= (9, 0))
+    )

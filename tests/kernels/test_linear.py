@@ -1,0 +1,183 @@
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.linear import linear
+from tests.checks import assert_within_reference_error
+from tests.kernels.evaluate import double, outputs_and_gradients
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORMS = ["plain", "silu", "residual"]
+
+
+def oracle(x, weight, bias, residual, *, silu):
+    """The map as explicit sums."""
+    z = (x[:, None, :] * weight[None, :, :]).sum(2)
+    z = z if bias is None else z + bias
+    z = z / (1 + torch.exp(-z)) if silu else z
+    return z if residual is None else z + residual
+
+
+def make(L, D, F, dtype, form, has_bias=True, seed=0, device=DEVICE):
+    generator = torch.Generator(device).manual_seed(seed)
+    draw = partial(torch.randn, generator=generator, device=device)
+    x, weight = draw(L, D).to(dtype), (draw(F, D) / D**0.5).to(dtype)
+    # With silu the gradient of the bias has the precision of z, so the bias has its dtype.
+    bias = draw(F).to(dtype if form == "silu" else torch.float32) if has_bias else None
+    residual = draw(L, F).to(dtype) if form == "residual" else None
+    return (x, weight, bias, residual), draw(L, F).to(dtype)
+
+
+def call(x, weight, bias, residual, *, form, impl):
+    activation = "silu" if form == "silu" else "none"
+    return linear(x, weight, bias, activation=activation, residual_LF=residual, impl=impl)
+
+
+def check(inputs, dout, form, impl="triton"):
+    got, low = (
+        outputs_and_gradients(partial(call, form=form, impl=kind), inputs, dout)
+        for kind in (impl, "reference")
+    )
+    run = partial(call, form=form, impl="reference")
+    high = outputs_and_gradients(run, double(inputs), dout.double())
+    for i, (actual, same, exact) in enumerate(zip(got, low, high, strict=True)):
+        assert actual.dtype == same.dtype
+        if actual.numel():
+            # Gradients with silu: z and dz are kept in 16 bits, the reference keeps float32.
+            times = 5.0 if i > 0 and form == "silu" else 2.0
+            assert_within_reference_error(actual, same, exact, times=times)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("shape", [(0, 3, 4), (1, 1, 1), (9, 5, 7)], ids=str)
+def test_reference_is_its_formula(shape, has_bias, form):
+    inputs, dout = make(*shape, torch.float64, form, has_bias)
+    found = outputs_and_gradients(partial(call, form=form, impl="reference"), inputs, dout)
+    expected = outputs_and_gradients(partial(oracle, silu=form == "silu"), inputs, dout)
+    for actual, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(0, 8, 16), (1, 1, 1), (130, 72, 264), (257, 64, 16), (65, 33, 70)],
+    ids=str,
+)
+def test_triton_within_error_budget(shape, dtype, form):
+    check(*make(*shape, dtype, form), form)
+
+
+@pytest.mark.interpret
+@settings(deadline=None, max_examples=10)
+@given(
+    L=st.integers(0, 140),
+    D=st.integers(1, 70),
+    F=st.integers(1, 140),
+    form=st.sampled_from(FORMS),
+    has_bias=st.booleans(),
+)
+def test_triton_any_shape(L, D, F, form, has_bias):
+    check(*make(L, D, F, torch.float32, form, has_bias), form)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(4099, 512, 2048), (5000, 1024, 200), (1000, 500, 1000)])
+def test_large_within_error_budget(shape, dtype, form):
+    check(*make(*shape, dtype, form), form)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("start", [8, 3])
+def test_views_of_wider_buffers(form, start):
+    # Columns from 8 on can go by TMA in 16 bits, those from 3 on cannot.
+    (x, weight, bias, residual), dout = make(70, 48, 96, torch.float16, form)
+    x, weight, bias = x[:, start : start + 32], weight[16:80, :32], bias[:64]
+    residual = None if residual is None else residual[:, start : start + 64]
+    check((x, weight, bias, residual), dout[:, start : start + 64], form)
+    check(
+        (x[:32].T, weight, bias, None if residual is None else residual[:32]), dout[:32, :64], form
+    )
+
+
+@pytest.mark.interpret
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, in the interpreter
+def test_nan_stays_in_its_row():
+    inputs, dout = make(140, 40, 48, torch.float32, "silu")
+    run = partial(call, form="silu", impl="triton")
+    clean = outputs_and_gradients(run, inputs, dout)
+    x = inputs[0].clone()
+    x[5, 3], x[70, 0] = torch.nan, torch.inf
+    found = outputs_and_gradients(run, (x, *inputs[1:]), dout)
+    others = [i for i in range(140) if i not in (5, 70)]
+    assert torch.equal(found[0][others], clean[0][others])
+    assert torch.equal(found[1][others], clean[1][others])
+
+
+@pytest.mark.interpret
+def test_keeps_z_only_where_a_gradient_needs_it():
+    (x, weight, bias, _), _ = make(9, 16, 24, torch.float32, "silu")
+    forward = torch.ops.gr.linear
+    assert forward(x, weight, bias, None, True, False)[1].shape == (0, 24)
+    y = call(x, weight.requires_grad_(), bias, None, form="silu", impl="triton")
+    assert y.requires_grad
+    with torch.no_grad():
+        assert torch.equal(call(x, weight, bias, None, form="silu", impl="triton"), y)
+    with pytest.raises(ValueError, match="keep=True"):
+        forward(x, weight, bias, None, True, False)
+
+
+@pytest.mark.interpret
+def test_registration():
+    for form, keep in (("silu", True), ("residual", False), ("plain", False)):
+        inputs, _ = make(6, 16, 24, torch.float32, form)
+        leaves = [x if x is None else x.requires_grad_() for x in inputs]
+        torch.library.opcheck(torch.ops.gr.linear.default, (*leaves, form == "silu", keep))
+
+
+@pytest.mark.gpu
+def test_compiles_without_graph_break():
+    inputs, _ = make(6, 16, 24, torch.float32, "silu")
+    run = partial(call, form="silu", impl="auto")
+    torch.testing.assert_close(torch.compile(run, fullgraph=True)(*inputs), run(*inputs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [64, 60])
+def test_more_than_int32_elements(D):
+    L, F = 2**31 // 1024 + 200, 1024
+    x = torch.randn(L, D, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(F, D, device="cuda", dtype=torch.bfloat16)
+    found = linear(x, weight, activation="silu")[-300:].clone()
+    assert torch.equal(found, linear(x[-300:], weight, activation="silu"))
+
+
+X, W = torch.ones(3, 2), torch.ones(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((X[0], W), {}, r"x must be \(L, D\)"),
+        ((X, W.T), {}, r"weight must be \(F, 2\)"),
+        ((X, W.double()), {}, "weight must be torch.float32"),
+        ((X, W, torch.ones(3)), {}, r"bias must be \(4,\)"),
+        ((X, W), {"residual_LF": torch.ones(3, 2)}, r"residual must be \(3, 4\)"),
+        ((X, W), {"residual_LF": torch.ones(3, 4).half()}, "residual must be torch.float32"),
+        ((X, W), {"activation": "relu"}, "activation must be none or silu"),
+        ((X, W), {"activation": "silu", "residual_LF": torch.ones(3, 4)}, "exclude each other"),
+        ((X, W.to("meta")), {}, "weight must be on cpu"),
+    ],
+)
+def test_wrong_input(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        linear(*arguments, **options)
