@@ -387,9 +387,8 @@ def _union(own: dict[str, Any]) -> dict[str, Any]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint; its record goes first, so that a kill leaves no half of one."""
-    (path / COMPLETE).unlink()
-    shutil.rmtree(path)
+    """Remove a checkpoint, renamed to a draft first: after a kill the next save sweeps it up."""
+    shutil.rmtree(path.rename(path.with_name(f"{path.name}.tmp")))
 
 
 @contextmanager
@@ -450,13 +449,25 @@ class _IndexUnpickler(pickle.Unpickler):
 class _SafeReader(FileSystemReader):
     """FileSystemReader whose index cannot run code; DCP itself reads tensors with weights_only."""
 
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        # Read here, since DCP would wrap what is wrong with it into an exception of its own.
+        self._index = _read_index(path / ".metadata")
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> dcp_metadata.Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            index = _IndexUnpickler(file).load()
-        storage_meta = index.storage_meta or dcp_metadata.StorageMeta()
+        storage_meta = self._index.storage_meta or dcp_metadata.StorageMeta()
         storage_meta.load_id = self.load_id
-        index.storage_meta = storage_meta
-        for key, entry in index.state_dict_metadata.items():
-            if not isinstance(entry, dcp_metadata.TensorStorageMetadata):
-                raise ValueError(f"the checkpoint's index holds {key!r}, which is no tensor")
-        return index  # type: ignore[no-any-return]
+        self._index.storage_meta = storage_meta
+        return self._index
+
+
+def _read_index(path: Path) -> dcp_metadata.Metadata:
+    try:
+        with path.open("rb") as file:
+            index = _IndexUnpickler(file).load()
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Remove this checkpoint.") from error
+    for key, entry in index.state_dict_metadata.items():
+        if not isinstance(entry, dcp_metadata.TensorStorageMetadata):
+            raise ValueError(f"{path} holds {key!r}, which is no tensor: not a checkpoint of ours")
+    return index  # type: ignore[no-any-return]
