@@ -96,7 +96,7 @@ def spoil(row, defect):
         return row
     last = rows[-1]
     match defect:
-        case "user_id" | "session_id" | "start_ts":
+        case "user_id" | "session_id" | "start_ts" | "end_ts":
             return row | {defect: None}
         case "no events":
             return row | {"events": None}
@@ -135,6 +135,7 @@ DEFECTS = (
     "unsorted",
     "infinite",
     "no logarithm",
+    "end_ts",
 )
 
 
