@@ -163,6 +163,9 @@ class TaskConfig:
     """... then clipped to this; 0 means no bound ..."""
     log1p: bool = False
     """... then log(1 + x) is taken."""
+    prior: float | None = None
+    """What is known of the mean label before training (binary: share of positives; regression: in
+    the transformed unit), say from an earlier log: where the head's bias starts. None: at 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,13 +180,16 @@ class DataConfig:
     """event: each event is predicted from all tokens before it; session: the session's events
     stand at the end as candidates that see the history and themselves only."""
     supervise: Supervise = "session"
-    """Which events carry a loss."""
+    """Which events carry a loss. session: the session's; all: those of the history too (unknown
+    labels stay masked); sampled: as all, in a share of the sequences; the others are left out."""
     sampled_rate: float = 1.0
     """Of `supervise: sampled`: k of min(1, k / n), n = events of the sequence."""
     max_history_tokens: int = 256
-    """Newest tokens of history kept, after layout; context tokens come on top."""
+    """Newest tokens of history kept, after layout: whole events (interleaved: two tokens each).
+    Context tokens come on top."""
     max_session_events: int = 256
-    """A longer session is split: its earlier part becomes history of the later."""
+    """A longer session is split: its earlier part becomes history of the later, which starts at
+    its own first event."""
     overlap_slack: int = 64
     """Events held of each user beyond `max_history_tokens`, so that a session finds its history
     behind so many events of sessions that overlap with it in time. What it lacks is counted."""
@@ -289,6 +295,10 @@ def check_ranges(data: DataConfig) -> None:
             f"data.max_reject_fraction must be from 0 to 1, got {data.max_reject_fraction}"
         )
     for name, task in data.tasks.items():
+        if task.type == "binary" and task.prior is not None and not 0 < task.prior < 1:
+            raise ValueError(
+                f"data.tasks.{name}.prior must be between 0 and 1, got {task.prior}"
+            )
         if task.scale <= 0:
             raise ValueError(f"data.tasks.{name}.scale must be positive, got {task.scale}")
     for name, action in data.actions.items():

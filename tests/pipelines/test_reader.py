@@ -83,7 +83,6 @@ def test_a_null_end_ts_stands_where_the_one_before_it_stands(tmp_path):
 
 
 def test_a_null_event_is_seen(tmp_path):
-
     rows = [ROWS[0] | {"events": [ROWS[0]["events"][0], None]}]
     write(tmp_path / "part.parquet", rows=rows)
     (block,) = read_blocks(tmp_path / "part.parquet", make_encoder(), rows_per_block=10)
