@@ -296,9 +296,7 @@ def check_ranges(data: DataConfig) -> None:
         )
     for name, task in data.tasks.items():
         if task.type == "binary" and task.prior is not None and not 0 < task.prior < 1:
-            raise ValueError(
-                f"data.tasks.{name}.prior must be between 0 and 1, got {task.prior}"
-            )
+            raise ValueError(f"data.tasks.{name}.prior must be between 0 and 1, got {task.prior}")
         if task.scale <= 0:
             raise ValueError(f"data.tasks.{name}.scale must be positive, got {task.scale}")
     for name, action in data.actions.items():
