@@ -3,6 +3,7 @@
 Letters: P ranking positions, R retrieval positions, D model dim, T tasks.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -17,7 +18,7 @@ NORM_EPS = 1e-6
 
 
 class RankingHead(nn.Module):
-    """A shared MLP, then one linear read-out a task.
+    """A shared MLP, then one linear read-out a task, whose bias starts at the task's prior.
 
         h = silu(W_n ... silu(W_1 y + b_1) ... + b_n);   output_t = w_t . h + c_t
 
@@ -40,11 +41,22 @@ class RankingHead(nn.Module):
         for width_in, width_out in pairwise(widths):
             self.shared.extend([nn.Linear(width_in, width_out), nn.SiLU()])
         self.readout = nn.Linear(widths[-1], len(tasks))
+        with torch.no_grad():
+            self.readout.bias.copy_(torch.tensor([_start(task) for task in tasks.values()]))
 
     def forward(self, y_PD: Tensor) -> dict[str, Tensor]:
         """Return task -> (P,): the logit of a binary task, the transformed value of another."""
-        output_PT = self.readout(self.shared(y_PD))
+        hidden_PH = self.shared(y_PD)
+        # Logits near 3 are 1/64 apart in bf16: examples would tie.
+        with torch.autocast(y_PD.device.type, enabled=False):
+            output_PT = self.readout(hidden_PH.to(self.readout.weight.dtype))
         return dict(zip(self.tasks, output_PT.unbind(1), strict=True))
+
+
+def _start(task: TaskConfig) -> float:
+    if task.prior is None:
+        return 0.0
+    return math.log(task.prior / (1 - task.prior)) if task.type == "binary" else task.prior
 
 
 class RetrievalHead(nn.Module):

@@ -40,6 +40,29 @@ def test_ranking_head_takes_no_rows_and_any_task_name():
     assert {name: x.shape for name, x in outputs.items()} == {"keys": (0,), "a.b": (0,)}
 
 
+def test_outputs_are_not_rounded_to_bf16():
+    torch.manual_seed(0)
+    head = RankingHead(4, TASKS, (8,))
+    y = torch.randn(50, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = head(y)
+    assert outputs["click"].dtype == torch.float32
+    assert not torch.equal(outputs["click"], outputs["click"].bfloat16().float())
+    torch.testing.assert_close(outputs["click"], head(y)["click"], rtol=0.02, atol=0.02)
+
+
+def test_read_outs_start_at_the_priors():
+    tasks = {
+        "click": TaskConfig(action="is_click", prior=0.2),
+        "watch_time": TaskConfig(action="play_ms", type="regression", prior=1.5),
+        "like": TaskConfig(action="is_like"),
+    }
+    outputs = RankingHead(4, tasks, ())(torch.zeros(1, 4))
+    assert outputs["click"].sigmoid().item() == pytest.approx(0.2)
+    assert outputs["watch_time"].item() == 1.5
+    assert outputs["like"].item() == 0.0
+
+
 def test_ranking_head_without_tasks_is_refused():
     with pytest.raises(ValueError, match=r"data\.tasks"):
         RankingHead(4, {}, ())
