@@ -42,8 +42,12 @@ def load_config(
     config = OmegaConf.structured(schema)
     extends = BASE not in get_type_hints(schema)
     layers = _read_chain(Path(path), (), extends) + [_read_override(text) for text in overrides]
-    for source, layer in layers:
-        config = _merge(config, schema, source, _typed(schema, layer, (), source))
+    typed = [(source, _typed(schema, layer, (), source)) for source, layer in layers]
+    try:
+        config = OmegaConf.merge(config, *(layer for _, layer in typed))
+    except (OmegaConfBaseException, TypeError):
+        for source, layer in typed:  # slower, but it names layer and key
+            config = _merge(config, schema, source, layer)
     try:
         resolved = DictConfig(OmegaConf.to_container(config, resolve=True))
     except OmegaConfBaseException as error:

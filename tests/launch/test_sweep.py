@@ -1,0 +1,254 @@
+import itertools
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from gr.config import TrainConfig
+from gr.config_io import load_config
+from launch import sweep as sweep_module
+from launch.__main__ import main
+from launch.config import SweepConfig, VariantConfig
+from launch.sweep import config_hash, describe, expand, run_sweep
+
+RUN = """
+data: {log: absent, num_items: 9, num_negatives: 2}
+embeddings:
+  tables:
+    item: {num_embeddings: 10, dim: 8, features: [item_id, target_item_id, negative_item_id]}
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base") / "base.yaml"
+    path.write_text(RUN)
+    return str(path)
+
+
+def sweep_of(base, tmp_path, **fields):
+    return SweepConfig(base=base, output=str(tmp_path / "out"), **fields)
+
+
+def loaded(member):
+    return load_config(TrainConfig, member.base, [*member.overrides, "run_dir=x"])[0]
+
+
+AXES = {
+    "optim.lr": st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=2, unique=True),
+    "model.num_layers": st.lists(st.integers(1, 9), min_size=1, max_size=2, unique=True),
+    "model.head.ranking_hidden": st.lists(
+        st.lists(st.integers(1, 64), max_size=2), min_size=1, max_size=2, unique_by=tuple
+    ),
+}
+
+
+@settings(deadline=None, max_examples=4)
+@given(
+    st.fixed_dictionaries({}, optional=AXES),
+    st.lists(st.integers(1, 99), min_size=0, max_size=2, unique=True),
+    st.lists(st.integers(0, 99), min_size=1, max_size=2, unique=True),
+    st.booleans(),
+)
+def test_expansion_is_the_product(base, grid, together, seeds, named):
+    zipped = {"log_every": together, "max_steps": [n + 1 for n in together]} if together else {}
+    variants = (
+        {"a": VariantConfig(), "b": VariantConfig(overrides=("model.dim=16",))} if named else {}
+    )
+    config = SweepConfig(
+        base=base, output="o", grid=grid, zip=zipped, seeds=tuple(seeds), runs=variants, limit=99
+    )
+    found = [
+        (
+            run.model.dim,
+            run.optim.lr,
+            run.model.num_layers,
+            run.model.head.ranking_hidden,
+            run.log_every,
+            run.max_steps,
+            run.seed,
+        )
+        for run in map(loaded, expand(config))
+    ]
+    expected = [
+        (dim, lr, layers, tuple(hidden), *row, seed)
+        for dim, lr, layers, hidden, row, seed in itertools.product(
+            [64, 16] if named else [64],
+            grid.get("optim.lr", [1e-3]),
+            grid.get("model.num_layers", [2]),
+            grid.get("model.head.ranking_hidden", [(128,)]),
+            [(n, n + 1) for n in together] or [(10, 0)],
+            seeds,
+        )
+    ]
+    assert sorted(found) == sorted(expected)
+
+
+def test_the_id_is_of_the_configuration_not_of_how_it_was_written(base, tmp_path):
+    (one,) = expand(sweep_of(base, tmp_path, overrides=("model.dim=16",)))
+    (two,) = expand(sweep_of(base, tmp_path / "b", grid={"model.dim": [16]}))
+    (three,) = expand(sweep_of(base, tmp_path, grid={"model.dim": [32]}))
+    assert one.id == two.id != three.id
+    resolved = load_config(TrainConfig, base, ["model.dim=16", "run_dir=y", "resume=true"])[1]
+    assert config_hash(resolved) == one.id
+
+
+def test_a_variant_may_have_a_base_of_its_own(base, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(f"base: {base}\nmodel: {{dim: 40}}")
+    config = sweep_of(
+        base, tmp_path, runs={"a": VariantConfig(), "b": VariantConfig(base=str(other))}
+    )
+    assert [loaded(member).model.dim for member in expand(config)] == [64, 40]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"grid": {"seed": [1]}}, "seed is set by the sweep"),
+        ({"overrides": ("run_dir=x",)}, "run_dir is set by the sweep"),
+        ({"runs": {"a": VariantConfig(overrides=("resume=true",))}}, "resume is set by the sweep"),
+        ({"runs": {"a/b": VariantConfig()}}, "a name may hold letters"),
+        ({"seeds": tuple(range(17))}, "17 runs, limit is 16"),
+        ({"grid": {"model.dim": [16, 16]}}, "are the same configuration"),
+        ({"grid": {"modle.dim": [16]}}, r"run 'dim=16', seed 0: override.*Did you mean model\?"),
+    ],
+)
+def test_a_sweep_that_cannot_be_expanded(base, tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        expand(sweep_of(base, tmp_path, **fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"grid": {"a": 3}}, r"grid\.a: expected a list of values, found 3"),
+        ({"grid": {"a": []}}, r"grid\.a: expected a list"),
+        ({"zip": {"a": [1], "b": [1, 2]}}, "lists of one length"),
+        ({"grid": {"a": [1]}, "zip": {"a": [1]}}, "a is in grid and in zip"),
+        ({"seeds": (1, 1)}, "none twice"),
+        ({"jobs": 0}, "jobs must be at least 1"),
+    ],
+)
+def test_a_sweep_that_contradicts_itself(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SweepConfig(base="b", output="o", **fields)
+
+
+def finish(member, window="all"):
+    """Write what a finished run leaves behind."""
+    member.run_dir.mkdir(parents=True, exist_ok=True)
+    resolved = load_config(
+        TrainConfig, member.base, [*member.overrides, f"run_dir={member.run_dir}"]
+    )[1]
+    OmegaConf.save(resolved, member.run_dir / "config.yaml")
+    row = {"window": window, "step": 3, "hr@10": 0.25 + loaded(member).seed / 8}
+    (member.run_dir / "eval.jsonl").write_text(json.dumps(row) + "\n")
+
+
+def test_finished_runs_are_skipped_others_resumed(base, tmp_path):
+    config = sweep_of(base, tmp_path, seeds=(0, 1, 2))
+    new, half, done = members = expand(config)
+    finish(done)
+    finish(half, window="2022-04-25")
+    assert [m.is_finished() for m in members] == [False, False, True]
+    assert "resume=true" not in new.command()
+    assert "resume=true" in half.command()
+    assert [line.split()[0] for line in describe(members).splitlines()] == ["to", "to", "finished"]
+    # A line that a kill cut short does not finish a run.
+    (new.run_dir).mkdir(parents=True)
+    (new.run_dir / "eval.jsonl").write_text('{"window": "all"}')
+    assert not new.is_finished()
+    ran = []
+
+    def submit(member):
+        ran.append(member)
+        finish(member)
+        return 0
+
+    assert run_sweep(config, members, say=lambda line: None, submit=submit)
+    assert sorted(m.seed for m in ran) == [0, 1]
+    report = (Path(config.output) / "report.md").read_text()
+    assert "0.3750 +/- " in report  # mean of 0.25, 0.375, 0.5
+    assert (Path(config.output) / "summary.csv").is_file()
+
+
+def test_a_failed_run_does_not_stop_the_others(base, tmp_path, monkeypatch):
+    config = sweep_of(base, tmp_path, seeds=(0, 1, 2), jobs=2)
+    members = expand(config)
+    monkeypatch.setattr(sweep_module, "_report", lambda config, finished: None)
+    said = []
+
+    def submit(member):
+        if member.seed == 1:
+            return 0  # says so, but wrote no overall evaluation
+        if member.seed == 0:
+            return 9
+        finish(member)
+        return 0
+
+    assert not run_sweep(config, members, say=said.append, submit=submit)
+    text = "\n".join(said)
+    assert text.count("FAILED") == 2
+    assert "exit status 9" in text
+    assert str(members[0].log) in text
+    assert [m.is_finished() for m in members] == [False, False, True]
+
+
+def test_as_many_run_at_once_as_jobs_says(base, tmp_path, monkeypatch):
+    config = sweep_of(base, tmp_path, seeds=tuple(range(6)), jobs=3)
+    monkeypatch.setattr(sweep_module, "_report", lambda config, finished: None)
+    lock, now, most = threading.Lock(), [0], [0]
+
+    def submit(member):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.05)
+        with lock:
+            now[0] -= 1
+        return 1
+
+    run_sweep(config, expand(config), say=lambda line: None, submit=submit)
+    assert most[0] == 3
+
+
+def test_a_run_is_a_process_whose_output_is_kept(base, tmp_path, monkeypatch):
+    (member,) = expand(sweep_of(base, tmp_path, grid={"model.head.ranking_hidden": [[8, 4]]}))
+    assert member.command()[:4] == [sys.executable, "-m", "gr", "train"]
+    assert "model.head.ranking_hidden=[8, 4]" in member.command()
+    script = "print('hello'); raise SystemExit(7)"
+    monkeypatch.setattr(type(member), "command", lambda self: [sys.executable, "-c", script])
+    assert sweep_module.run_locally(member) == 7
+    assert member.log.read_text() == "hello\n"
+
+
+def test_command_line(base, tmp_path, capsys):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(f"base: {base}\noutput: {tmp_path}/out\ngrid: {{model.dim: [16, 32]}}")
+    assert main(["sweep", str(path), "--dry-run", "seeds=[0, 1]"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 4
+    assert all(line.startswith("to run") for line in out)
+    assert "model.dim=32 seed=1" in out[3]
+    for argv, expected in (
+        (["sweep", "absent.yaml"], "absent.yaml: no such file"),
+        (["sweep", str(path), "limit=1"], "2 runs, limit is 1"),
+        (["sweep", str(path), "jbos=2"], "Did you mean jobs?"),
+    ):
+        assert main(argv) == 2
+        assert expected in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_launch_is_free_of_torch():
+    code = "import sys, launch.__main__; sys.exit('torch' in sys.modules)"
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
