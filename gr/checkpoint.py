@@ -322,12 +322,16 @@ def _put(state: dict[Any, Any], key: str, value: Any) -> None:
 def _describe(tensors: _Tensors) -> dict[str, dict[str, Any]]:
     described = {}
     for key, tensor in tensors.items():
-        shape = list(tensor.size())
-        width = tensor.dtype.itemsize
+        if hasattr(tensor, "local_shards"):
+            # A ShardedTensor's own size() and dtype warn that the class is on its way out.
+            metadata = tensor.metadata()  # type: ignore[attr-defined]
+            shape, dtype = metadata.size, metadata.tensor_properties.dtype
+        else:
+            shape, dtype = tensor.shape, tensor.dtype
         described[key] = {
-            "shape": shape,
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "bytes": math.prod(shape) * width,
+            "shape": list(shape),
+            "dtype": str(dtype).removeprefix("torch."),
+            "bytes": math.prod(shape) * dtype.itemsize,
         }
     return described
 
