@@ -7,7 +7,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from gr.config import EncodingConfig
 from gr.sequence import SequenceInfo, sequence_index
@@ -41,6 +40,7 @@ class TokenEncoding(nn.Module):
             # As small as a token at the start: the default of nn.Linear would drown it.
             nn.init.normal_(self.periodic.weight, std=0.02)
             nn.init.zeros_(self.periodic.bias)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_LD: Tensor, info: SequenceInfo) -> Tensor:
         """Return (L, D).
@@ -67,7 +67,7 @@ class TokenEncoding(nn.Module):
             local_L = info.timestamp + self.utc_offset_seconds
             features = [periodic(local_L, PERIOD_SECONDS[name]) for name in self.config.periodic]
             encoded_LD = encoded_LD + self.periodic(torch.cat(features, 1).to(x_LD.dtype))
-        return functional.dropout(encoded_LD, self.config.dropout, self.training)
+        return self.dropout(encoded_LD)  # type: ignore[no-any-return]
 
 
 def position_index(info: SequenceInfo, sequence_L: Tensor, *, kind: str, buckets: int) -> Tensor:

@@ -86,6 +86,7 @@ class HSTULayer(nn.Module):
         self.attention_norm = AttentionNorm(
             H, V, by_head=config.norm == "group", affine=config.norm_affine
         )
+        self.dropout = nn.Dropout(config.dropout)
         self.output = nn.Linear(H * V * (3 if config.concat_ua else 1), dim)
         nn.init.xavier_uniform_(self.output.weight)
         nn.init.zeros_(self.output.bias)
@@ -131,8 +132,7 @@ class HSTULayer(nn.Module):
         gated_RV = self.attention_norm(attended_RHV) * u_RV
         if self.config.concat_ua:
             gated_RV = torch.cat([u_RV, attended_RHV.flatten(1), gated_RV], dim=1)
-        gated_RV = functional.dropout(gated_RV, self.config.dropout, self.training)
-        return x_RD + self.output(gated_RV)  # type: ignore[no-any-return]
+        return x_RD + self.output(self.dropout(gated_RV))  # type: ignore[no-any-return]
 
     def project(self, normed_LD: Tensor, parts: str) -> list[Tensor]:
         """Return the named parts of act(X' W_uvqk + b), each (L, H, K) or (L, H, V).

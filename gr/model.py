@@ -17,8 +17,8 @@ from gr.encodings import TokenEncoding
 from gr.heads import RankingHead, RetrievalHead
 from gr.hstu import HSTUEncoder
 from gr.sequence import SequenceInfo, sequence_index, tail_rows
-from gr.tokens import TokenEmbedding
-from pipelines.batch import SequenceBatch, TokenKind
+from gr.tokens import TokenEmbedding, carries_item
+from pipelines.batch import SequenceBatch
 from pipelines.config import ITEM_ID
 
 ENCODERS = {"hstu": HSTUEncoder, "sasrec": SASRecEncoder, "transformer": TransformerEncoder}
@@ -93,9 +93,7 @@ class PointwiseModel(nn.Module):
         self, batch: SequenceBatch, info: SequenceInfo, rows: Mapping[str, Tensor]
     ) -> Predictions:
         """Return the predictions at every ranking position."""
-        kind = batch.token_kind
-        has_item = (kind != TokenKind.CONTEXT) & (kind != TokenKind.ACTION)
-        item_P = (has_item.cumsum(0) - 1)[batch.ranking_positions]
+        item_P = (carries_item(batch.token_kind).cumsum(0) - 1)[batch.ranking_positions]
         sequence_P = sequence_index(batch.offsets, batch.num_tokens)[batch.ranking_positions]
         features = {name: rows[name][item_P] for name in self.item_features}
         features |= {name: rows[name][sequence_P] for name in self.context_features}

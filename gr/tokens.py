@@ -62,11 +62,8 @@ class TokenEmbedding(nn.Module):
         """
         kind = batch.token_kind
         item_ID = self._sum(self.item_features, rows)
-        has_item = (
-            (kind == TokenKind.ITEM) | (kind == TokenKind.EVENT) | (kind == TokenKind.CANDIDATE)
-        )
         x_LD = item_ID.new_zeros(batch.num_tokens, self.dim)
-        x_LD = x_LD.index_add(0, has_item.nonzero()[:, 0], item_ID)
+        x_LD = x_LD.index_add(0, carries_item(kind).nonzero()[:, 0], item_ID)
         if self.action is not None:
             has_action = (kind == TokenKind.ACTION) | (kind == TokenKind.EVENT)
             action_AD = self.action(batch.action_codes + self.code_start_S).sum(1)
@@ -80,3 +77,9 @@ class TokenEmbedding(nn.Module):
     def _sum(self, names: tuple[str, ...], rows: Mapping[str, Tensor]) -> Tensor:
         parts = [self.project[n](rows[n]) if n in self.project else rows[n] for n in names]
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+def carries_item(kind_L: Tensor) -> Tensor:
+    """Return (L,) bool: which tokens bring an id of the item and its features."""
+    item, event, candidate = TokenKind.ITEM, TokenKind.EVENT, TokenKind.CANDIDATE
+    return (kind_L == item) | (kind_L == event) | (kind_L == candidate)

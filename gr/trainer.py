@@ -25,6 +25,7 @@ from gr.optim import dense_optimizer, lr_factor
 from gr.parallel import World
 from gr.retrieval_metrics import catalogue_ranks
 from gr.sequence import SequenceInfo, sequence_index, sequence_info
+from gr.tokens import carries_item
 from pipelines.batch import SequenceBatch, StreamPosition
 from pipelines.config import ITEM_ID, TARGET_ITEM_ID
 
@@ -79,7 +80,12 @@ class Trainer:
             self.dense = DistributedDataParallel(self.model)
         self.objective = Objective(config, self.item_table).to(world.device)
         self.optimizer = dense_optimizer(self.model, config.optim)
-        self.evaluation = EvalAccumulator(config.data.tasks, ks=config.eval.ks)
+        self.evaluation = EvalAccumulator(
+            config.data.tasks,
+            retrieval=config.model.head.retrieval and config.eval.retrieval,
+            ks=config.eval.ks,
+            lifetime_auc=config.eval.lifetime_auc,
+        )
         self.progress = Progress()
         self.loss_sums = torch.zeros(2, len(self.objective.names), dtype=torch.float64)
         self.flops = 0.0
@@ -206,6 +212,7 @@ class Trainer:
                 batch.ids[TARGET_ITEM_ID].values(),
                 chunks,
                 temperature=self.config.loss.temperature,
+                seen=seen_items(batch, sequence_L) if self.config.eval.filter_seen else None,
             )
             self.evaluation.update_retrieval(ranks, log_probs, batch.retrieval_weights)
 
@@ -266,3 +273,23 @@ class Trainer:
         for rank in range(self.world.rank, checkpoints.num_ranks(step), self.world.size):
             stored_evaluation = checkpoints.read(step, f"{EVALUATION}.rank_{rank}")
             self.evaluation.merge_state_dict(stored_evaluation)
+
+
+def seen_items(batch: SequenceBatch, sequence_L: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the items that stand before each retrieval position in its sequence.
+
+    Args:
+        batch: with rows of the item table as item ids.
+        sequence_L: the sequence of each token.
+
+    Returns:
+        (S,) int64 index into the retrieval positions; (S,) int64 row: one pair a position and item.
+    """
+    items_L1 = nn.functional.pad(carries_item(batch.token_kind).cumsum(0), (1, 0))
+    positions = batch.retrieval_positions
+    first_R = items_L1[batch.offsets[sequence_L[positions]]]
+    count_R = items_L1[positions + 1] - first_R
+    index_S = torch.repeat_interleave(torch.arange(len(count_R), device=count_R.device), count_R)
+    place_S = torch.arange(len(index_S), device=count_R.device)
+    place_S = place_S - (count_R.cumsum(0) - count_R)[index_S]
+    return index_S, batch.ids[ITEM_ID].values()[first_R[index_S] + place_S]
