@@ -5,10 +5,7 @@ text, lists of them) into checkpoint.json, which is written last. Nothing that w
 unpickled but DCP's own index, and that by an unpickler that knows DCP's classes only.
 """
 
-import hashlib
 import json
-import math
-import pickle
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,21 +15,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint.filesystem import (
-    FileSystemReader,
-    FileSystemWriter,
-    _StorageInfo,
-)
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from gr.atomic import sync_folder, write_atomically
+from gr.checkpoint_reader import SafeReader
+from gr.checkpoint_state import (
+    Tensors,
+    check_same_model,
+    check_values,
+    describe,
+    fingerprint,
+    put,
+    split_state,
+)
 
 COMPLETE = "checkpoint.json"
 FORMAT = 1
-_SHOWN = 5
-_Tensors = dict[str, torch.Tensor]
 
 
 class CheckpointManager:
@@ -97,7 +97,7 @@ class CheckpointManager:
             "format": FORMAT,
             "step": step,
             "ranks": _world_size(),
-            "tensors": _union(_describe(tensors)),
+            "tensors": _union(describe(tensors)),
             "values": _union(values),
         }
         record["fingerprint"] = fingerprint(_without(record["tensors"], self.apart))
@@ -136,11 +136,11 @@ class CheckpointManager:
         record = read_record(path)
         tensors, values = (_without(part, self.apart) for part in split_state(state))
         stored = _without(record["values"], self.apart)
-        _check_same_model(path, _without(record["tensors"], self.apart), _union(_describe(tensors)))
-        _check_values(path, stored, values)
+        check_same_model(path, _without(record["tensors"], self.apart), _union(describe(tensors)))
+        check_values(path, stored, values)
         self._read_tensors(path, tensors, no_dist=not dist.is_initialized())
         for key, value in stored.items():
-            _put(state, key, value)
+            put(state, key, value)
 
     def read(self, step: int, prefix: str) -> dict[str, Any]:
         """Return part of a checkpoint with no template. Each rank may ask for another part.
@@ -172,18 +172,14 @@ class CheckpointManager:
         """Return the number of ranks that saved a checkpoint."""
         return int(read_record(self.path(step))["ranks"])
 
-    def _read_tensors(self, path: Path, tensors: _Tensors, *, no_dist: bool) -> None:
+    def _read_tensors(self, path: Path, tensors: Tensors, *, no_dist: bool) -> None:
         with _alone_is_fine():
-            dcp_load(dict(tensors), storage_reader=_SafeReader(path), no_dist=no_dist)
+            dcp_load(dict(tensors), storage_reader=SafeReader(path), no_dist=no_dist)
 
 
 def complete_steps(folder: Path) -> list[int]:
     """Return the steps of the complete checkpoints in `folder`, ascending."""
-    numbers = [
-        p.parent.name.removeprefix("step_")
-        for p in folder.glob(f"step_*/{COMPLETE}")
-        if not p.parent.name.endswith(".tmp")
-    ]
+    numbers = [p.parent.name.removeprefix("step_") for p in folder.glob(f"step_*/{COMPLETE}")]
     return sorted(int(number) for number in numbers if number.isdecimal())
 
 
@@ -206,30 +202,6 @@ def read_record(path: Path) -> dict[str, Any]:
         found = record.get("format") if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"{path / COMPLETE}: expected format {FORMAT}, found {found}")
     return record
-
-
-def split_state(state: dict[str, Any]) -> tuple[_Tensors, dict[str, Any]]:
-    """Return the tensors and the plain values of a nested state, by dotted key.
-
-    Raises:
-        ValueError: if two leaves share a key, or a leaf is neither a tensor nor plain.
-    """
-    tensors: _Tensors = {}
-    values: dict[str, Any] = {}
-    for key, leaf in _leaves(state, ""):
-        if key in tensors or key in values:
-            raise ValueError(f"two parts of the state have the key {key!r}: rename one")
-        if _is_tensor(leaf):
-            tensors[key] = leaf
-        else:
-            values[key] = _plain(key, leaf)
-    return tensors, values
-
-
-def fingerprint(tensors: dict[str, dict[str, Any]]) -> str:
-    """Return a hash of keys, shapes and dtypes: equal for equal models."""
-    rows = [[key, each["shape"], each["dtype"]] for key, each in sorted(tensors.items())]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def inspect(path: str | Path) -> str:
@@ -273,105 +245,8 @@ def inspect(path: str | Path) -> str:
     return "\n".join(lines)
 
 
-def _leaves(node: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        name = f"{prefix}.{key}" if prefix else str(key)
-        if isinstance(value, dict):
-            yield from _leaves(value, name)
-        else:
-            yield name, value
-
-
-def _is_tensor(leaf: Any) -> bool:
-    # A ShardedTensor is no subclass of Tensor.
-    return isinstance(leaf, torch.Tensor) or hasattr(leaf, "local_shards")
-
-
-def _plain(key: str, value: Any) -> Any:
-    """Return the value as JSON gives it back (tuples are lists)."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [_plain(key, inner) for inner in value]
-    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
-        return {name: _plain(key, inner) for name, inner in value.items()}
-    raise ValueError(
-        f"state {key!r}: expected a tensor, number, text, or list of plain values, found "
-        f"{type(value).__name__}. Tensors go into dicts, not into lists."
-    )
-
-
-def _put(state: dict[Any, Any], key: str, value: Any) -> None:
-    """Set the leaf at a dotted key; parts of the key may hold dots themselves."""
-    names = {str(name): name for name in state}
-    for name, original in names.items():
-        if key == name:
-            state[original] = value
-            return
-        if key.startswith(f"{name}.") and isinstance(state[original], dict):
-            _put(state[original], key[len(name) + 1 :], value)
-            return
-    first, _, rest = key.partition(".")
-    if rest:
-        state[first] = {}  # absent, or a placeholder such as None
-        _put(state[first], rest, value)
-    else:
-        state[first] = value
-
-
-def _describe(tensors: _Tensors) -> dict[str, dict[str, Any]]:
-    described = {}
-    for key, tensor in tensors.items():
-        if hasattr(tensor, "local_shards"):
-            # A ShardedTensor's own size() and dtype warn that the class is on its way out.
-            metadata = tensor.metadata()  # type: ignore[attr-defined]
-            shape, dtype = metadata.size, metadata.tensor_properties.dtype
-        else:
-            shape, dtype = tensor.shape, tensor.dtype
-        described[key] = {
-            "shape": list(shape),
-            "dtype": str(dtype).removeprefix("torch."),
-            "bytes": math.prod(shape) * dtype.itemsize,
-        }
-    return described
-
-
 def _without(part: dict[str, Any], apart: Sequence[str]) -> dict[str, Any]:
     return {key: leaf for key, leaf in part.items() if key.split(".", 1)[0] not in apart}
-
-
-def _check_same_model(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    differences = []
-    for key in sorted({*expected, *found}):
-        if key not in found:
-            differences.append(f"only this run has {key}")
-        elif key not in expected:
-            differences.append(f"only the checkpoint has {key}")
-        elif expected[key] != found[key]:
-            theirs, ours = (_shape_text(each[key]) for each in (found, expected))
-            differences.append(f"{key} is {theirs} in the checkpoint, {ours} in this run")
-    if differences:
-        more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
-        raise ValueError(
-            f"{path} is a checkpoint of another model (fingerprint {fingerprint(found)}, this run "
-            f"{fingerprint(expected)}): {'; '.join(differences[:_SHOWN])}{more}. Resume it with "
-            "the configuration that it was trained with, or start a new run_dir."
-        )
-
-
-def _shape_text(each: dict[str, Any]) -> str:
-    return f"{tuple(each['shape'])} {each['dtype']}"
-
-
-def _check_values(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:
-    lacking = [key for key in expected if key not in stored]
-    # A value that is a dict in the checkpoint may be None or a number in a fresh state.
-    lacking = [k for k in lacking if not any(name.startswith(f"{k}.") for name in stored)]
-    if lacking:
-        raise ValueError(
-            f"{path} lacks the value(s) {lacking[:_SHOWN]} that this run restores. It was saved by "
-            "another version of this code: resume with that version, or start a new run_dir."
-        )
 
 
 def _union(own: dict[str, Any]) -> dict[str, Any]:
@@ -414,64 +289,3 @@ def _rank() -> int:
 def _barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
-
-
-_INDEX_CLASSES = {
-    (cls.__module__, cls.__qualname__): cls
-    for cls in (
-        dcp_metadata.ChunkStorageMetadata,
-        dcp_metadata.Metadata,
-        dcp_metadata.MetadataIndex,
-        dcp_metadata.StorageMeta,
-        dcp_metadata.TensorProperties,
-        dcp_metadata.TensorStorageMetadata,
-        dcp_metadata._MEM_FORMAT_ENCODING,
-        _StorageInfo,
-        torch.Size,
-    )
-}
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Reads DCP's index; any other class in it is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _INDEX_CLASSES:
-            return _INDEX_CLASSES[module, name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) == ("torch.serialization", "_get_layout"):
-            return torch.serialization._get_layout
-        if module.split(".")[0] == "pathlib" and name == "PosixPath":
-            return Path
-        raise ValueError(
-            f"the checkpoint's index names {module}.{name}, which no checkpoint of ours holds. "
-            "It may be damaged or hostile: do not load it."
-        )
-
-
-class _SafeReader(FileSystemReader):
-    """FileSystemReader whose index cannot run code; DCP itself reads tensors with weights_only."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        # Read here, since DCP would wrap what is wrong with it into an exception of its own.
-        self._index = _read_index(path / ".metadata")
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp_metadata.Metadata:
-        storage_meta = self._index.storage_meta or dcp_metadata.StorageMeta()
-        storage_meta.load_id = self.load_id
-        self._index.storage_meta = storage_meta
-        return self._index
-
-
-def _read_index(path: Path) -> dcp_metadata.Metadata:
-    try:
-        with path.open("rb") as file:
-            index = _IndexUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} is damaged: {error}. Remove this checkpoint.") from error
-    for key, entry in index.state_dict_metadata.items():
-        if not isinstance(entry, dcp_metadata.TensorStorageMetadata):
-            raise ValueError(f"{path} holds {key!r}, which is no tensor: not a checkpoint of ours")
-    return index  # type: ignore[no-any-return]

@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from gr.checkpoint import CheckpointManager, fingerprint, inspect, read_record, split_state
+from gr.checkpoint import CheckpointManager, inspect, read_record
+from gr.checkpoint_state import fingerprint, split_state
 from tests.dist import run_distributed
 
 ROOT = Path(__file__).parents[2]

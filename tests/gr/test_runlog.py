@@ -168,6 +168,13 @@ def test_tensorboard_holds_the_same_numbers(run):
     assert "window/hr_at_10" not in board.Tags()["scalars"]  # None is no number
 
 
+def test_tensorboard_forgets_what_a_resumed_run_does_again(run):
+    write_run(run, range(1, 6))
+    write_run(run, range(3, 5), restored=2)
+    board = EventAccumulator(str(run.path)).Reload()
+    assert [e.step for e in board.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
