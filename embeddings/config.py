@@ -68,6 +68,10 @@ class EmbeddingsConfig:
                 "embeddings.update_rule=row_wise_adagrad has no weight decay, got "
                 f"embeddings.optimizer.weight_decay={self.optimizer.weight_decay}: set it to 0"
             )
+        if not self.sharding:
+            raise ValueError(
+                "embeddings.sharding must name row_wise, table_wise or both, got none of them"
+            )
         owner: dict[str, str] = {}
         for name, table in self.tables.items():
             for feature in table.features:

@@ -10,8 +10,15 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor, nn
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import (
+    HardwareConfig,
+    KernelConfig,
+    PlannerError,
+    TopologyFactory,
+    TrainerConfig,
+)
 from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
@@ -92,16 +99,21 @@ def plan_tables(
     num_sequences: int,
     mean_length: float,
 ) -> ShardingPlan:
-    """Let the planner place the tables, with the memory that the devices really have."""
+    """Let the planner place the tables, with the memory that the devices really have.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
     world_size = dist.get_world_size(group)
     local_world_size = get_local_size(world_size)
     hbm_bytes = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
-    topology = Topology(
-        world_size=world_size,
-        local_world_size=local_world_size,
-        compute_device=device.type,
-        hbm_cap=hbm_bytes,
-        ddr_cap=psutil.virtual_memory().total // local_world_size,
+    topology = TopologyFactory.create_topology(
+        TrainerConfig(world_size=world_size, local_world_size=local_world_size),
+        HardwareConfig(
+            hbm_cap_bytes=hbm_bytes,
+            ddr_cap_bytes=psutil.virtual_memory().total // local_world_size,
+        ),
+        kernel_config=KernelConfig(compute_device=device.type),
     )
     constraints = {
         name: ParameterConstraints(
@@ -126,7 +138,23 @@ def plan_tables(
         moments = PartialRowWiseAdam if config.weights == "fp32" else Adam
     for parameter in model.parameters():
         parameter._optimizer_classes = [moments]  # type: ignore[attr-defined]
-    return planner.collective_plan(model, [sharder(config, device, world_size)], group)
+    # Rank 0 decides for all; a refusal is sent too, or the other ranks would wait for a plan.
+    decision: list[ShardingPlan | str] = [""]
+    if dist.get_rank(group) == 0:
+        try:
+            decision = [planner.plan(model, [sharder(config, device, world_size)])]
+        except PlannerError as error:
+            decision = [str(error)]
+    dist.broadcast_object_list(decision, src=dist.get_global_rank(group, 0), group=group)
+    (plan,) = decision
+    if isinstance(plan, str):
+        rows = ", ".join(f"{n}: {t.num_embeddings} x {t.dim}" for n, t in config.tables.items())
+        raise ValueError(
+            f"no way to spread the tables ({rows}) over {world_size} rank(s) by {config.sharding}: "
+            "use more ranks, fewer rows, embeddings.weights=fp16, or allow row_wise in "
+            f"embeddings.sharding. TorchRec's planner: {plan}"
+        )
+    return plan
 
 
 def sharder(

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from embeddings.collection import build_tables
+from embeddings.config import EmbeddingsConfig, TableConfig
 from embeddings.tables import initial_rows
 from tests.dist import run_distributed
 from tests.embeddings.scenario import (
@@ -191,8 +193,25 @@ def test_forms_that_cannot_train_here_are_refused():
         BY_ROW.build()
     (message,) = run_distributed(_build_message, 1, Case("sharded", "adamw"))
     assert "update_rule=row_wise_adagrad" in message
+    with pytest.raises(ValueError, match=r"sharding must name"):
+        Case("sharded", "adagrad", sharding=()).config()
     with pytest.raises(ValueError, match="fp32 weights"):
         Case("replicated", "adamw", weights="fp16").build()
+
+
+def _too_large() -> str:
+    huge = TableConfig(num_embeddings=10**12, dim=64, features=("item_id",))
+    config = EmbeddingsConfig(tables={"item": huge}, form="sharded", update_rule="row_wise_adagrad")
+    device = torch.device("cpu")
+    with pytest.raises(ValueError, match="no way to spread") as error:
+        build_tables(config, device=device, seed=0, num_sequences_hint=4, mean_length_hint=3.0)
+    return str(error.value)
+
+
+def test_tables_that_do_not_fit_are_refused_before_memory_is_taken():
+    for message in run_distributed(_too_large, 2):
+        assert "item: 1000000000000 x 64" in message
+        assert "embeddings.weights=fp16" in message
 
 
 def _build_message(case: Case) -> str:
