@@ -106,7 +106,8 @@ def _by_window(groups: Sequence[Group], metrics: Sequence[str], path: Path) -> P
             width = [0.0 if f is None or math.isnan(f[1]) else f[1] for f in found]
             has_bars = has_bars or any(width)
             # Side by side, so that bars do not hide each other.
-            shift = 0.5 * (index - (len(groups) - 1) / 2) / len(groups)
+            spread = 0.5 if any(len(g.runs) > 1 for g in groups) else 0.0
+            shift = spread * (index - (len(groups) - 1) / 2) / len(groups)
             panel.errorbar(
                 [position + shift for position in range(len(windows))],
                 y,
@@ -155,7 +156,8 @@ def _by_step(
             for x, y in series:
                 panel.plot(x, y, color=colour, alpha=0.15, linewidth=0.5)
             x, y = _mean_curve([_smoothed(*each) for each in series])
-            panel.plot(x, y, color=colour, linewidth=1.4, label=group.label)
+            marker = "." if len(x) < 3 else ""  # a line of one point is not seen
+            panel.plot(x, y, color=colour, linewidth=1.4, marker=marker, label=group.label)
         panel.set_xlabel("examples trained on")
         panel.set_ylabel(_step_label(groups, key))
         panel.xaxis.set_major_locator(MaxNLocator(5))

@@ -75,7 +75,8 @@ def _describe(group: Group) -> str:
     parts = []
     for run in group.runs:
         commit = run.path / "commit.txt"
-        revision = commit.read_text().split("\n", 1)[0][:12] if commit.exists() else "unknown"
+        revision = commit.read_text().split("\n", 1)[0] if commit.exists() else "unknown"
+        revision = revision[:12] if " " not in revision else "unknown"  # "none: why"
         last = run.steps[-1] if run.steps else {}
         speeds = [s["perf/examples_per_s"] for s in run.steps if s.get("perf/examples_per_s")]
         speed = f", {statistics.median(speeds):,.0f} examples/s (median)" if speeds else ""

@@ -102,8 +102,10 @@ def test_seeds_are_averaged_and_models_stand_side_by_side(make_run, tmp_path):
 
 def test_files_go_into_the_first_run_and_plots_are_images(make_run):
     first, second = make_run("a"), make_run("b", encoder="sasrec")
+    (second / "commit.txt").write_text("none: git is not installed\n")
     report([first, second])
     text = (first / "report.md").read_text()
+    assert "commit unknown" in text
     for name in ("ne_by_day", "retrieval_by_day", "loss", "throughput"):
         pixels = image.imread(first / f"{name}.png")
         assert pixels.shape[0] > 300
