@@ -3,15 +3,23 @@
 Letters: B sequences, L tokens (keys), R queries, H heads, K dim of q and k, V dim of v.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kernels.dispatch import Impl, resolve
 from kernels.hstu_attention import reference
+from kernels.hstu_attention.arguments import (
+    check_bias,
+    check_lengths,
+    check_scaling,
+    check_supported,
+    check_tensors,
+)
 from kernels.hstu_attention.bias import RelativeBias
 from kernels.hstu_attention.mask import AttentionMask
+from kernels.hstu_attention.structure import SCHEMA, Structure
 
 Activation = Literal["silu", "softmax"]
 
@@ -59,15 +67,16 @@ def hstu_attention(
             as many as its tokens. None means every token.
         max_q_len: at least the most queries of a sequence. None means max_len.
         bias: added to alpha * q k.
-        deterministic: the same bits for the same input, gradients included. The reference gives
-            them on a CPU in any case.
-        impl: which implementation.
+        deterministic: the same bits for the same input, gradients included. The Triton kernels give
+            them in any case, as does the reference on a CPU; for the reference on a GPU set
+            torch.use_deterministic_algorithms.
+        impl: AUTO is the reference. TRITON takes float32, float16 or bfloat16, K and V up to 256.
 
     Returns:
         (R, H, V), dtype of q.
 
     Raises:
-        ValueError: if an argument does not fit the others, naming it.
+        ValueError: if an argument does not fit the others, or the implementation, naming it.
 
     Source: HSTU (arXiv 2402.17152) equation 2; scaling by a fixed length and alpha as in DLRM-v3 of
         meta-recsys/generative-recommenders, which divides by the longest sequence of the batch.
@@ -76,155 +85,152 @@ def hstu_attention(
         q_offsets = offsets
     if max_q_len is None:
         max_q_len = max_len
-    if num_candidates is None:
-        num_candidates = offsets.new_zeros(max(offsets.numel() - 1, 0))
-    _check_tensors(q, k, v, offsets, q_offsets, num_candidates)
-    _check_scaling(activation, scaling_length)
+    check_tensors(q, k, v, offsets, q_offsets, num_candidates)
+    check_scaling(activation, scaling_length)
     if bias is not None:
-        _check_bias(bias, q, k)
+        check_bias(bias, q, k)
     if not (offsets.is_cuda or torch.compiler.is_compiling()):
-        _check_lengths(
-            offsets, q_offsets, num_candidates, k.shape[0], q.shape[0], max_len, max_q_len
+        check_lengths(
+            offsets,
+            q_offsets,
+            num_candidates,
+            num_keys=k.shape[0],
+            num_queries=q.shape[0],
+            max_len=max_len,
+            max_q_len=max_q_len,
         )
-    if resolve(impl, q) is Impl.TRITON and impl != Impl.AUTO:
-        raise ValueError("impl='triton': hstu_attention has the reference implementation only")
-    return reference.hstu_attention(
-        q,
-        k,
-        v,
-        offsets,
-        max_len=max_len,
-        alpha=alpha,
-        scaling_length=scaling_length,
-        activation=activation,
-        mask=mask,
-        num_candidates=num_candidates,
+    # AUTO stays with the reference until tests/kernels has passed on a GPU: ask for the kernels.
+    if impl == Impl.AUTO or resolve(impl, q) is Impl.REFERENCE:
+        if num_candidates is None:
+            num_candidates = torch.zeros_like(offsets[1:])
+        return reference.hstu_attention(
+            q,
+            k,
+            v,
+            offsets,
+            max_len=max_len,
+            alpha=alpha,
+            scaling_length=scaling_length,
+            activation=activation,
+            mask=mask,
+            num_candidates=num_candidates,
+            q_offsets=q_offsets,
+            max_q_len=max_q_len,
+            bias=bias,
+        )
+    check_supported(q, v)
+    # The kernels take any stride but for the last dim.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    structure = Structure(
+        offsets=offsets,
         q_offsets=q_offsets,
+        num_candidates=num_candidates,
+        position_table=_of_bias(bias, "position_table"),
+        time_table=_of_bias(bias, "time_table"),
+        query_time=_of_bias(bias, "query_time"),
+        key_time=_of_bias(bias, "key_time"),
+        max_len=max_len,
         max_q_len=max_q_len,
-        bias=bias,
+        alpha=float(alpha),
+        scale=1.0 if scaling_length is None else 1.0 / scaling_length,
+        softmax=activation == "softmax",
+        num_context=mask.num_context,
+        context=mask.context,
+        local_window=mask.local_window,
+        global_rows=mask.global_rows,
+        global_columns=mask.global_columns,
+    )
+    out: Tensor = _forward(q, k, v, *structure)[0]
+    return out
+
+
+def _of_bias(bias: RelativeBias | None, field: str) -> Tensor | None:
+    x: Tensor | None = getattr(bias, field, None)
+    return None if x is None else x.contiguous()
+
+
+@torch.library.custom_op(
+    "gr::hstu_attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor, Tensor)",
+)
+def _forward(q: Tensor, k: Tensor, v: Tensor, *structure: Any) -> tuple[Tensor, Tensor]:
+    from kernels.hstu_attention._triton import hstu_attention_fwd  # the reference needs no Triton
+
+    return hstu_attention_fwd(q, k, v, Structure(*structure))
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *structure: Any) -> tuple[Tensor, Tensor]:
+    R, H, _ = q.shape
+    lse_shape = (R, H) if Structure(*structure).softmax else (0,)
+    return q.new_empty(R, H, v.shape[2]), q.new_empty(lse_shape, dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "gr::hstu_attention_bwd",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor? out, Tensor lse, bool needs_bias_grad, Tensor q, Tensor k, "
+    f"Tensor v, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(
+    dout: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    needs_bias_grad: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *structure: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from kernels.hstu_attention._triton import hstu_attention_bwd
+
+    return hstu_attention_bwd(dout, out, lse, needs_bias_grad, q, k, v, Structure(*structure))
+
+
+@_backward.register_fake
+def _(
+    dout: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    needs_bias_grad: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *structure: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tables = Structure(*structure).position_table, Structure(*structure).time_table
+    dposition, dtime = (
+        q.new_empty(0) if table is None or not needs_bias_grad else torch.empty_like(table)
+        for table in tables
+    )
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dposition, dtime
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    structure = Structure(*inputs[3:])
+    ctx.options = structure[_NUM_TENSORS:]
+    ctx.set_materialize_grads(False)
+    out, lse = output
+    # Only softmax reads its output again.
+    ctx.save_for_backward(
+        out if structure.softmax else None, lse, *inputs[:3], *structure[:_NUM_TENSORS]
     )
 
 
-def _check_tensors(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, q_offsets: Tensor, num_candidates: Tensor
-) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 3 or not x.is_floating_point():
-            raise ValueError(
-                f"{name} must be a floating tensor (tokens, heads, dim), got {_describe(x)}"
-            )
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"q, k and v must share dtype and device; q is {_describe(q)}, "
-                f"{name} {_describe(x)}"
-            )
-    if k.shape[1:] != q.shape[1:]:
-        raise ValueError(
-            f"k must have the heads and the dim of q, got k {tuple(k.shape)} and q {tuple(q.shape)}"
-        )
-    if v.shape[:2] != k.shape[:2]:
-        raise ValueError(
-            f"v must have the tokens and the heads of k, got v {tuple(v.shape)} and "
-            f"k {tuple(k.shape)}"
-        )
-    for name, x in (
-        ("offsets", offsets),
-        ("q_offsets", q_offsets),
-        ("num_candidates", num_candidates),
-    ):
-        if x.dim() != 1 or x.dtype != torch.int64 or x.device != q.device:
-            raise ValueError(
-                f"{name} must be a 1-D int64 tensor on the device of q, {q.device}, "
-                f"got {_describe(x)}"
-            )
-    if offsets.numel() < 1:
-        raise ValueError("offsets must hold B + 1 values, got none")
-    if q_offsets.numel() != offsets.numel():
-        raise ValueError(
-            f"q_offsets must hold as many values as offsets, got {q_offsets.numel()} and "
-            f"{offsets.numel()}"
-        )
-    if num_candidates.numel() != offsets.numel() - 1:
-        raise ValueError(
-            f"num_candidates must hold one value for each of the {offsets.numel() - 1} sequences, "
-            f"got {num_candidates.numel()}"
-        )
+def _differentiate(ctx: Any, dout: Tensor, dlse: None) -> tuple[Any, ...]:
+    out, lse, q, k, v, *tensors = ctx.saved_tensors
+    structure = Structure(*tensors, *ctx.options)
+    needs = Structure(*ctx.needs_input_grad[3:])
+    needs_bias_grad = bool(needs.position_table or needs.time_table)
+    dq, dk, dv, dposition, dtime = _backward(
+        dout.contiguous(), out, lse, needs_bias_grad, q, k, v, *structure
+    )
+    grads: dict[str, Tensor | None] = dict.fromkeys(Structure._fields)
+    grads["position_table"] = dposition if needs.position_table else None
+    grads["time_table"] = dtime if needs.time_table else None
+    return dq, dk, dv, *grads.values()
 
 
-def _check_scaling(activation: str, scaling_length: float | None) -> None:
-    if activation not in ("silu", "softmax"):
-        raise ValueError(f"activation must be 'silu' or 'softmax', got {activation!r}")
-    if activation == "silu" and (scaling_length is None or not scaling_length > 0):
-        raise ValueError(
-            f"scaling_length must be above 0 with activation='silu', got {scaling_length}"
-        )
-    if activation == "softmax" and scaling_length is not None:
-        raise ValueError(
-            f"softmax divides by its own sum: scaling_length must be None, got {scaling_length}"
-        )
-
-
-def _check_bias(bias: RelativeBias, q: Tensor, k: Tensor) -> None:
-    table = bias.position_table
-    if table.dim() != 1 or table.numel() % 2 == 0 or not table.is_floating_point():
-        raise ValueError(
-            f"bias.position_table must be floating, (2 * M - 1,), got {_describe(table)}"
-        )
-    times = {"bias.query_time": (bias.query_time, q), "bias.key_time": (bias.key_time, k)}
-    if bias.time_table is None:
-        given = [name for name, (time, _) in times.items() if time is not None]
-        if given:
-            raise ValueError(f"{' and '.join(given)} would be ignored: bias.time_table is None")
-        return
-    if (
-        bias.time_table.dim() != 1
-        or bias.time_table.numel() == 0
-        or not bias.time_table.is_floating_point()
-    ):
-        raise ValueError(
-            f"bias.time_table must be floating, (T + 1,), got {_describe(bias.time_table)}"
-        )
-    for name, (time, like) in times.items():
-        if time is None:
-            raise ValueError(f"bias.time_table needs {name}, got None")
-        if time.shape != like.shape[:1] or time.dtype != torch.int64:
-            raise ValueError(f"{name} must be int64, ({like.shape[0]},), got {_describe(time)}")
-
-
-def _check_lengths(
-    offsets: Tensor,
-    q_offsets: Tensor,
-    num_candidates: Tensor,
-    num_keys: int,
-    num_queries: int,
-    max_len: int,
-    max_q_len: int,
-) -> None:
-    for name, x, total, longest, limit in (
-        ("offsets", offsets, num_keys, "max_len", max_len),
-        ("q_offsets", q_offsets, num_queries, "max_q_len", max_q_len),
-    ):
-        if x[0] != 0 or x[-1] != total:
-            raise ValueError(
-                f"{name} must begin with 0 and end with the number of rows, {total}, "
-                f"got {int(x[0])} and {int(x[-1])}"
-            )
-        lengths = x.diff()
-        if lengths.numel() and lengths.min() < 0:
-            raise ValueError(f"{name} must not fall, got a step of {int(lengths.min())}")
-        if lengths.numel() and lengths.max() > limit:
-            raise ValueError(
-                f"{longest} must be at least the largest step of {name}, {int(lengths.max())}, "
-                f"got {limit}"
-            )
-    for name, x in (("q_offsets", q_offsets.diff()), ("num_candidates", num_candidates)):
-        if bool((x > offsets.diff()).any()) or bool((x < 0).any()):
-            b = int(((x > offsets.diff()) | (x < 0)).nonzero()[0])
-            raise ValueError(
-                f"{name} must give each sequence between 0 and its number of tokens, "
-                f"got {int(x[b])} for sequence {b} of {int(offsets.diff()[b])} tokens"
-            )
-
-
-def _describe(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
+_NUM_TENSORS = Structure._fields.index("max_len")
+_forward.register_autograd(_differentiate, setup_context=_save)

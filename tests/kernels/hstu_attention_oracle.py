@@ -38,8 +38,13 @@ def time_bucket(query_time: int, key_time: int, last: int) -> int:
     return min(last, math.floor(math.log(max(1, abs(query_time - key_time))) / 0.301))
 
 
-def attention(q, k, v, lengths, q_lengths, candidates, *, alpha, scaling, activation, mask, bias):
-    """All tensors float64, lengths lists of int; differentiable."""
+def attention(
+    q, k, v, lengths, q_lengths, candidates, *, alpha, scaling, activation, mask, bias, scores=None
+):
+    """All tensors float64, lengths lists of int; differentiable.
+
+    Each row's scores and the entries of the tables that they use are appended to `scores`.
+    """
     out, first_key, first_query = [], 0, 0
     for length, q_length, num_candidates in zip(lengths, q_lengths, candidates, strict=True):
         keys = slice(first_key, first_key + length)
@@ -51,13 +56,15 @@ def attention(q, k, v, lengths, q_lengths, candidates, *, alpha, scaling, activa
                 history, table = length - num_candidates, bias.position_table
                 index = [bias_index(row, c, history, table.numel()) for c in cols]
                 score = score + table[index]
+                entries = {"position_table": index}
                 if bias.time_table is not None:
                     asked = int(bias.query_time[first_query + r])
                     when = bias.key_time[keys].tolist()
                     last = bias.time_table.numel() - 1
-                    score = (
-                        score + bias.time_table[[time_bucket(asked, when[c], last) for c in cols]]
-                    )
+                    entries["time_table"] = [time_bucket(asked, when[c], last) for c in cols]
+                    score = score + bias.time_table[entries["time_table"]]
+                if scores is not None:
+                    scores.append((score, entries))
             if activation == "silu":
                 weight = score / (1 + torch.exp(-score)) / scaling
             else:
@@ -128,7 +135,26 @@ class Case:
     def oracle(self, dtype=torch.float64):
         """Results and gradients in fp64 for inputs rounded to dtype."""
         tensors = self.inputs(torch.float64, rounded_to=dtype)
-        out = attention(
+        out = self._attention(tensors)
+        return self._with_gradients(out, tensors, self.grad.to(dtype).double())
+
+    def table_scales(self):
+        """For each table, the largest sum of magnitudes that the gradient of an entry adds up."""
+        tensors, scores = self.inputs(torch.float64, rounded_to=torch.float64), []
+        out = self._attention(tensors, scores)
+        grads = torch.autograd.grad(out, [score for score, _ in scores], self.grad)
+        sums = {
+            name: torch.zeros_like(tensors[name])
+            for name in ("position_table", "time_table")
+            if name in tensors
+        }
+        for grad, (_, entries) in zip(grads, scores, strict=True):
+            for name, index in entries.items():
+                sums[name].index_add_(0, torch.tensor(index), grad.abs().sum(0))
+        return {name: x.max().item() for name, x in sums.items()}
+
+    def _attention(self, tensors, scores=None):
+        return attention(
             tensors["q"],
             tensors["k"],
             tensors["v"],
@@ -140,12 +166,12 @@ class Case:
             activation=self.activation,
             mask=self.mask,
             bias=self.relative_bias(tensors),
+            scores=scores,
         )
-        return self._with_gradients(out, tensors, self.grad.to(dtype).double())
 
-    def run(self, impl, dtype, device="cpu", **options):
+    def run(self, impl, dtype, device="cpu", rounded_to=None, **options):
         """Results and gradients of the operator."""
-        tensors = self.inputs(dtype, rounded_to=dtype, device=device)
+        tensors = self.inputs(dtype, rounded_to=rounded_to or dtype, device=device)
         out = hstu_attention(
             tensors["q"],
             tensors["k"],
@@ -163,7 +189,8 @@ class Case:
             impl=impl,
             **options,
         )
-        return self._with_gradients(out, tensors, self.grad.to(device, dtype))
+        grad = self.grad.to(rounded_to or dtype).to(device, dtype)
+        return self._with_gradients(out, tensors, grad)
 
     def inputs(self, dtype, *, rounded_to, device="cpu"):
         return {
@@ -179,4 +206,4 @@ class Case:
 
 
 def offsets_of(lengths: list[int], device="cpu") -> Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.int64, device=device).cumsum(0)
+    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(device)

@@ -1,0 +1,102 @@
+"""What the launchers share: a call as kernels take it, and block sizes."""
+
+from typing import Any, Literal
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.hstu_attention._triton.mask import mask_constants
+from kernels.hstu_attention._triton.tile import INTERPRETED
+from kernels.hstu_attention.bias import time_thresholds
+from kernels.hstu_attention.structure import Structure
+
+Pass = Literal["forward", "query_grad", "key_grad", "bias_grad"]
+
+
+def kernel_inputs(structure: Structure) -> tuple[Tensor | None, ...]:
+    """Return the kernel arguments order_ptr .. key_time_ptr."""
+    # The longest sequences first, so that none is started last.
+    order = structure.offsets.diff().argsort(descending=True)
+    thresholds = None
+    if structure.time_table is not None:
+        values = time_thresholds(structure.time_table.numel() - 1)
+        thresholds = _on_device(tuple(values), str(structure.offsets.device))
+    return (
+        order,
+        structure.offsets,
+        structure.q_offsets,
+        structure.num_candidates,
+        structure.position_table,
+        structure.time_table,
+        thresholds,
+        structure.query_time,
+        structure.key_time,
+    )
+
+
+def kernel_constants(q: Tensor, v: Tensor, structure: Structure) -> dict[str, Any]:
+    """Return the compile-time constants that do not depend on block sizes."""
+    position, time = structure.position_table, structure.time_table
+    return {
+        "SOFTMAX": structure.softmax,
+        # float32 asks for exactness; the interpreter has no inline assembly.
+        "FAST": q.dtype != torch.float32 and not INTERPRETED,
+        "REACH": 0 if position is None else position.numel() // 2,
+        "NUM_BUCKETS": 0 if time is None else time.numel() - 1,
+        "H": q.shape[1],
+        "K": q.shape[2],
+        "V": v.shape[2],
+        # tl.dot needs 16.
+        "BLOCK_K": max(16, triton.next_power_of_2(q.shape[2])),
+        "BLOCK_V": max(16, triton.next_power_of_2(v.shape[2])),
+        **mask_constants(structure.mask),
+    }
+
+
+def kernel_blocks(kind: Pass, q: Tensor, v: Tensor, structure: Structure) -> dict[str, int]:
+    """Return the block sizes of a pass."""
+    if INTERPRETED:
+        # Small, so that short sequences have several; unequal, so that a mix-up shows.
+        return _blocks(32, 16, 1, 4)
+    dim = max(q.shape[2], v.shape[2])
+    if q.dtype == torch.float32:
+        return _blocks(32, 32, 1, 4 if dim <= 128 else 8)
+    if structure.position_table is not None and dim <= 128:
+        # Gathers need registers, and pipelining would stage them in shared memory.
+        return _blocks(64, 64, 1, 8)
+    return next(blocks for limit, blocks in _BLOCKS[kind] if dim <= limit)
+
+
+def _blocks(m: int, n: int, stages: int, warps: int) -> dict[str, int]:
+    return {"BLOCK_M": m, "BLOCK_N": n, "STAGES": stages, "num_warps": warps}
+
+
+_BLOCKS = {
+    "forward": [
+        (64, _blocks(128, 64, 3, 4)),
+        (128, _blocks(128, 64, 3, 8)),
+        (256, _blocks(128, 64, 2, 8)),
+    ],
+    "query_grad": [
+        (64, _blocks(64, 64, 2, 4)),
+        (128, _blocks(64, 64, 2, 4)),
+        (256, _blocks(64, 32, 2, 8)),
+    ],
+    "key_grad": [
+        (64, _blocks(64, 64, 2, 4)),
+        (128, _blocks(64, 64, 2, 4)),
+        (256, _blocks(32, 64, 2, 8)),
+    ],
+    "bias_grad": [(256, _blocks(64, 64, 1, 8))],
+}
+"""By pass: largest of K and V, and the blocks up to it (float16 and bfloat16)."""
+
+_thresholds: dict[tuple[tuple[int, ...], str], Tensor] = {}
+
+
+def _on_device(values: tuple[int, ...], device: str) -> Tensor:
+    """Return the values as int64, copied to the device once: a copy would wait for the GPU."""
+    if (values, device) not in _thresholds:
+        _thresholds[values, device] = torch.tensor(values or (0,), dtype=torch.int64, device=device)
+    return _thresholds[values, device]
