@@ -10,7 +10,7 @@ event log + starting history
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -22,7 +22,7 @@ from pipelines import session_expression as steps
 from pipelines.config import SessionizeConfig
 from pipelines.counters import counter_names
 from pipelines.event_log import IBIS_TYPES, Kind, Source, find_source, read_source
-from pipelines.manifest import Manifest, is_session_log, log_schema, write_manifest
+from pipelines.manifest import Manifest, is_session_log, log_schema, read_manifest, write_manifest
 from pipelines.schema import EVENT_ITEM_ID, EVENT_TIMESTAMP, history_name, part_name
 from pipelines.session_writer import WrittenFiles, write_partitions
 
@@ -86,7 +86,7 @@ def sessionize(config: SessionizeConfig) -> Manifest:
         with _engine(config, scratch) as engine:
             manifest = _write(config, inputs, engine, folder)
         write_manifest(manifest)
-    return replace(manifest, folder=output)
+    return read_manifest(output)
 
 
 def _write(config: SessionizeConfig, inputs: _Inputs, engine: Any, folder: Path) -> Manifest:
@@ -106,7 +106,7 @@ def _write(config: SessionizeConfig, inputs: _Inputs, engine: Any, folder: Path)
 
     def write(sessions: "ir.Table", file_name: Any) -> WrittenFiles:
         return write_partitions(
-            _fetch(engine, steps.in_order(sessions, config), config, inputs),
+            _fetch(engine, steps.in_order(sessions, config)),
             folder,
             schema,
             partitions=config.partitions,
@@ -375,28 +375,33 @@ def _engine(config: SessionizeConfig, scratch: Path) -> Iterator[Any]:
     engine = ibis.duckdb.connect(**options)
     try:
         engine.raw_sql("SET enable_progress_bar = false")
+        # Parquet's bounds of a column leave NaN out, so DuckDB 2.0 takes isnan() for always false.
+        engine.raw_sql("SET disabled_optimizers = 'statistics_propagation'")
         yield engine
     except duckdb.OutOfMemoryException as error:
         raise ValueError(
             f"memory_gb={config.memory_gb} is too little for this log: raise it, or lower threads "
             f"({error})"
         ) from error
+    except (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException):
+        raise  # An expression of ours that DuckDB does not take.
+    except duckdb.Error as error:
+        names = [config.input, config.history, *(join.path for join in config.joins)]
+        raise ValueError(
+            f"cannot decode one of the files {[x for x in names if x]}, or cannot write beside "
+            f"output={config.output}: {error}"
+        ) from error
     finally:
         engine.disconnect()
 
 
-def _fetch(
-    engine: Any, table: "ir.Table", config: SessionizeConfig, inputs: _Inputs
-) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of an expression; what is not yet fetched is not in memory."""
-    import duckdb
-
-    try:
-        # ibis 12 calls a method that duckdb 2.0 no longer has, so DuckDB is asked directly.
-        yield from engine.con.sql(engine.compile(table)).to_arrow_reader(_BATCH_ROWS)
-    except (duckdb.InvalidInputException, duckdb.IOException) as error:
-        files = [inputs.log.files, inputs.history.files if inputs.history else (), config.output]
-        raise ValueError(f"cannot read or spill a file, one of {files}: {error}") from error
+def _fetch(engine: Any, table: "ir.Table") -> Iterator[pa.RecordBatch]:
+    """Return the rows of an expression; what is not yet fetched is not in memory."""
+    # ibis 12 calls a method that duckdb 2.0 no longer has, so DuckDB is asked directly.
+    reader: Iterator[pa.RecordBatch] = engine.con.sql(engine.compile(table)).to_arrow_reader(
+        _BATCH_ROWS
+    )
+    return reader
 
 
 @contextmanager
