@@ -165,8 +165,8 @@ def as_histories(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
 def in_order(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
     """Return events in the order in which the log holds them, as `write_partitions` reads them."""
     whole = {"group_by": [USER_ID, SESSION_ID]}
-    # Ibis divides as floats: rounding, not flooring, keeps the second exact up to the year 9999.
-    second = ((events["time"] - events["time"] % _US) / _US).round().cast("int64")
+    # Ibis divides as floats, which is exact for whole seconds only.
+    second = (events["time"] - events["time"] % _US) // _US
     events = events.mutate(
         **{
             PARTITION: partition_of(events[USER_ID], config.partition_seed, config.partitions),
