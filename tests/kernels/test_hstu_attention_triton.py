@@ -89,35 +89,35 @@ def check(case, dtype, device):
 @pytest.mark.interpret
 @combinations
 def test_tiny(options, device):
-    lengths, candidates, tails = [67, 0, 16], [4, 0, 16], [45, 0, 16]
+    lengths, candidates, tails = [67, 0, 16, 36], [4, 0, 16, 1], [45, 0, 16, 36]
     options = {"heads": 1, "qk_dim": 16, "v_dim": 16, "candidates": candidates, **options}
     check(Case(lengths, tails, **options), torch.float32, device)
 
 
 @pytest.mark.interpret
-@settings(max_examples=6, deadline=None)
-@given(lengths=st.lists(st.sampled_from([0, 1, 15, 17, 32, 40]), max_size=2))
+@settings(max_examples=5, deadline=None)
+@given(lengths=st.lists(st.sampled_from([0, 1, 15, 17, 32, 33]), max_size=2))
 def test_tiny_lengths_in_half_precision(lengths):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    check(Case(lengths, heads=2, qk_dim=16, v_dim=16), torch.float16, device)
+    check(Case(lengths, heads=1, qk_dim=16, v_dim=16), torch.float16, device)
 
 
 @pytest.mark.interpret
-def test_registration(device):
-    """Schema, fake tensors, autograd and compilation agree, for both activations."""
-    for activation in ("silu", "softmax"):
-        case = Case([5, 3], bias="position_time", activation=activation, candidates=[1, 0])
-        x = case.inputs(torch.float32, rounded_to=torch.float32, device=device)
-        offsets, softmax = offsets_of([5, 3], device), activation == "softmax"
+@pytest.mark.parametrize("softmax", [False, True], ids=["silu", "softmax"])
+def test_registration(softmax, device):
+    """Schema, fake tensors, autograd and compilation agree."""
+    case = Case([4], bias="position_time", candidates=[1], heads=1)
+    x = case.inputs(torch.float32, rounded_to=torch.float32, device=device)
+    offsets, candidates = offsets_of([4], device), torch.tensor([1], device=device)
+    tables, times = (None, None), (None, None)
+    if not softmax:
+        tables = x["position_table"], x["time_table"]
         times = case.query_time.to(device), case.key_time.to(device)
-        candidates = torch.tensor([1, 0], device=device)
-        structure = (
-            *(offsets, offsets, candidates, x["position_table"], x["time_table"], *times),
-            *(5, 5, 0.5, 0.25, softmax, 0, "causal", None, 0, 0),
-        )
-        torch.library.opcheck(
-            torch.ops.gr.hstu_attention.default, (x["q"], x["k"], x["v"], *structure)
-        )
+    structure = (
+        *(offsets, offsets, candidates, *tables, *times),
+        *(4, 4, 0.5, 0.25, softmax, 0, "causal", None, 0, 0),
+    )
+    torch.library.opcheck(torch.ops.gr.hstu_attention.default, (x["q"], x["k"], x["v"], *structure))
 
 
 @pytest.mark.interpret

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._triton.silu import silu
 from kernels.hstu_attention._triton.launch import kernel_blocks, kernel_constants, kernel_inputs
 from kernels.hstu_attention._triton.mask import key_blocks, pick2, pick4, visible
 from kernels.hstu_attention._triton.tile import (
@@ -15,7 +16,6 @@ from kernels.hstu_attention._triton.tile import (
     load_times,
     relative_bias,
     sequence,
-    silu,
     store_rows,
 )
 from kernels.hstu_attention.structure import Structure

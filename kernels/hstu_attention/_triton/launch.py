@@ -1,13 +1,15 @@
 """What the launchers share: a call as kernels take it, and block sizes."""
 
+import functools
+import os
 from typing import Any, Literal
 
 import torch
 import triton
 from torch import Tensor
 
+from kernels._triton.silu import is_fast
 from kernels.hstu_attention._triton.mask import mask_constants
-from kernels.hstu_attention._triton.tile import INTERPRETED
 from kernels.hstu_attention.bias import time_thresholds
 from kernels.hstu_attention.structure import Structure
 
@@ -20,8 +22,7 @@ def kernel_inputs(structure: Structure) -> tuple[Tensor | None, ...]:
     order = structure.offsets.diff().argsort(descending=True)
     thresholds = None
     if structure.time_table is not None:
-        values = time_thresholds(structure.time_table.numel() - 1)
-        thresholds = _on_device(tuple(values), str(structure.offsets.device))
+        thresholds = _thresholds(structure.time_table.numel() - 1, structure.offsets.device)
     return (
         order,
         structure.offsets,
@@ -40,8 +41,7 @@ def kernel_constants(q: Tensor, v: Tensor, structure: Structure) -> dict[str, An
     position, time = structure.position_table, structure.time_table
     return {
         "SOFTMAX": structure.softmax,
-        # float32 asks for exactness; the interpreter has no inline assembly.
-        "FAST": q.dtype != torch.float32 and not INTERPRETED,
+        "FAST": is_fast(q.dtype),
         "REACH": 0 if position is None else position.numel() // 2,
         "NUM_BUCKETS": 0 if time is None else time.numel() - 1,
         "H": q.shape[1],
@@ -56,15 +56,15 @@ def kernel_constants(q: Tensor, v: Tensor, structure: Structure) -> dict[str, An
 
 def kernel_blocks(kind: Pass, q: Tensor, v: Tensor, structure: Structure) -> dict[str, int]:
     """Return the block sizes of a pass."""
-    if INTERPRETED:
+    if os.environ.get("TRITON_INTERPRET") == "1":
         # Small, so that short sequences have several; unequal, so that a mix-up shows.
         return _blocks(32, 16, 1, 4)
     dim = max(q.shape[2], v.shape[2])
     if q.dtype == torch.float32:
         return _blocks(32, 32, 1, 4 if dim <= 128 else 8)
-    if structure.position_table is not None and dim <= 128:
+    if structure.position_table is not None:
         # Gathers need registers, and pipelining would stage them in shared memory.
-        return _blocks(64, 64, 1, 8)
+        return _blocks(64, 64 if dim <= 128 else 32, 1, 8)
     return next(blocks for limit, blocks in _BLOCKS[kind] if dim <= limit)
 
 
@@ -88,15 +88,11 @@ _BLOCKS = {
         (128, _blocks(64, 64, 2, 4)),
         (256, _blocks(32, 64, 2, 8)),
     ],
-    "bias_grad": [(256, _blocks(64, 64, 1, 8))],
 }
 """By pass: largest of K and V, and the blocks up to it (float16 and bfloat16)."""
 
-_thresholds: dict[tuple[tuple[int, ...], str], Tensor] = {}
 
-
-def _on_device(values: tuple[int, ...], device: str) -> Tensor:
-    """Return the values as int64, copied to the device once: a copy would wait for the GPU."""
-    if (values, device) not in _thresholds:
-        _thresholds[values, device] = torch.tensor(values or (0,), dtype=torch.int64, device=device)
-    return _thresholds[values, device]
+@functools.cache
+def _thresholds(num_buckets: int, device: torch.device) -> Tensor:
+    """Return (max(T, 1),) int64 on the device, copied there once: a copy waits for the GPU."""
+    return torch.tensor(time_thresholds(num_buckets) or [0], dtype=torch.int64, device=device)

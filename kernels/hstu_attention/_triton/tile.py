@@ -1,13 +1,11 @@
-"""What every kernel does with a tile: load rows, bias, activation."""
-
-import os
+"""What every kernel does with a tile: load and store rows, bias, slope of the activation."""
 
 import triton
 import triton.language as tl
 
+from kernels._triton.silu import sigmoid
 from kernels.hstu_attention.bias import TIME_BUCKET_WIDTH
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BUCKETS_PER_OCTAVE = tl.constexpr(0.6931471805599453 / TIME_BUCKET_WIDTH)
 
 
@@ -108,32 +106,8 @@ def relative_bias(
 
 
 @triton.jit
-def _tanh(x):
-    return tl.inline_asm_elementwise(
-        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def silu(x, FAST: tl.constexpr):
-    """Return x * sigmoid(x); FAST by one instruction, whose error is below that of bfloat16."""
-    if FAST:
-        half = 0.5 * x
-        return half * _tanh(half) + half
-    else:
-        return x * tl.sigmoid(x)
-
-
-@triton.jit
 def silu_and_slope(x, FAST: tl.constexpr):
     """Return silu(x) and its derivative sigmoid(x) * (1 + x * (1 - sigmoid(x)))."""
-    if FAST:
-        half = 0.5 * x
-        t = _tanh(half)
-        y = half * t + half
-        slope = 0.5 * (t * (1.0 - y) + (1.0 + y))
-    else:
-        sigmoid = tl.sigmoid(x)
-        y = x * sigmoid
-        slope = sigmoid * (1.0 + x * (1.0 - sigmoid))
-    return y, slope
+    s = sigmoid(x, FAST)
+    y = x * s
+    return y, s + y * (1.0 - s)
