@@ -18,7 +18,7 @@ demo: $(VENV)/.run-$(SET)
 
 baselines: $(VENV)/.run-$(SET)
 	$(BIN)/gr sessionize configs/quickstart_log.yaml overwrite=true
-	$(BIN)/python -m launch sweep configs/sweeps/quickstart_baselines.yaml
+	OMP_NUM_THREADS=1 $(BIN)/python -m launch sweep configs/sweeps/quickstart_baselines.yaml
 
 test: $(VENV)/.dev-$(SET)
 	$(BIN)/python -m pytest -m "not slow"
