@@ -139,8 +139,8 @@ def layer_norm_bwd(
     """Return dx, and dweight and dbias in float32 (zero where there is none)."""
     L, D = x.shape
     dx = x.new_empty(L, D)
-    rows, columns, warps = backward_tile(D)
-    programs = num_programs(x.device, triton.cdiv(L, rows))
+    rows, columns, warps, per_processor = backward_tile(D)
+    programs = num_programs(x.device, triton.cdiv(L, rows), per_processor)
     wanted = (weight is not None, has_bias)
     dweight, dbias = (x.new_empty(programs if w else 0, D, dtype=torch.float32) for w in wanted)
     if L > 0:

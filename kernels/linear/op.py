@@ -20,7 +20,8 @@ def linear(
 ) -> Tensor:
     """Return x W^T + b, with SiLU applied or a residual added before it is stored.
 
-    Products are summed in float32 and rounded once, after the epilogue. With SiLU, z = x W^T + b is
+    16-bit products are summed in float32 and rounded once, after the epilogue; float32 products are
+    torch's (IEEE, unless torch is told to use TF32). With SiLU, z = x W^T + b is
     kept for the backward pass in the dtype of x.
 
     Args:

@@ -262,8 +262,7 @@ def norm_gate_bwd(
     L, C = x.shape
     V = C // num_groups
     dx, du = x.new_empty(L, C), u.new_empty(L, C)
-    rows, columns, warps = backward_tile(V)
-    per_processor = 3 if columns <= 512 else 2
+    rows, columns, warps, per_processor = backward_tile(V)
     blocks = triton.cdiv(L, rows)
     programs = min(
         blocks, triton.cdiv(num_programs(x.device, blocks * num_groups, per_processor), num_groups)

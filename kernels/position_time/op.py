@@ -21,6 +21,8 @@ def position_time(
 ) -> Tensor:
     """Return scale * x + position_table[position] + time_table[time].
 
+    The sum is made in float32. Triton reads the tables in the dtype of x: beside 16-bit tokens
+    float32 tables would be most of the traffic; their rounding is no more than that of the result.
     The gradients of the tables are added up in float32 in a fixed order: the same in every run.
 
     Args:
@@ -113,9 +115,9 @@ def _forward(
 
     return position_time_fwd(
         x if x.stride(1) == 1 else x.contiguous(),
-        position_table.contiguous(),
+        position_table.to(x.dtype).contiguous(),
         position.contiguous(),
-        None if time_table is None else time_table.contiguous(),
+        None if time_table is None else time_table.to(x.dtype).contiguous(),
         None if time is None else time.contiguous(),
         scale,
     )

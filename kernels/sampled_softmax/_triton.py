@@ -132,9 +132,9 @@ def _sampled_softmax_fwd_kernel(
             new_top = tl.maximum(top, tl.max(logits, 1))
             total = total * tl.exp(top - new_top) + tl.sum(tl.exp(logits - new_top[:, None]), 1)
             top = new_top
-        lse = top + tl.log(total)
-        tl.store(loss_ptr + rows, lse - logit, mask=is_row)
-        tl.store(lse_ptr + rows, lse, mask=is_row)
+        # Not lse - logit: where the positive is on top, a small loss keeps its digits.
+        tl.store(loss_ptr + rows, (top - logit) + tl.log(total), mask=is_row)
+        tl.store(lse_ptr + rows, top + tl.log(total), mask=is_row)
 
 
 @triton.jit
@@ -394,16 +394,20 @@ def _options(query: Tensor) -> dict[str, object]:
     """Return what the three kernels are compiled for."""
     D = query.shape[1]
     columns = max(16, triton.next_power_of_2(D))
-    # Blocks that keep two of vectors and one of sums in registers. float32 products run on the
-    # ordinary units, which unroll them: smaller blocks and more warps.
-    single = query.dtype == torch.float32
-    block = 64 if columns * (4 if single else 1) <= 128 else 32
+    # float32 products run on the ordinary units and are unrolled: small blocks and more warps. In
+    # 16 bits 64 rows are the least that Hopper's matrix instructions take; at 512 they do not fit.
+    if query.dtype == torch.float32:
+        block, warps = (32 if columns <= 128 else 16), 8
+    elif columns <= 256:
+        block, warps = 64, 4 if columns <= 128 else 8
+    else:
+        block, warps = 32, 8
     return {
         "D": D,
         "BLOCK_D": columns,
-        "BLOCK_R": 16 if single and columns > 128 else block,
-        "BLOCK_N": 16 if single and columns > 128 else block,
+        "BLOCK_R": block,
+        "BLOCK_N": block,
         "PRECISION": "ieee",
-        "num_warps": 8 if single or columns > 256 else 4,
+        "num_warps": warps,
         "num_stages": 2,
     }

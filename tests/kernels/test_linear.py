@@ -1,4 +1,5 @@
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_triton_within_error_budget(shape, dtype, form):
     has_bias=st.booleans(),
 )
 def test_triton_any_shape(L, D, F, form, has_bias):
-    check(*make(L, D, F, torch.float32, form, has_bias), form)
+    check(*make(L, D, F, torch.float16, form, has_bias), form)
 
 
 @pytest.mark.gpu
@@ -112,7 +113,7 @@ def test_views_of_wider_buffers(form, start):
 @pytest.mark.interpret
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, in the interpreter
 def test_nan_stays_in_its_row():
-    inputs, dout = make(140, 40, 48, torch.float32, "silu")
+    inputs, dout = make(140, 40, 48, torch.float16, "silu")
     run = partial(call, form="silu", impl="triton")
     clean = outputs_and_gradients(run, inputs, dout)
     x = inputs[0].clone()
@@ -125,7 +126,7 @@ def test_nan_stays_in_its_row():
 
 @pytest.mark.interpret
 def test_keeps_z_only_where_a_gradient_needs_it():
-    (x, weight, bias, _), _ = make(9, 16, 24, torch.float32, "silu")
+    (x, weight, bias, _), _ = make(9, 16, 24, torch.float16, "silu")
     forward = torch.ops.gr.linear
     assert forward(x, weight, bias, None, True, False)[1].shape == (0, 24)
     y = call(x, weight.requires_grad_(), bias, None, form="silu", impl="triton")
@@ -138,8 +139,9 @@ def test_keeps_z_only_where_a_gradient_needs_it():
 
 @pytest.mark.interpret
 def test_registration():
-    for form, keep in (("silu", True), ("residual", False), ("plain", False)):
-        inputs, _ = make(6, 16, 24, torch.float32, form)
+    forms = (("silu", True), ("residual", False), ("plain", False))
+    for (form, keep), dtype in product(forms, (torch.float32, torch.float16)):
+        inputs, _ = make(6, 16, 24, dtype, form)
         leaves = [x if x is None else x.requires_grad_() for x in inputs]
         torch.library.opcheck(torch.ops.gr.linear.default, (*leaves, form == "silu", keep))
 

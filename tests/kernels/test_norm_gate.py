@@ -66,7 +66,7 @@ def make(L, C, dtype, device, affine=(True, True), concat=False, seed=0):
     return (x, u, weight, bias), dout, torch.tensor(2**61 + 12345 + seed, device=device)
 
 
-def check(inputs, dout, seed, options, impl, times=2.0):
+def check(inputs, dout, seed, options, impl):
     run = partial(norm_gate, seed=seed, eps=EPS, **options)
     got = outputs_and_gradients(partial(run, impl=impl), inputs, dout)
     low = outputs_and_gradients(partial(run, impl="reference"), inputs, dout)
@@ -74,7 +74,7 @@ def check(inputs, dout, seed, options, impl, times=2.0):
     for actual, same, exact in zip(got, low, high, strict=True):
         assert actual.dtype == same.dtype
         if actual.numel():
-            assert_within_reference_error(actual, same, exact, times=times)
+            assert_within_reference_error(actual, same, exact)
 
 
 @pytest.mark.parametrize("affine", [(True, True), (False, False), (True, False)])
@@ -123,12 +123,11 @@ def test_dropout_keeps_independently():
 @pytest.mark.interpret
 @pytest.mark.parametrize("affine", [(True, True), (False, False), (False, True)])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("shape", [(1, 4), (0, 8), (37, 36)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 32), (0, 8), (37, 36)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_triton_within_error_budget(shape, dtype, options, affine, device):
     inputs, dout, seed = make(*shape, dtype, device, affine, concat=options.get("concat", False))
-    # One row of 4 channels in 4 groups has no variance: its error is that of 1 / sqrt(eps).
-    check(inputs, dout, seed, options, "triton", times=5.0 if shape[0] == 1 else 2.0)
+    check(inputs, dout, seed, options, "triton")
 
 
 @pytest.mark.interpret

@@ -66,17 +66,29 @@ def call(query, positive, negative, *, rows, negatives, ids, log_q, impl):
     )
 
 
-def check(vectors, structure, dloss, times=2.0):
+def check(vectors, structure, dloss):
     got, low = (
         outputs_and_gradients(partial(call, impl=impl, **structure), vectors, dloss)
         for impl in ("triton", "reference")
     )
     run = partial(call, impl="reference", **structure)
     high = outputs_and_gradients(run, [x.double() for x in vectors], dloss.double())
-    for actual, same, exact in zip(got, low, high, strict=True):
+    query, positive, negative = (x.double() for x in vectors)
+    most = max(
+        (query @ x.T).abs().max().item() if query.numel() * x.numel() else 0.0
+        for x in (positive, negative)
+    )
+    for i, (actual, same, exact) in enumerate(zip(got, low, high, strict=True)):
         assert actual.dtype == same.dtype
-        if actual.numel():
-            assert_within_reference_error(actual, same, exact, times=times)
+        if not actual.numel():
+            continue
+        if i == 0:
+            # A difference of logits: roundings are relative to the largest of them.
+            assert_within_reference_error(actual, same, exact, scale=most / T + 3)
+        else:
+            # Probabilities are exponentials of such differences: a rounding of the exponent is
+            # several of the result. The reference's products add up in another order.
+            assert_within_reference_error(actual, same, exact, times=5.0)
 
 
 GROUPS = [
