@@ -156,7 +156,7 @@ def _query_grad_kernel(
                 False, SOFTMAX, FAST, REACH, NUM_BUCKETS, K, V, BLOCK_N, BLOCK_K, BLOCK_V,
                 NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )  # fmt: skip
-        for i in tl.range(0, num_part0 + num_part1 + num_part2 + num_part3, num_stages=1):
+        for i in tl.range(0, num_part0 + num_part1 + num_part2 + num_part3, num_stages=STAGES):
             part = pick4(i, part0, num_part0, part1, num_part1, part2, num_part2, part3)
             dq = _query_step(
                 q, dout, k_base, v_base, part * BLOCK_N,
@@ -245,15 +245,7 @@ def _key_grad_kernel(
         )  # fmt: skip
         dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-        for i in tl.range(0, num_part0 + num_part1 + num_part2 + num_part3, num_stages=1):
-            part = pick4(i, part0, num_part0, part1, num_part1, part2, num_part2, part3)
-            dk, dv = _key_step(
-                k, v, q_base, dout_base, lse_ptr, delta_ptr, part * BLOCK_M, q_len, col, length,
-                history, key_time, q_start, head, dk, dv,
-                stride_qr, alpha, position_ptr, time_ptr, threshold_ptr, query_time_ptr,
-                True, SOFTMAX, FAST, REACH, NUM_BUCKETS, H, K, V, BLOCK_M, BLOCK_K, BLOCK_V,
-                NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
-            )  # fmt: skip
+        # In this order: with the masked blocks first, ptxas runs every wgmma on its own (C7515).
         for i in tl.range(0, num_full0 + num_full1, num_stages=STAGES):
             dk, dv = _key_step(
                 k, v, q_base, dout_base, lse_ptr, delta_ptr,
@@ -261,6 +253,15 @@ def _key_grad_kernel(
                 history, key_time, q_start, head, dk, dv,
                 stride_qr, alpha, position_ptr, time_ptr, threshold_ptr, query_time_ptr,
                 False, SOFTMAX, FAST, REACH, NUM_BUCKETS, H, K, V, BLOCK_M, BLOCK_K, BLOCK_V,
+                NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
+            )  # fmt: skip
+        for i in tl.range(0, num_part0 + num_part1 + num_part2 + num_part3, num_stages=STAGES):
+            part = pick4(i, part0, num_part0, part1, num_part1, part2, num_part2, part3)
+            dk, dv = _key_step(
+                k, v, q_base, dout_base, lse_ptr, delta_ptr, part * BLOCK_M, q_len, col, length,
+                history, key_time, q_start, head, dk, dv,
+                stride_qr, alpha, position_ptr, time_ptr, threshold_ptr, query_time_ptr,
+                True, SOFTMAX, FAST, REACH, NUM_BUCKETS, H, K, V, BLOCK_M, BLOCK_K, BLOCK_V,
                 NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )  # fmt: skip
         dk_base = dk_ptr + key_start * (H * K) + head * K

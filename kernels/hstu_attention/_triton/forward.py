@@ -191,7 +191,7 @@ def _hstu_attention_fwd_kernel(
                 False, SOFTMAX, FAST, REACH, NUM_BUCKETS, K, V, BLOCK_N, BLOCK_K, BLOCK_V,
                 NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )  # fmt: skip
-        for i in tl.range(0, num_part0 + num_part1 + num_part2 + num_part3, num_stages=1):
+        for i in tl.range(0, num_part0 + num_part1 + num_part2 + num_part3, num_stages=STAGES):
             part = pick4(i, part0, num_part0, part1, num_part1, part2, num_part2, part3)
             acc, row_max, row_sum = _attend(
                 q, k_base, v_base, part * BLOCK_N,

@@ -64,7 +64,9 @@ def kernel_blocks(kind: Pass, q: Tensor, v: Tensor, structure: Structure) -> dic
         return _blocks(32, 32, 1, 4 if dim <= 128 else 8)
     if structure.position_table is not None:
         # Gathers need registers, and pipelining would stage them in shared memory.
-        return _blocks(64, 64 if dim <= 128 else 32, 1, 8)
+        looped = 64 if dim <= 128 else 32
+        over_queries = kind in ("key_grad", "bias_grad")
+        return _blocks(looped, 64, 1, 8) if over_queries else _blocks(64, looped, 1, 8)
     return next(blocks for limit, blocks in _BLOCKS[kind] if dim <= limit)
 
 
