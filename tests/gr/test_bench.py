@@ -142,12 +142,11 @@ def test_timed_backward_computes_every_gradient():
 def test_every_operator_bench_runs_small(name):
     module = bench.load(name)
     for case in module.CASES:
-        small = case._replace(shape={key: min(n, 16) for key, n in case.shape.items()})
+        small = case._replace(shape={key: min(n, 40) for key, n in case.shape.items()})
         for mode in small.modes:
             assert module.bytes_moved(case, mode) > 0
             assert module.flops(case, mode) >= 0
             variants = module.variants(small, mode, "cpu")
             assert next(iter(variants)) == "ours"
-            assert len(variants) > 1
             for call in variants.values():
                 call()
