@@ -30,14 +30,22 @@ def make(L, D, dtype, device, affine=(True, True), seed=0):
     return (x, weight, bias), draw(L, D).to(dtype)
 
 
-def check(inputs, dout, impl, times=2.0):
+def check(inputs, dout, impl):
     got = outputs_and_gradients(partial(layer_norm, eps=EPS, impl=impl), inputs, dout)
     low = outputs_and_gradients(partial(layer_norm, eps=EPS, impl="reference"), inputs, dout)
     high = outputs_and_gradients(oracle, double(inputs), dout.double())
-    for actual, same, exact in zip(got, low, high, strict=True):
+    for i, (actual, same, exact) in enumerate(zip(got, low, high, strict=True)):
         assert actual.dtype == same.dtype
         if actual.numel():
-            assert_within_reference_error(actual, same, exact, times=times)
+            scale = scale_of_dx(inputs, dout) if i == 1 else None
+            assert_within_reference_error(actual, same, exact, scale=scale)
+
+
+def scale_of_dx(inputs, dout):
+    """The terms of dx = rstd (g - mean(g) - ...) cancel: in a row of one column, to zero."""
+    x, weight, _ = double(inputs)
+    g = dout.double() * (1 if weight is None else weight)
+    return (g.abs() * (x.var(1, correction=0, keepdim=True) + EPS).rsqrt()).max().item()
 
 
 @pytest.mark.parametrize("affine", [(True, True), (False, False), (True, False), (False, True)])
@@ -70,8 +78,7 @@ def test_large_within_error_budget(D, dtype):
 @given(L=st.integers(0, 70), D=st.integers(1, 150), seed=st.integers(0, 9))
 def test_triton_any_shape(L, D, seed):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Few columns can be nearly equal: the error is then that of their difference.
-    check(*make(L, D, torch.float32, device, seed=seed), "triton", times=5.0 if D < 16 else 2.0)
+    check(*make(L, D, torch.float32, device, seed=seed), "triton")
 
 
 @pytest.mark.interpret

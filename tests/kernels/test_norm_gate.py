@@ -71,10 +71,26 @@ def check(inputs, dout, seed, options, impl):
     got = outputs_and_gradients(partial(run, impl=impl), inputs, dout)
     low = outputs_and_gradients(partial(run, impl="reference"), inputs, dout)
     high = outputs_and_gradients(partial(run, impl="reference"), double(inputs), dout.double())
-    for actual, same, exact in zip(got, low, high, strict=True):
+    for i, (actual, same, exact) in enumerate(zip(got, low, high, strict=True)):
         assert actual.dtype == same.dtype
         if actual.numel():
-            assert_within_reference_error(actual, same, exact)
+            scale = scale_of_dx(inputs, dout, options) if i == 1 else None
+            assert_within_reference_error(actual, same, exact, scale=scale)
+
+
+def scale_of_dx(inputs, dout, options):
+    """The terms of dx = rstd (g - mean(g) - ...) cancel: in a group of one channel, to zero."""
+    x, u, weight, _ = double(inputs)
+    L, C = x.shape
+    g = (
+        dout.double()[:, -C:]
+        * u
+        * (1 if weight is None else weight)
+        / (1 - options.get("dropout", 0))
+    )
+    groups = x.reshape(L, options.get("num_groups", 1), -1)
+    rstd = (groups.var(2, correction=0) + EPS).rsqrt()
+    return max(g.abs().max() * rstd.max(), dout.abs().max()).item()
 
 
 @pytest.mark.parametrize("affine", [(True, True), (False, False), (True, False)])
@@ -123,7 +139,7 @@ def test_dropout_keeps_independently():
 @pytest.mark.interpret
 @pytest.mark.parametrize("affine", [(True, True), (False, False), (False, True)])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("shape", [(1, 32), (0, 8), (37, 36)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4), (0, 8), (37, 36)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_triton_within_error_budget(shape, dtype, options, affine, device):
     inputs, dout, seed = make(*shape, dtype, device, affine, concat=options.get("concat", False))
