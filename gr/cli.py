@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from gr.config_io import load_config
 from gr.versions import check_versions
 
+FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 # Errors that a path of the user causes, whoever notices.
@@ -30,11 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; None means those of the process.
 
     Returns:
-        Exit status: 0, 2 for a user's mistake, 130 for ctrl-C.
+        Exit status: 0, 1 for a run that went wrong (a loss that is not finite), 2 for a user's
+        mistake, 130 for ctrl-C.
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if arguments.command in ("sessionize", "train"):
+    if arguments.command in ("sessionize", "train", "evaluate"):
         # argparse stops collecting overrides at the first option.
         arguments.overrides += [text for text in rest if not text.startswith("-")]
         rest = [text for text in rest if text.startswith("-")]
@@ -46,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, *_PATH_ERRORS) as error:
+    except (ValueError, FloatingPointError, *_PATH_ERRORS) as error:
         if arguments.traceback or not _is_users(error):
             raise
         who = _speaker(arguments.command)
         print(f"{who}gr {arguments.command}: error: {_text(error)}", file=sys.stderr)
-        return USER_ERROR
+        return FAILED if isinstance(error, FloatingPointError) else USER_ERROR
     return 0
 
 
@@ -76,6 +78,14 @@ def _parser() -> argparse.ArgumentParser:
         child.add_argument("overrides", nargs="*", metavar="key=value", help="override of the file")
         child.add_argument("--print-config", action="store_true", help="print the result and exit")
         child.add_argument("--traceback", action="store_true", help="show it also for user errors")
+
+    child = command("evaluate", _evaluate, "Score a log with a checkpoint, learning nothing.")
+    child.add_argument("run_dir", metavar="RUN", help="run directory")
+    child.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="override of the run, as data.log=OTHER"
+    )
+    child.add_argument("--step", type=int, help="of the checkpoint; the newest if not given")
+    child.add_argument("--traceback", action="store_true", help="show it also for user errors")
 
     child = command("report", _report, "Compare runs: table, report.md, CSV and plots.")
     child.add_argument("runs", nargs="+", help="run directories; seeds of one config are grouped")
@@ -125,6 +135,20 @@ def _train(arguments: argparse.Namespace) -> None:
     train(config, resolved, arguments.overrides)
 
 
+def _evaluate(arguments: argparse.Namespace) -> None:
+    check_versions()
+    from gr.evaluate import evaluate, run_config
+    from gr.parallel import environment_rank
+
+    try:
+        config = run_config(arguments.run_dir, arguments.overrides)
+    except ValueError:
+        if environment_rank() == 0:
+            raise
+        sys.exit(USER_ERROR)
+    evaluate(config, arguments.run_dir, step=arguments.step, overrides=arguments.overrides)
+
+
 def _report(arguments: argparse.Namespace) -> None:
     from gr.report import report
 
@@ -153,7 +177,7 @@ def _is_users(error: BaseException) -> bool:
 
 def _speaker(command: str) -> str:
     """Return "" on rank 0, else a prefix: a rank may meet a bad record that no other sees."""
-    if command != "train":
+    if command not in ("train", "evaluate"):
         return ""
     from gr.parallel import environment_rank
 

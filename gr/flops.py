@@ -5,27 +5,23 @@ forward pass: the backward pass multiplies each matrix twice.
 """
 
 import torch
-from torch import Tensor
 
 from gr.config import ModelConfig
-from gr.sequence import SequenceInfo
+from gr.hstu import attention_mask, tail_index
+from gr.sequence import SequenceInfo, sequence_index
+from kernels.hstu_attention.mask import num_visible
 
 # Dense bf16 peak of one device, FLOP/s, by a part of its name (vendor data sheets, no sparsity).
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
-def visible_pairs(info: SequenceInfo) -> Tensor:
-    """Return (B, 2) int64: query-key pairs of a full layer and of the last one, causal mask.
-
-    A candidate sees the history and itself.
-    """
-    lengths = info.offsets.diff()
-    candidates = info.num_candidates
-    history = lengths - candidates
-    of_candidates = candidates * (history + 1)
-    full = history * (history + 1) // 2 + of_candidates
-    unread = lengths - info.tail_offsets.diff()
-    return torch.stack([full, full - unread * (unread + 1) // 2], 1)
+def visible_pairs(info: SequenceInfo) -> tuple[int, int]:
+    """Return the query-key pairs of a full layer and of the last one, which reads tails only."""
+    lengths, candidates = info.offsets.diff(), info.num_candidates
+    sequence_L = sequence_index(info.offsets, int(info.offsets[-1]))
+    row_L = torch.arange(len(sequence_L), device=sequence_L.device) - info.offsets[sequence_L]
+    keys_L = num_visible(row_L, lengths[sequence_L], candidates[sequence_L], attention_mask(info))
+    return int(keys_L.sum()), int(keys_L[tail_index(info)].sum())
 
 
 def training_flops(model: ModelConfig, info: SequenceInfo) -> float:
@@ -39,7 +35,7 @@ def training_flops(model: ModelConfig, info: SequenceInfo) -> float:
         return 0.0
     tokens = int(info.offsets[-1])
     tail = int(info.tail_offsets[-1])
-    full_pairs, tail_pairs = (int(x) for x in visible_pairs(info).sum(0))
+    full_pairs, tail_pairs = visible_pairs(info)
     D = model.dim
     if model.encoder == "hstu":
         c = model.hstu

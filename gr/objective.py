@@ -78,6 +78,11 @@ class Objective(nn.Module):
             sums[RETRIEVAL] = self._retrieval(batch, rows, predictions.user_vectors, head, tables)
         return sums
 
+    def count_targets(self, batch: SequenceBatch) -> None:
+        """Let later batches know how often each target of this one came; on all ranks alike."""
+        if self.frequency is not None:
+            self.frequency.update(batch.ids[TARGET_ITEM_ID].values())
+
     def _retrieval(
         self,
         batch: SequenceBatch,
@@ -100,7 +105,7 @@ class Objective(nn.Module):
         group_Q = group_B[sequence_L[batch.retrieval_positions]]
         if loss.retrieval == "in_batch":
             log_q = self.frequency.log_q(target_rows) if self.frequency else None
-            result = in_batch_softmax(
+            return in_batch_softmax(
                 user_QD,
                 target_QD,
                 target_rows,
@@ -110,9 +115,6 @@ class Objective(nn.Module):
                 temperature=loss.temperature,
                 log_q_R=log_q,
             )
-            if self.frequency:
-                self.frequency.update(target_rows)
-            return result
         negatives = batch.ids[NEGATIVE_ITEM_ID]
         group_M = torch.repeat_interleave(
             group_B, negatives.lengths(), output_size=negatives.values().numel()

@@ -175,10 +175,10 @@ def cut_after(run: RunDir, step: int) -> None:
         if not path.exists():
             continue
         kept = [row for row in read_lines(path) if step > 0 and row["step"] <= step]
-        write_atomically(path, "".join(_line(row) for row in kept))
+        write_atomically(path, "".join(json_line(row) for row in kept))
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def json_line(row: Mapping[str, Any]) -> str:
     """Return a row as JSON; floats as repr, so that equal numbers are equal bytes; NaN is null."""
     clean = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -243,9 +243,8 @@ class RunLog:
             return
         self._write(self._metrics, {"step": step, **values})
         self._to_board(step, values, "")
-        text = "  ".join(f"{key} {_short(value)}" for key, value in values.items())
         if self._bar.disable:
-            self.message(f"step {step}  {text}")
+            self.message(f"step {step}  {readable(values)}")
         else:
             loss = values.get("train/loss", "")
             self._bar.set_postfix_str(f"step {step}  loss {_short(loss)}" if loss != "" else "")
@@ -263,8 +262,7 @@ class RunLog:
             return
         self._write(self._eval, {"window": window, "step": step, **values})
         self._to_board(step, values, "lifetime/" if window == "all" else "window/")
-        text = "  ".join(f"{key} {_short(value)}" for key, value in values.items())
-        self.message(f"eval {window}  {text}")
+        self.message(f"eval {window}  {readable(values)}")
 
     def message(self, text: str) -> None:
         """Print a line, above the progress bar where there is one."""
@@ -291,7 +289,7 @@ class RunLog:
         self._run = None
 
     def _write(self, file: IO[str], row: Mapping[str, Value]) -> None:
-        file.write(_line(row))
+        file.write(json_line(row))
         file.flush()
 
     def _to_board(self, step: int, values: Mapping[str, Value], prefix: str) -> None:
@@ -299,6 +297,11 @@ class RunLog:
             if isinstance(value, int | float) and math.isfinite(value):
                 # TensorBoard groups by what is before the slash, and knows no @.
                 self._board.add_scalar(prefix + key.replace("@", "_at_"), value, step)
+
+
+def readable(values: Mapping[str, Value]) -> str:
+    """Return values on one line, rounded for the console."""
+    return "  ".join(f"{key} {_short(value)}" for key, value in values.items())
 
 
 def _short(value: Value) -> str:

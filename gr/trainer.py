@@ -1,6 +1,6 @@
 """One training step, the evaluation before it, and the state that a checkpoint keeps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Progress:
 
 
 class Trainer:
-    """Model, tables, optimizers and metrics of a run; `train_step` is the whole loop body.
+    """Model, tables, optimizers and metrics of a run: `train_step` is the body of the loop.
 
     Args:
         config: of the run.
@@ -106,18 +106,14 @@ class Trainer:
         """
         config, world = self.config, self.world
         self._seed_step()
-        batch.ids = self.vocabulary.rows(batch.ids, batch.partition)
-        batch = batch.to(world.device, non_blocking=True)
         factor = lr_factor(self.progress.step, config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = config.optim.lr * factor
         self.tables.set_lr(config.embeddings.optimizer.lr * factor)
 
-        info = sequence_info(batch)
+        batch, info, rows = self._prepare(batch)
         global_weights = world.sum(self.objective.weights(batch))
-        rows = self.tables.lookup(batch.ids)
-        with torch.autocast(world.device.type, torch.bfloat16, config.precision == "bf16"):
-            predictions: Predictions = self.dense(batch, info, rows)
+        predictions = self._predict(self.dense, batch, info, rows)
         head = self.model.retrieval if isinstance(self.model, SequenceModel) else None
         sums = self.objective(batch, rows, predictions, head, self.tables)
         # Gradients are averaged over ranks, sums are not: hence world.size.
@@ -132,7 +128,9 @@ class Trainer:
         totals = world.sum(totals)
         self._check_finite(totals)
 
-        self._score(batch, info, rows, predictions)
+        if self.has_dropout:
+            predictions = self._predict_undropped(batch, info, rows)
+        self._score(batch, rows, predictions)
 
         loss.backward()  # type: ignore[no-untyped-call]
         grad_norm = nn.utils.clip_grad_norm_(
@@ -142,6 +140,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.tables.optimizer_step()
         self.tables.optimizer_zero_grad()
+        self.objective.count_targets(batch)
 
         self.loss_sums += torch.stack([totals, global_weights]).cpu()
         counts = world.sum(
@@ -179,17 +178,51 @@ class Trainer:
         return flops
 
     @torch.no_grad()
-    def _score(
+    def score_step(self, batch: SequenceBatch) -> None:
+        """Score the batch with the weights as they are, and learn nothing.
+
+        Args:
+            batch: as `train_step` takes it.
+
+        Raises:
+            ValueError: for an id outside a static table.
+        """
+        batch, info, rows = self._prepare(batch)
+        self._score(batch, rows, self._predict_undropped(batch, info, rows))
+
+    def _prepare(
+        self, batch: SequenceBatch
+    ) -> tuple[SequenceBatch, SequenceInfo, dict[str, Tensor]]:
+        """Return the batch on the device, ids mapped to rows; its structure; what is looked up."""
+        batch = replace(batch, ids=self.vocabulary.rows(batch.ids, batch.partition))
+        batch = batch.to(self.world.device, non_blocking=True)
+        return batch, sequence_info(batch), self.tables.lookup(batch.ids)
+
+    def _predict(
         self,
+        module: nn.Module,
         batch: SequenceBatch,
         info: SequenceInfo,
         rows: dict[str, Tensor],
-        predictions: Predictions,
+    ) -> Predictions:
+        is_bf16 = self.config.precision == "bf16"
+        with torch.autocast(self.world.device.type, torch.bfloat16, is_bf16):
+            predictions: Predictions = module(batch, info, rows)
+        return predictions
+
+    @torch.no_grad()
+    def _predict_undropped(
+        self, batch: SequenceBatch, info: SequenceInfo, rows: dict[str, Tensor]
+    ) -> Predictions:
+        self.model.eval()
+        predictions = self._predict(self.model, batch, info, rows)
+        self.model.train()
+        return predictions
+
+    @torch.no_grad()
+    def _score(
+        self, batch: SequenceBatch, rows: dict[str, Tensor], predictions: Predictions
     ) -> None:
-        if self.has_dropout:
-            self.model.eval()
-            predictions = self.model(batch, info, rows)
-            self.model.train()
         sequence_L = sequence_index(batch.offsets, batch.num_tokens)
         if predictions.ranking:
             self.evaluation.update_ranking(
@@ -256,12 +289,7 @@ class Trainer:
         Raises:
             ValueError: if it is of another model or not complete.
         """
-        state = self.state()
-        checkpoints.load(step, state)
-        set_model_state_dict(self.model, state["dense"])
-        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
-        self.tables.load_checkpoint_state(state["tables"])
-        self.objective.load_state_dict(state["objective"])
+        state = self.load_learnt(checkpoints, step)
         self.loss_sums = state["loss_sums"]
         stored = state["progress"]
         self.progress = Progress(
@@ -273,6 +301,23 @@ class Trainer:
         for rank in range(self.world.rank, checkpoints.num_ranks(step), self.world.size):
             stored_evaluation = checkpoints.read(step, f"{EVALUATION}.rank_{rank}")
             self.evaluation.merge_state_dict(stored_evaluation)
+
+    def load_learnt(self, checkpoints: CheckpointManager, step: int) -> dict[str, Any]:
+        """Restore what was learnt; progress and metrics stay as they are.
+
+        Returns:
+            The whole state that was read.
+
+        Raises:
+            ValueError: if it is of another model or not complete.
+        """
+        state = self.state()
+        checkpoints.load(step, state)
+        set_model_state_dict(self.model, state["dense"])
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        self.tables.load_checkpoint_state(state["tables"])
+        self.objective.load_state_dict(state["objective"])
+        return state
 
 
 def seen_items(batch: SequenceBatch, sequence_L: Tensor) -> tuple[Tensor, Tensor]:

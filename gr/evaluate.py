@@ -1,0 +1,160 @@
+"""A checkpoint against a log: scored as in training, learning nothing."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from gr import parallel
+from gr.atomic import write_atomically
+from gr.checkpoint import CheckpointManager
+from gr.config import TrainConfig
+from gr.config_io import load_config
+from gr.metrics import WindowResult
+from gr.parallel import World
+from gr.runlog import CONFIG, RunDir, Value, json_line, readable
+from gr.train import LIFETIME, utc_offset_seconds, window_name
+from gr.trainer import EVALUATION, Trainer
+from pipelines.config import DataConfig
+from pipelines.manifest import read_manifest
+from pipelines.rejects import REASONS
+from pipelines.stream import SessionStream
+
+EVALUATE = "evaluate.jsonl"
+
+
+def run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Return the configuration of a run, with changes.
+
+    Args:
+        run_dir: the run directory.
+        overrides: `key=value`, for instance data.log=OTHER.
+
+    Raises:
+        ValueError: if it is no run directory, or an override does not fit.
+    """
+    path = Path(run_dir) / CONFIG
+    if not path.is_file():
+        found = f"no {CONFIG} in it" if path.parent.is_dir() else "no such directory"
+        raise ValueError(f"{run_dir} is not a run directory: {found}. Name what `gr train` wrote.")
+    config, _ = load_config(TrainConfig, path, overrides)
+    return config
+
+
+def evaluate(
+    config: TrainConfig,
+    run_dir: str | Path,
+    *,
+    step: int | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Score a whole log with the weights of one checkpoint; histories grow as the log goes on.
+
+    Writes evaluate.jsonl into the run directory: rows as in eval.jsonl, and in each row the log and
+    the overrides; in the last one the sessions that were skipped, by reason.
+
+    Args:
+        config: `run_config` of the run.
+        run_dir: the run directory.
+        step: of the checkpoint; None means the newest.
+        overrides: of the command line, for the record.
+
+    Raises:
+        ValueError: if there is no such checkpoint, it is of another model, the log cannot be used,
+            or the ranks do not agree.
+    """
+    parallel.set_determinism(config.deterministic)
+    world = parallel.start(config.device)
+    try:
+        world.agree("configuration", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        manifest = read_manifest(config.data.log)
+        world.agree("session-end log", json.dumps([part.sha256 for part in manifest.parts]))
+        run = RunDir(run_dir)
+        checkpoints = CheckpointManager(run.checkpoints, apart=(EVALUATION,))
+        step = find_step(checkpoints, step)
+        world.agree("checkpoint", str(step))
+        stream = SessionStream(
+            config.data, seed=config.seed, rank=world.rank, world_size=world.size
+        )
+        trainer = Trainer(
+            config,
+            world,
+            utc_offset=utc_offset_seconds(manifest),
+            partitions=manifest.partitions,
+        )
+        trainer.load_learnt(checkpoints, step)
+        origin: dict[str, Value] = {
+            "step": step,
+            "log": config.data.log,
+            "overrides": " ".join(overrides),
+        }
+        rows = score(config.data, world, trainer, stream, origin)
+        lines = "".join(json_line(row) for row in rows)
+        world.on_main(lambda: write_atomically(run.path / EVALUATE, lines))
+    finally:
+        parallel.stop()
+
+
+def score(
+    data: DataConfig,
+    world: World,
+    trainer: Trainer,
+    stream: SessionStream,
+    origin: dict[str, Value],
+) -> list[dict[str, Value]]:
+    """Return the rows of a whole stream, of which rank 0 prints each as its window ends.
+
+    Args:
+        data: configuration of the stream.
+        world: this process among all.
+        trainer: holds the weights; its metrics are those of this stream afterwards.
+        stream: from its start.
+        origin: goes into every row.
+    """
+    rows: list[dict[str, Value]] = []
+    rejected = torch.zeros(len(REASONS), dtype=torch.int64)
+
+    def add(window: str, metrics: dict[str, Value]) -> None:
+        rows.append({"window": window, **origin, **metrics})
+        if world.is_main:
+            tqdm.write(f"evaluate {window}  {readable(metrics)}", file=sys.stderr)
+
+    def add_windows(ended: list[WindowResult]) -> None:
+        for each in ended if data.window != "none" else ():
+            add(window_name(each.window, data), dict(each.metrics))
+
+    silent = not (world.is_main and sys.stderr.isatty())
+    for batch in tqdm(stream, total=stream.num_steps, unit="batch", disable=silent):
+        add_windows(trainer.evaluation.roll(batch.window))
+        for reason, count in batch.num_rejected.items():
+            rejected[REASONS.index(reason)] += count
+        trainer.score_step(batch)
+    add_windows(trainer.evaluation.finish())
+    counts = world.sum(rejected.to(world.device)).tolist()
+    skipped = {f"data/rejected/{REASONS[i]}": n for i, n in enumerate(counts) if n}
+    add(LIFETIME, {**trainer.evaluation.lifetime(), **skipped})
+    return rows
+
+
+def find_step(checkpoints: CheckpointManager, step: int | None) -> int:
+    """Return the step to load: the one that is asked for, or the newest.
+
+    Raises:
+        ValueError: if it is not there; the message says which are.
+    """
+    steps = checkpoints.steps()
+    if not steps:
+        raise ValueError(
+            f"{checkpoints.folder} holds no complete checkpoint, so there is nothing to evaluate. "
+            "Finish the run (gr train ... resume=true), or set checkpoint.every_steps in the next."
+        )
+    if step is not None and step not in steps:
+        raise ValueError(
+            f"{checkpoints.folder} holds no complete checkpoint of step {step}, but of {steps}: "
+            "name one of these, or leave --step out for the newest."
+        )
+    return steps[-1] if step is None else step
