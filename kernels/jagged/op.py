@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import Impl, resolve
-from kernels.jagged import plan, reference
+from kernels.jagged import reference
 
 
 def concat(
@@ -40,7 +40,7 @@ def concat(
     first, second = _flat(a), _flat(b)
     num_rows = a.shape[0] + b.shape[0]
     if resolve(impl, a) is Impl.REFERENCE:
-        rows = reference.gather(plan.concat(a_offsets, b_offsets), num_rows, first, second)
+        rows = reference.gather("concat", num_rows, a_offsets, b_offsets, first, second)
     else:
         rows = _concat(first, a_offsets, second, b_offsets)
     return rows.view(num_rows, *a.shape[1:])
@@ -77,8 +77,8 @@ def split(
     _check_same_sequences(a_offsets, b_offsets)
     flat = _flat(x)
     if resolve(impl, x) is Impl.REFERENCE:
-        a = reference.gather(plan.split_a(a_offsets, b_offsets), num_a, flat, None)
-        b = reference.gather(plan.split_b(a_offsets, b_offsets), num_b, flat, None)
+        a = reference.gather("split_a", num_a, a_offsets, b_offsets, flat, None)
+        b = reference.gather("split_b", num_b, a_offsets, b_offsets, flat, None)
     else:
         a, b = _split(flat, a_offsets, b_offsets, num_a)
     return a.view(num_a, *x.shape[1:]), b.view(num_b, *x.shape[1:])
@@ -118,7 +118,7 @@ def newest(
         )
     flat = _flat(x)
     if resolve(impl, x) is Impl.REFERENCE:
-        rows = reference.gather(plan.newest(offsets, tail_offsets), num_rows, flat, None)
+        rows = reference.gather("newest", num_rows, offsets, tail_offsets, flat, None)
     else:
         rows = _newest(flat, offsets, tail_offsets, num_rows)
     return rows.view(num_rows, *x.shape[1:])
@@ -149,7 +149,7 @@ def to_padded(
         raise ValueError(f"max_len must be at least 0, got {max_len}")
     flat, B = _flat(x), offsets.numel() - 1
     if resolve(impl, x) is Impl.REFERENCE:
-        rows = reference.gather(plan.to_padded(offsets, max_len), B * max_len, flat, None, fill)
+        rows = reference.gather("to_padded", B * max_len, offsets, max_len, flat, None, fill)
     else:
         rows = _to_padded(flat, offsets, max_len, fill)
     return rows.view(B, max_len, *x.shape[1:])
@@ -180,7 +180,7 @@ def from_padded(
     N = x.shape[1]
     flat = x.reshape(x.shape[0] * N, math.prod(x.shape[2:]))
     if resolve(impl, x) is Impl.REFERENCE:
-        rows = reference.gather(plan.from_padded(offsets, N), num_rows, flat, None)
+        rows = reference.gather("from_padded", num_rows, offsets, N, flat, None)
     else:
         rows = _from_padded(flat, offsets, N, num_rows)
     return rows.view(num_rows, *x.shape[2:])
@@ -239,7 +239,7 @@ def _check_same_sequences(a_offsets: Tensor, b_offsets: Tensor) -> None:
 def _concat(a: Tensor, a_offsets: Tensor, b: Tensor, b_offsets: Tensor) -> Tensor:
     from kernels.jagged._triton import gather
 
-    return gather(plan.concat(a_offsets, b_offsets), a.shape[0] + b.shape[0], a, b)
+    return gather("concat", a.shape[0] + b.shape[0], a_offsets, b_offsets, a, b)
 
 
 @_concat.register_fake
@@ -251,8 +251,8 @@ def _(a: Tensor, a_offsets: Tensor, b: Tensor, b_offsets: Tensor) -> Tensor:
 def _split(x: Tensor, a_offsets: Tensor, b_offsets: Tensor, num_a: int) -> tuple[Tensor, Tensor]:
     from kernels.jagged._triton import gather
 
-    a = gather(plan.split_a(a_offsets, b_offsets), num_a, x, None)
-    return a, gather(plan.split_b(a_offsets, b_offsets), x.shape[0] - num_a, x, None)
+    a = gather("split_a", num_a, a_offsets, b_offsets, x, None)
+    return a, gather("split_b", x.shape[0] - num_a, a_offsets, b_offsets, x, None)
 
 
 @_split.register_fake
@@ -264,7 +264,7 @@ def _(x: Tensor, a_offsets: Tensor, b_offsets: Tensor, num_a: int) -> tuple[Tens
 def _newest(x: Tensor, offsets: Tensor, tail_offsets: Tensor, num_rows: int) -> Tensor:
     from kernels.jagged._triton import gather
 
-    return gather(plan.newest(offsets, tail_offsets), num_rows, x, None)
+    return gather("newest", num_rows, offsets, tail_offsets, x, None)
 
 
 @_newest.register_fake
@@ -276,7 +276,7 @@ def _(x: Tensor, offsets: Tensor, tail_offsets: Tensor, num_rows: int) -> Tensor
 def _oldest_zero(tails: Tensor, offsets: Tensor, tail_offsets: Tensor, num_rows: int) -> Tensor:
     from kernels.jagged._triton import gather
 
-    return gather(plan.oldest_filled(offsets, tail_offsets), num_rows, None, tails)
+    return gather("oldest_zero", num_rows, offsets, tail_offsets, None, tails)
 
 
 @_oldest_zero.register_fake
@@ -289,7 +289,7 @@ def _to_padded(x: Tensor, offsets: Tensor, max_len: int, fill: float) -> Tensor:
     from kernels.jagged._triton import gather
 
     num_rows = (offsets.numel() - 1) * max_len
-    return gather(plan.to_padded(offsets, max_len), num_rows, x, None, fill)
+    return gather("to_padded", num_rows, offsets, max_len, x, None, fill)
 
 
 @_to_padded.register_fake
@@ -301,7 +301,7 @@ def _(x: Tensor, offsets: Tensor, max_len: int, fill: float) -> Tensor:
 def _from_padded(x: Tensor, offsets: Tensor, max_len: int, num_rows: int) -> Tensor:
     from kernels.jagged._triton import gather
 
-    return gather(plan.from_padded(offsets, max_len), num_rows, x, None)
+    return gather("from_padded", num_rows, offsets, max_len, x, None)
 
 
 @_from_padded.register_fake
