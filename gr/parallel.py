@@ -38,13 +38,13 @@ class World:
         """Do something on rank 0, and fail on every rank if it fails there.
 
         Raises:
-            ValueError: what `action` raised on rank 0.
+            ValueError, OSError: what `action` raised on rank 0.
         """
-        error: list[ValueError | None] = [None]
+        error: list[ValueError | OSError | None] = [None]
         if self.is_main:
             try:
                 action()
-            except ValueError as failure:
+            except (ValueError, OSError) as failure:
                 error[0] = failure
         if self.size > 1:
             dist.broadcast_object_list(error)
@@ -79,11 +79,12 @@ def environment_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def start(device: str) -> World:
+def start(device: str, *, needs_group: bool = False) -> World:
     """Join the job that torchrun started, or stand alone.
 
     Args:
         device: auto, cpu or cuda; auto is CUDA where there is one.
+        needs_group: form a process group also of a single CPU process, as TorchRec needs.
 
     Raises:
         ValueError: if CUDA is asked for and there is none, or fewer GPUs than local ranks.
@@ -104,7 +105,7 @@ def start(device: str) -> World:
         where = torch.device("cuda", local_rank)
     else:
         where = torch.device("cpu")
-    if not dist.is_initialized() and (size > 1 or device == "cuda"):
+    if not dist.is_initialized() and (size > 1 or device == "cuda" or needs_group):
         _set_lonely_rendezvous(size)
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",

@@ -1,0 +1,107 @@
+"""Counts against torch's own counter of matrix products, and against the mask pair by pair."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from gr.config import HeadConfig, HSTUConfig, ModelConfig, TransformerConfig
+from gr.flops import peak_flops, training_flops, visible_pairs
+from gr.model import ENCODERS
+from tests.gr.hstu_oracle import make_info, make_sequences, sees
+
+MODELS = {
+    "hstu": ModelConfig(
+        encoder="hstu", dim=12, num_layers=3, hstu=HSTUConfig(num_heads=3, qk_dim=4, v_dim=6)
+    ),
+    "hstu_concat": ModelConfig(
+        encoder="hstu",
+        dim=12,
+        num_layers=1,
+        hstu=HSTUConfig(num_heads=2, qk_dim=8, v_dim=2, concat_ua=True),
+    ),
+    "sasrec": ModelConfig(encoder="sasrec", dim=12, num_layers=2),
+    "sasrec_wide": ModelConfig(
+        encoder="sasrec", dim=12, num_layers=1, transformer=TransformerConfig(ffn_dim=40)
+    ),
+    "transformer": ModelConfig(encoder="transformer", dim=12, num_layers=2),
+    "transformer_wide": ModelConfig(
+        encoder="transformer", dim=12, num_layers=3, transformer=TransformerConfig(ffn_dim=24)
+    ),
+}
+
+
+@st.composite
+def batches(draw):
+    num_context = draw(st.integers(0, 2))
+    lengths, tails, candidates = [], [], []
+    for _ in range(draw(st.integers(0, 4))):
+        lengths.append(num_context + draw(st.integers(0, 6)))
+        tails.append(draw(st.integers(0, lengths[-1])))
+        candidates.append(draw(st.integers(0, lengths[-1] - num_context)))
+    return make_sequences(lengths, tails, candidates), num_context
+
+
+def pairs_by_hand(sequences, num_context):
+    full = tail = 0
+    for s in sequences:
+        for row in range(s.length):
+            keys = sum(bool(sees(row, col, s, num_context)) for col in range(s.length))
+            full += keys
+            tail += keys * (row >= s.length - s.tail)
+    return full, tail
+
+
+@settings(deadline=None, max_examples=60)
+@given(batches())
+def test_pairs_are_what_the_mask_shows(batch):
+    sequences, num_context = batch
+    assert visible_pairs(make_info(sequences, num_context)) == pairs_by_hand(sequences, num_context)
+
+
+def count_matrix_products(model, info):
+    """Return torch's count of mm and addmm, forward and backward; attention's are batched ones."""
+    encoder = ENCODERS[model.encoder](model)
+    x_LD = torch.randn(int(info.offsets[-1]), model.dim, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        encoder(x_LD, info).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(n for op, n in counts.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_projections_and_feed_forward_as_torch_counts_them(name):
+    model = MODELS[name]
+    info = make_info(make_sequences([7, 3, 5], [2, 3, 1], [0, 1, 1]), num_context=1)
+    alone = ModelConfig(
+        encoder=model.encoder,
+        dim=model.dim,
+        num_layers=model.num_layers,
+        hstu=model.hstu,
+        transformer=model.transformer,
+    )
+    full, tail = pairs_by_hand(make_sequences([7, 3, 5], [2, 3, 1], [0, 1, 1]), 1)
+    pairs = (model.num_layers - 1) * full + tail
+    # Scores and weighted values: K and V multiply-adds a head and pair, three times in training.
+    if model.encoder == "hstu":
+        width = model.hstu.num_heads * (model.hstu.qk_dim + model.hstu.v_dim)
+    else:
+        width = 2 * model.dim
+    attention = 3 * 2 * width * pairs
+    assert training_flops(alone, info) == count_matrix_products(model, info) + attention
+
+
+def test_nothing_costs_nothing():
+    model = MODELS["hstu"]
+    assert training_flops(model, make_info([])) == 0
+    dlrm = ModelConfig(encoder="dlrm", head=HeadConfig(retrieval=False))
+    assert training_flops(dlrm, make_info(make_sequences([4], [1]))) == 0
+
+
+def test_only_a_known_device_has_a_peak(monkeypatch):
+    assert peak_flops(torch.device("cpu")) is None
+    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "Other": None}
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(torch.device("cuda", 0)) == peak

@@ -1,0 +1,74 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from gr.config import OptimConfig
+from gr.optim import dense_optimizer, lr_factor
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 12: 1.0, 99: 1.0}),
+        ("linear", {0: 0.25, 3: 1.0, 4: 1.0, 6: 0.8, 8: 0.6, 12: 0.2, 13: 0.2, 99: 0.2}),
+        (
+            "cosine",
+            {
+                0: 0.25,
+                3: 1.0,
+                4: 1.0,
+                6: 0.2 + 0.8 * (0.5 + math.sqrt(0.125)),
+                8: 0.6,
+                12: 0.2,
+                99: 0.2,
+            },
+        ),
+    ],
+)
+def test_the_corners_of_the_schedules(schedule, expected):
+    config = OptimConfig(warmup_steps=4, schedule=schedule, decay_steps=12, final_lr_fraction=0.2)
+    found = {step: lr_factor(step, config) for step in expected}
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(["constant", "linear", "cosine"]),
+    st.integers(0, 6),
+    st.integers(1, 8),
+    st.floats(0, 1),
+)
+def test_up_through_the_warm_up_then_never_up(schedule, warmup, span, final):
+    config = OptimConfig(
+        warmup_steps=warmup, schedule=schedule, decay_steps=warmup + span, final_lr_fraction=final
+    )
+    factors = [lr_factor(step, config) for step in range(warmup + span + 3)]
+    rise, rest = factors[:warmup], factors[warmup:]
+    assert rise == sorted(set(rise))
+    assert all(0 < x <= 1 for x in rise)
+    assert rest[0] == 1
+    assert all(b <= a + 1e-12 for a, b in pairwise(rest))
+    end = 1.0 if schedule == "constant" else final
+    assert rest[span:] == pytest.approx([end] * 3, abs=1e-12)
+
+
+def test_only_matrices_decay():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 2), nn.LayerNorm(2))
+    module[1].weight.requires_grad_(False)
+    config = OptimConfig(lr=0.5, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6)
+    optimizer = dense_optimizer(module, config)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in module.named_parameters():
+        factor = 1 - 0.5 * 0.1 if name == "0.weight" else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * factor)
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (0.5, (0.8, 0.9), 1e-6)
