@@ -47,7 +47,9 @@ def backward_tile(dim: int) -> tuple[int, int, int, int]:
     columns = triton.next_power_of_2(dim)
     if columns <= 512:
         return 2048 // columns, columns, 4, 3
-    return max(1, 4096 // columns), columns, 8 if columns <= 4096 else 16, 2
+    if columns <= 4096:
+        return 4096 // columns, columns, 8, 2
+    return 1, columns, 16, 1
 
 
 def num_programs(device: torch.device, blocks: int, per_processor: int) -> int:
