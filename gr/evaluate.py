@@ -68,7 +68,7 @@ def evaluate(
             or the ranks do not agree.
     """
     parallel.set_determinism(config.deterministic)
-    world = parallel.start(config.device)
+    world = parallel.start(config.device, needs_group=config.embeddings.form == "sharded")
     try:
         world.agree("configuration", OmegaConf.to_yaml(OmegaConf.structured(config)))
         manifest = read_manifest(config.data.log)
@@ -96,7 +96,7 @@ def evaluate(
         lines = "".join(json_line(row) for row in rows)
         world.on_main(lambda: write_atomically(run.path / EVALUATE, lines))
     finally:
-        parallel.stop()
+        parallel.stop(world)
 
 
 def score(

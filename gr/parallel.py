@@ -21,6 +21,8 @@ class World:
     """Number of processes."""
     device: torch.device
     """Where this process computes."""
+    owns_group: bool = False
+    """Whether `start` formed the process group, so that `stop` ends it."""
 
     @property
     def is_main(self) -> bool:
@@ -105,19 +107,20 @@ def start(device: str, *, needs_group: bool = False) -> World:
         where = torch.device("cuda", local_rank)
     else:
         where = torch.device("cpu")
-    if not dist.is_initialized() and (size > 1 or device == "cuda" or needs_group):
+    forms_group = not dist.is_initialized() and (size > 1 or device == "cuda" or needs_group)
+    if forms_group:
         _set_lonely_rendezvous(size)
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",
             timeout=timedelta(minutes=10),
             device_id=where if device == "cuda" else None,
         )
-    return World(environment_rank(), size, where)
+    return World(environment_rank(), size, where, forms_group)
 
 
-def stop() -> None:
-    """Leave the job."""
-    if dist.is_initialized():
+def stop(world: World) -> None:
+    """Leave the job, unless the caller of `start` had joined it already."""
+    if world.owns_group:
         dist.destroy_process_group()
 
 

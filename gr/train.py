@@ -4,6 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -40,7 +41,7 @@ def train(config: TrainConfig, resolved: DictConfig, overrides: Sequence[str] = 
         FloatingPointError: if a loss is not finite.
     """
     parallel.set_determinism(config.deterministic)
-    world = parallel.start(config.device)
+    world = parallel.start(config.device, needs_group=config.embeddings.form == "sharded")
     try:
         world.agree("configuration", OmegaConf.to_yaml(resolved))
         manifest = read_manifest(config.data.log)
@@ -87,10 +88,10 @@ def train(config: TrainConfig, resolved: DictConfig, overrides: Sequence[str] = 
             unit="example",
         )
         log.message(_headline(config, world, manifest, trainer, stream, restored))
-        loop(config, world, trainer, stream, log, checkpoints)
-        log.close()
+        with closing(log):
+            loop(config, world, trainer, stream, log, checkpoints)
     finally:
-        parallel.stop()
+        parallel.stop(world)
 
 
 def loop(

@@ -61,7 +61,6 @@ class Trainer:
     ) -> None:
         self.config = config
         self.world = world
-        torch.manual_seed(config.seed)
         dims = feature_dims(config)
         self.item_table = next(
             name for name, table in config.embeddings.tables.items() if ITEM_ID in table.features
@@ -74,6 +73,8 @@ class Trainer:
             num_sequences_hint=-(-config.data.sessions_per_partition * partitions // world.size),
             mean_length_hint=max(1.0, config.data.max_history_tokens),
         )
+        # After the tables: how much of the generator their form uses must not matter.
+        torch.manual_seed(config.seed)
         self.model = dense_model(config, dims, utc_offset).to(world.device)
         self.dense: nn.Module = self.model
         if world.size > 1:
@@ -289,9 +290,7 @@ class Trainer:
         Raises:
             ValueError: if it is of another model or not complete.
         """
-        state = self.load_learnt(checkpoints, step)
-        self.loss_sums = state["loss_sums"]
-        stored = state["progress"]
+        stored = self.load_learnt(checkpoints, step)["progress"]
         self.progress = Progress(
             step=stored["step"],
             examples=stored["examples"],
@@ -303,7 +302,7 @@ class Trainer:
             self.evaluation.merge_state_dict(stored_evaluation)
 
     def load_learnt(self, checkpoints: CheckpointManager, step: int) -> dict[str, Any]:
-        """Restore what was learnt; progress and metrics stay as they are.
+        """Restore weights, optimizers and running losses; progress and evaluation stay.
 
         Returns:
             The whole state that was read.
@@ -317,6 +316,7 @@ class Trainer:
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         self.tables.load_checkpoint_state(state["tables"])
         self.objective.load_state_dict(state["objective"])
+        self.loss_sums = state["loss_sums"]
         return state
 
 

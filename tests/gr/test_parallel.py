@@ -52,7 +52,7 @@ def sums_and_actions(folder):
     with open(os.path.join(folder, "written")) as file:
         found = file.read()
     absent = os.path.join(folder, "absent", "file")
-    texts = [message(lambda: world.on_main(f)) for f in (fail, lambda: open(absent, "w"))]  # noqa: B023
+    texts = [message(lambda f=f: world.on_main(f)) for f in (fail, lambda: os.stat(absent))]
     return world, total.tolist(), found, texts, world.is_main
 
 

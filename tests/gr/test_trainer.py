@@ -1,0 +1,251 @@
+"""One training step: what it scores, what it changes, what it repeats after a checkpoint."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gr import cli
+from gr.checkpoint import CheckpointManager
+from gr.checkpoint_state import split_state
+from gr.config import EncodingConfig, HSTUConfig, LossConfig, OptimConfig, TransformerConfig
+from gr.parallel import World
+from gr.sequence import sequence_index
+from gr.trainer import EVALUATION, Trainer, seen_items
+from pipelines.batch import TokenKind
+from tests.e2e.toy import write_config, write_log
+from tests.gr.batches import batches, data_config, look_up, make_tables, random_log, train_config
+from tests.pipelines.logs import MODES, take_apart
+
+WORLD = World(0, 1, torch.device("cpu"))
+MODE = ("interleaved", "event", "session", "none")
+DROPPED = {
+    "hstu": HSTUConfig(num_heads=2, qk_dim=4, v_dim=4, dropout=0.4),
+    "encoding": EncodingConfig(position_buckets=32, dropout=0.3),
+}
+WHOLE = {
+    "hstu": HSTUConfig(num_heads=2, qk_dim=4, v_dim=4),
+    "encoding": EncodingConfig(position_buckets=32),
+}
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    return random_log(tmp_path_factory.mktemp("log") / "log")
+
+
+def make_trainer(config) -> Trainer:
+    trainer = Trainer(config, WORLD, utc_offset=0, partitions=2)
+    trainer.evaluation.roll(0)
+    return trainer
+
+
+def flat(trainer) -> dict:
+    tensors, values = split_state(trainer.state())
+    # The tensors are live.
+    return {k: v.clone() for k, v in tensors.items()} | values
+
+
+def differing(a: dict, b: dict) -> set[str]:
+    assert a.keys() == b.keys()
+
+    def same(x, y):
+        return torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+    return {key for key in a if not same(a[key], b[key])}
+
+
+@pytest.mark.parametrize("where", ["item row", "dense weight", "label"])
+def test_a_loss_that_is_not_finite_changes_nothing(log, where):
+    loss = LossConfig(retrieval="in_batch", logq_correction=True)
+    trainer = make_trainer(train_config(data_config(log, MODE), loss=loss))
+    steps = batches(trainer.config.data)
+    trainer.train_step(steps[0])
+    batch = steps[1]
+    if where == "item row":
+        used = batch.ids["item_id"].values()[0] + 1
+        with torch.no_grad():
+            trainer.tables.weights["item"][used] = float("nan")
+    elif where == "dense weight":
+        with torch.no_grad():
+            trainer.model.tokens.action.weight.fill_(float("inf"))
+    else:
+        batch.labels["watch"][0] = float("inf")
+    before = flat(trainer)
+    # NaN is not equal to itself.
+    before = {k: v.nan_to_num(7.0) if isinstance(v, torch.Tensor) else v for k, v in before.items()}
+    with pytest.raises(
+        FloatingPointError, match=r"the loss of \[.*'watch'.*at step 1\. This batch"
+    ):
+        trainer.train_step(batch)
+    after = flat(trainer)
+    after = {k: v.nan_to_num(7.0) if isinstance(v, torch.Tensor) else v for k, v in after.items()}
+    assert differing(before, after) == set()
+
+
+def test_a_step_changes_all_that_learns(log):
+    loss = LossConfig(retrieval="in_batch", logq_correction=True)
+    trainer = make_trainer(train_config(data_config(log, MODE), loss=loss))
+    before = flat(trainer)
+    trainer.train_step(batches(trainer.config.data)[0])
+    unchanged = before.keys() - differing(before, flat(trainer))
+    # The context is not looked up in this layout; retrieval's sums wait for the window's end.
+    expected = {
+        k for k in before if k.startswith(("tables.tables.context", "evaluation.rank_0.closed"))
+    }
+    expected |= {k for k in before if k.startswith("evaluation.rank_0.sums")}
+    expected |= {"evaluation.rank_0.window"}
+    moving = {k for k in unchanged - expected if k.startswith(("dense.", "tables.", "objective."))}
+    assert moving == set()
+
+
+def test_a_run_that_blows_up_is_one_message(tmp_path, capsys):
+    config = str(write_config(tmp_path, write_log(tmp_path, users=8, days=1)))
+    argv = ["train", config, "embeddings.optimizer.lr=1e30", "optim.lr=1e30"]
+    assert cli.main(argv) == 1
+    err = capsys.readouterr().err
+    assert "gr train: error: the loss of [" in err
+    assert "Lower optim.lr or embeddings.optimizer.lr" in err
+    assert "Traceback" not in err
+    with pytest.raises(FloatingPointError):
+        cli.main([*argv, "--traceback", f"run_dir={tmp_path}/again"])
+
+
+def records(trainer):
+    state = trainer.evaluation.state_dict()
+    return {k: v for k, v in state.items() if k.startswith("open/")}
+
+
+def test_scores_are_those_of_the_model_without_dropout(log):
+    batch = batches(data_config(log, MODE))[1]
+    dropped = make_trainer(train_config(data_config(log, MODE), **DROPPED))
+    whole = make_trainer(train_config(data_config(log, MODE), **WHOLE))
+    losses = []
+    for trainer in (dropped, whole):
+        trainer.train_step(batch)
+        losses.append(trainer.take_losses()["train/loss"])
+    assert losses[0] != losses[1]
+    assert len(records(whole)["open/click/output"]) > 5
+    assert differing(records(dropped), records(whole)) == set()
+    assert dropped.model.training
+
+
+def test_scoring_without_learning(log):
+    batch = batches(data_config(log, MODE))[1]
+    trainer = make_trainer(train_config(data_config(log, MODE), **DROPPED))
+    learner = make_trainer(train_config(data_config(log, MODE), **DROPPED))
+    before = flat(trainer)
+    trainer.score_step(batch)
+    after = flat(trainer)
+    assert {key.split(".")[0] for key in differing(before, after)} == {EVALUATION}
+    learner.train_step(batch)
+    assert differing(records(trainer), records(learner)) == set()
+
+
+def test_the_batch_that_was_given_stays_as_it_was(log):
+    batch = batches(data_config(log, MODE))[0]
+    ids = batch.ids.values().clone()
+    trainer = make_trainer(train_config(data_config(log, MODE)))
+    trainer.train_step(batch)
+    assert torch.equal(batch.ids.values(), ids)
+
+
+@pytest.mark.parametrize("encoder", ["hstu", "sasrec"])
+def test_a_restored_trainer_repeats_every_bit(log, tmp_path, encoder):
+    loss = LossConfig(retrieval="in_batch", logq_correction=True)
+    data = data_config(log, MODE, sessions_per_partition=2)
+    config = train_config(
+        data,
+        loss=loss,
+        encoder=encoder,
+        transformer=TransformerConfig(num_heads=2, dropout=0.3),
+        **DROPPED,
+    )
+    config = replace(
+        config,
+        seed=4,
+        optim=OptimConfig(lr=0.01, warmup_steps=2, schedule="cosine", decay_steps=9),
+        eval=replace(config.eval, ks=(2, 5), filter_seen=True),
+    )
+    steps = batches(data)
+    assert len(steps) >= 7
+    checkpoints = CheckpointManager(tmp_path, apart=(EVALUATION,))
+    trainer = make_trainer(config)
+    for batch in steps[:3]:
+        trainer.train_step(batch)
+    checkpoints.save(3, trainer.state())
+    torch.manual_seed(99)  # what the process drew in between must not matter
+    restored = Trainer(config, WORLD, utc_offset=0, partitions=2)
+    restored.load(checkpoints, 3)
+    assert differing(flat(trainer), flat(restored)) == set()
+    assert restored.progress == trainer.progress
+    for batch in steps[3:]:
+        values = [t.train_step(batch) for t in (trainer, restored)]
+        assert values[0] == values[1]
+        losses = [t.take_losses() for t in (trainer, restored)]
+        assert losses[0] == losses[1]
+        assert losses[0]["train/loss"] > 0
+        assert differing(flat(trainer), flat(restored)) == set()
+    ends = [t.evaluation.finish()[0].metrics for t in (trainer, restored)]
+    assert ends[0] == ends[1]
+
+
+def test_what_was_learnt_comes_alone(log, tmp_path):
+    config = train_config(data_config(log, MODE))
+    trainer = make_trainer(config)
+    trainer.train_step(batches(config.data)[0])
+    checkpoints = CheckpointManager(tmp_path, apart=(EVALUATION,))
+    checkpoints.save(1, trainer.state())
+    restored = Trainer(config, WORLD, utc_offset=0, partitions=2)
+    restored.load_learnt(checkpoints, 1)
+    left = {key.split(".")[0] for key in differing(flat(trainer), flat(restored))}
+    assert left == {EVALUATION, "progress"}
+    assert restored.progress.step == 0
+
+
+def test_losses_are_means_since_the_last_time(log):
+    loss = LossConfig(task_weights={"watch": 0.25}, retrieval_weight=3.0, retrieval="in_batch")
+    config = replace(train_config(data_config(log, MODE), loss=loss), optim=OptimConfig(lr=0.0))
+    embeddings = replace(config.embeddings, optimizer=replace(config.embeddings.optimizer, lr=0.0))
+    trainer = make_trainer(replace(config, embeddings=embeddings))
+    singles = []
+    for batch in batches(config.data)[:2]:
+        trainer.train_step(batch)
+        weights = trainer.objective.weights(batch).tolist()
+        singles.append((trainer.take_losses(), weights))
+    for batch in batches(config.data)[:2]:
+        trainer.train_step(batch)
+    both = trainer.take_losses()
+    for i, name in enumerate(trainer.objective.names):
+        key = f"train/loss/{name}"
+        total = sum(losses[key] * weights[i] for losses, weights in singles)
+        assert both[key] == pytest.approx(total / sum(w[i] for _, w in singles), rel=1e-6)
+    parts = [both[f"train/loss/{name}"] for name in ("click", "watch", "retrieval")]
+    expected = parts[0] + 0.25 * parts[1] + 3.0 * parts[2]
+    assert both["train/loss"] == pytest.approx(expected, rel=1e-12)
+    empty = trainer.take_losses()
+    assert empty["train/loss"] == 0
+    assert empty["train/loss/click"] != empty["train/loss/click"]
+
+
+@pytest.mark.parametrize("mode", MODES, ids="-".join)
+def test_seen_items_are_those_before_the_position(log, mode):
+    config = train_config(data_config(log, mode))
+    tables = make_tables(config)
+    found_any = False
+    for batch in batches(config.data):
+        expected = []
+        for sequence in take_apart(batch, config.data):
+            carries = [
+                k in (TokenKind.ITEM, TokenKind.EVENT, TokenKind.CANDIDATE)
+                for k in sequence["kind"]
+            ]
+            for position, _ in sequence["retrieval"]:
+                items = sequence["item_id"][: sum(carries[: position + 1])]
+                expected.append([item + 1 for item in items])
+        look_up(config, tables, batch)
+        index_S, row_S = seen_items(batch, sequence_index(batch.offsets, batch.num_tokens))
+        found = [row_S[index_S == r].tolist() for r in range(len(batch.retrieval_positions))]
+        assert found == expected
+        found_any |= any(expected)
+    assert found_any
