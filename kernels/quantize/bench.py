@@ -1,0 +1,29 @@
+"""Row-wise quantisation against torch's separate operators."""
+
+import torch
+
+from kernels.bench import Case, timed
+from kernels.quantize import quantize_rows
+
+TOKENS = 131072
+CASES = [
+    Case(f"L={TOKENS} D={dim}", torch.bfloat16, {"L": TOKENS, "D": dim}, ("forward",))
+    for dim in (512, 1024, 2048, 4096)
+]
+
+
+def variants(case, mode, device):
+    x = torch.randn(case.shape["L"], case.shape["D"], device=device, dtype=case.dtype)
+
+    def torch_ops(x):
+        return quantize_rows(x, impl="reference")
+
+    return {"ours": timed(quantize_rows, (x,), mode), "torch": timed(torch_ops, (x,), mode)}
+
+
+def bytes_moved(case, mode):
+    return case.shape["L"] * (case.shape["D"] * (case.dtype.itemsize + 1) + 4)
+
+
+def flops(case, mode):
+    return 0
