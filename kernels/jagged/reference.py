@@ -49,6 +49,8 @@ def gather(
     inside = sequence < count.numel()
     sequence = sequence.clamp(max=count.numel() - 1)
     row = row - out_offsets[sequence]
+    if operator in ("split_a", "split_b", "newest"):
+        return source.index_select(0, first_start[sequence] + row)  # No row is filled.
     in_first = row < count[sequence]
     for values, chosen, start in (
         (first_ND, in_first, first_start[sequence]),
