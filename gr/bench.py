@@ -80,12 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", default="", help="recorded where there is no git checkout")
     arguments = parser.parse_args(argv)
     names = operators() if arguments.op == "all" else [arguments.op]
+    benches = {name: load(name) for name in names}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not arguments.no_record:
         raise ValueError("gr bench records on a GPU only and found none: use --no-record to try it")
     command = shlex.join(["gr", "bench", *(sys.argv[2:] if argv is None else argv)])
-    for name in names:
-        bench = load(name)
+    for name, bench in benches.items():
         if not arguments.no_record:
             run_tests(name)
         for case in bench.CASES:
