@@ -1,0 +1,204 @@
+"""Runs from the log to the metrics, in one process, several, and across kill -9."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gr.checkpoint import CheckpointManager
+from gr.runlog import read_lines
+from gr.trainer import EVALUATION
+from tests.dist import run_distributed
+from tests.e2e.toy import run, write_config, write_log
+
+ROOT = Path(__file__).parents[2]
+GROUPS = ("dense", "optimizer", "tables", "objective", "loss_sums", "progress", EVALUATION)
+
+
+def timeless(run_dir: Path) -> list[dict]:
+    rows = [*read_lines(run_dir / "metrics.jsonl"), *read_lines(run_dir / "eval.jsonl")]
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
+
+
+def final_state(run_dir: Path) -> dict:
+    checkpoints = CheckpointManager(run_dir / "checkpoints", apart=(EVALUATION,))
+    step = checkpoints.latest()
+    parts = {group: checkpoints.read(step, group) for group in GROUPS}
+    state = {f"{g}.{k}": v for g, part in parts.items() for k, v in part.items()}
+    assert any(k.startswith("tables.") for k in state)
+    assert any(k.startswith("optimizer.") for k in state)
+    return state
+
+
+def assert_equal_runs(a: Path, b: Path) -> None:
+    assert timeless(a) == timeless(b)
+    state_a, state_b = final_state(a), final_state(b)
+    assert state_a.keys() == state_b.keys()
+    for key, value in state_a.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, state_b[key]), key
+        else:
+            assert value == state_b[key], key
+
+
+def lifetime(run_dir: Path) -> dict:
+    (row,) = [row for row in read_lines(run_dir / "eval.jsonl") if row["window"] == "all"]
+    return row
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, log):
+    """A run that nothing interrupted."""
+    return run(write_config(tmp_path_factory.mktemp("finished"), log))
+
+
+def test_the_history_is_what_it_learns_from(finished, tmp_path, log):
+    days = [row for row in read_lines(finished / "eval.jsonl") if row["window"] != "all"]
+    assert [row["window"] for row in days] == ["2023-11-15", "2023-11-16", "2023-11-17"]
+    assert sum(row["num_examples-click"] for row in days) == 48 * 3 * 2 * 4
+    without = run(
+        write_config(tmp_path, log), "data.max_history_tokens=0", "data.max_session_events=1"
+    )
+    # An event is in the group of its user with probability 1/3; without history nothing tells.
+    assert days[-1]["auc-click"] > 0.75
+    assert lifetime(without)["auc-click"] < 0.6
+    assert days[-1]["ne-click"] < 0.9 < lifetime(without)["ne-click"]
+
+
+def test_a_run_repeats_bit_for_bit(finished, config):
+    assert_equal_runs(finished, run(config))
+
+
+def test_kill_and_resume_changes_no_bit(finished, config, tmp_path):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gr", "train", str(config)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stderr=subprocess.DEVNULL,
+    )
+    random = np.random.default_rng()  # any moment will do
+    lines = int(random.integers(1, 4))
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= lines):
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline, "made no progress"
+        time.sleep(0.002)
+    time.sleep(random.uniform(0, 0.05))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not any(row["window"] == "all" for row in read_lines(tmp_path / "run" / "eval.jsonl"))
+    assert_equal_runs(finished, run(config, "resume=true"))
+
+
+def test_stopped_at_every_checkpoint_and_resumed(finished, config):
+    steps = max(row["step"] for row in read_lines(finished / "metrics.jsonl"))
+    for stop in (8, 9, steps):
+        run_dir = run(config, "resume=true", f"max_steps={stop}", "checkpoint.keep=9")
+        assert CheckpointManager(run_dir / "checkpoints").latest() == stop
+    resumed = run(config, "resume=true")
+    assert [r for r in timeless(resumed) if "window" in r] == [
+        r for r in timeless(finished) if "window" in r
+    ]
+
+
+def losses(run_dir: Path) -> np.ndarray:
+    rows = read_lines(run_dir / "metrics.jsonl")
+    return np.array([row["train/loss"] for row in rows])
+
+
+VARIANTS = {
+    "replicated": (),
+    "sharded": ("embeddings.form=sharded", "embeddings.update_rule=row_wise_adagrad"),
+    "session-merged": ("data.anchor=session", "data.layout=merged", "data.context=none"),
+}
+
+
+def train_variants(config: str, folder: str) -> str:
+    for name, overrides in VARIANTS.items():
+        run(Path(config), f"run_dir={folder}/{name}", *overrides)
+    run(Path(config), f"run_dir={folder}/half", "max_steps=12")
+    try:
+        run(Path(config), f"run_dir={folder}/none", f"optim.lr=0.0{1 + int(os.environ['RANK'])}")
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks(tmp_path_factory, log):
+    """The variants, and half a run, each trained by two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    messages = run_distributed(train_variants, 2, str(write_config(folder, log)), str(folder))
+    (folder / "messages.txt").write_text("\n".join(messages))
+    return folder
+
+
+def test_ranks_with_different_configurations(on_two_ranks):
+    for message in (on_two_ranks / "messages.txt").read_text().splitlines():
+        assert "all ranks must have the same configuration" in message
+        assert "lr: 0.01" in message
+    assert not (on_two_ranks / "none").exists()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_ranks_learn_what_one_does(on_two_ranks, config, name):
+    one, two = run(config, *VARIANTS[name]), on_two_ranks / name
+    # Sums in another order differ in the last bits of float32, and training spreads that.
+    np.testing.assert_allclose(losses(one), losses(two), rtol=2e-3)
+    np.testing.assert_allclose(losses(one)[:2], losses(two)[:2], rtol=1e-5)
+    row_one, row_two = lifetime(one), lifetime(two)
+    assert row_one["num_examples-click"] == row_two["num_examples-click"]
+    assert row_one["ne-click"] == pytest.approx(row_two["ne-click"], rel=2e-3)
+    assert len((two / "eval.jsonl").read_text().splitlines()) == 4
+
+
+def test_one_rank_goes_on_where_two_stopped(on_two_ranks, finished, tmp_path):
+    shutil.copytree(on_two_ranks / "half", tmp_path / "half")
+    resumed = run(on_two_ranks / "run.yaml", f"run_dir={tmp_path / 'half'}", "resume=true")
+    np.testing.assert_allclose(losses(finished), losses(resumed), rtol=2e-3)
+    assert lifetime(resumed)["num_examples-click"] == lifetime(finished)["num_examples-click"]
+    assert lifetime(resumed)["ne-click"] == pytest.approx(lifetime(finished)["ne-click"], rel=2e-3)
+
+
+def test_sharded_tables_learn_as_replicated_ones(on_two_ranks, config):
+    replicated = run(config, "embeddings.update_rule=row_wise_adagrad")
+    np.testing.assert_allclose(losses(replicated), losses(on_two_ranks / "sharded"), rtol=2e-3)
+
+
+def test_dlrm_and_the_other_encoders_run(config, tmp_path):
+    for encoder in ("sasrec", "transformer"):
+        out = run(
+            config, f"run_dir={tmp_path / encoder}", f"model.encoder={encoder}", "max_steps=3"
+        )
+        assert lifetime(out)["num_examples-retrieval"] > 0
+    out = run(
+        config,
+        f"run_dir={tmp_path / 'dlrm'}",
+        "model.encoder=dlrm",
+        "model.head.retrieval=false",
+        "eval.retrieval=false",
+        "data.dense_features=[price]",
+        "max_steps=3",
+    )
+    assert "hr@10" not in lifetime(out)
+
+
+def test_the_resolved_configuration_starts_the_same_run(finished, tmp_path):
+    again = run(finished / "config.yaml", f"run_dir={tmp_path / 'again'}", "max_steps=4")
+    first = [r for r in timeless(finished) if r["step"] == 4]
+    assert [r for r in timeless(again) if r["step"] == 4 and "examples" in r] == first
+    assert json.loads(json.dumps(first)) == first
+
+
+def test_another_log_is_another_run(finished, tmp_path):
+    other = write_log(tmp_path, seed=1)
+    assert timeless(run(write_config(tmp_path, other), "max_steps=4")) != timeless(finished)[:1]
