@@ -1,6 +1,6 @@
 """Linear map whose epilogue adds the bias, applies SiLU or adds the residual.
 
-Forward:  z = x W^T + b,  y = z | silu(z) | z + residual
+Forward:  z = x W^T + b,  y = z | silu(z) | z + residual; silu on the first columns or on all
 Backward: dz = dy * silu'(z),  db = sum(dz)  here; dx = dz W and dW = dz^T x are torch's products.
 
 L rows, D input and F output columns. Programs are persistent: one a processor, each computing tiles
@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels._triton.rows import num_programs
 from kernels._triton.silu import is_fast, silu, silu_derivative
+from kernels.linear.reference import silu_first
 
 GROUP = 8
 """Tiles of rows that are computed before the next tile of columns."""
@@ -67,6 +68,7 @@ def _epilogue(
     L,
     F,
     stride_residual,
+    silu_columns,
     BLOCK_L: tl.constexpr,
     COLS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -76,13 +78,13 @@ def _epilogue(
     FAST: tl.constexpr,
     TMA: tl.constexpr,
 ):
+    cols = col + tl.arange(0, COLS)
     if HAS_BIAS:
-        cols = col + tl.arange(0, COLS)
         z += tl.load(bias_ptr + cols, mask=cols < F, other=0.0).to(tl.float32)[None, :]
     if KEEP:
         _store(kept, z, row, col, L, F, BLOCK_L, COLS, TMA)
     if SILU:
-        z = silu(z, FAST)
+        z = tl.where((cols < silu_columns)[None, :], silu(z, FAST), z)
     if HAS_RESIDUAL:
         z += _load(residual, row, col, stride_residual, L, F, BLOCK_L, COLS, TMA).to(tl.float32)
     _store(y, z, row, col, L, F, BLOCK_L, COLS, TMA)
@@ -101,6 +103,7 @@ def _linear_fwd_kernel(
     D,
     stride_x,
     stride_residual,
+    silu_columns,
     BLOCK_L: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -135,11 +138,11 @@ def _linear_fwd_kernel(
         left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_L, 2, HALF)), (0, 2, 1)))
         _epilogue(
             left, row, col, bias_ptr, residual, y, kept, L, F, stride_residual,
-            BLOCK_L, HALF, HAS_BIAS, HAS_RESIDUAL, SILU, KEEP, FAST, TMA,
+            silu_columns, BLOCK_L, HALF, HAS_BIAS, HAS_RESIDUAL, SILU, KEEP, FAST, TMA,
         )  # fmt: skip
         _epilogue(
             right, row, col + HALF, bias_ptr, residual, y, kept, L, F, stride_residual,
-            BLOCK_L, HALF, HAS_BIAS, HAS_RESIDUAL, SILU, KEEP, FAST, TMA,
+            silu_columns, BLOCK_L, HALF, HAS_BIAS, HAS_RESIDUAL, SILU, KEEP, FAST, TMA,
         )  # fmt: skip
 
 
@@ -151,6 +154,7 @@ def _silu_bwd_kernel(
     dbias_ptr,
     L,
     stride_dy,
+    silu_columns,
     F: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -165,7 +169,8 @@ def _silu_bwd_kernel(
         offs = rows[:, None] * F + cols[None, :]
         dy = tl.load(dy_ptr + rows[:, None] * stride_dy + cols[None, :], mask=mask, other=0.0)
         z = tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        dz = dy.to(tl.float32) * silu_derivative(z, FAST)
+        slope = tl.where((cols < silu_columns)[None, :], silu_derivative(z, FAST), 1.0)
+        dz = dy.to(tl.float32) * slope
         dbias += dz
         tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
     tl.store(dbias_ptr + pid.to(tl.int64) * F + cols, tl.sum(dbias, 0), mask=cols < F)
@@ -176,7 +181,7 @@ def linear_fwd(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    apply_silu: bool,
+    silu_columns: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return y (L, F), and z (L, F) if `keep`, else an empty tensor.
@@ -186,11 +191,11 @@ def linear_fwd(
         weight: (F, D) contiguous, dtype of x.
         bias: (F,) contiguous.
         residual: (L, F), columns contiguous, dtype of x.
-        apply_silu: whether y = silu(z).
+        silu_columns: y = silu(z) in so many first columns.
         keep: whether z is stored.
     """
     if x.dtype == torch.float32:
-        return _linear_fwd_float32(x, weight, bias, residual, apply_silu, keep)
+        return _linear_fwd_float32(x, weight, bias, residual, silu_columns, keep)
     (L, D), F = x.shape, weight.shape[0]
     y = x.new_empty(L, F)
     kept = x.new_empty(L if keep else 0, F)
@@ -218,13 +223,14 @@ def linear_fwd(
         D,
         x.stride(0),
         0 if residual is None else residual.stride(0),
+        silu_columns,
         BLOCK_L=block_l,
         BLOCK_F=block_f,
         BLOCK_D=block_d,
         GROUP=GROUP,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
-        SILU=apply_silu,
+        SILU=silu_columns > 0,
         KEEP=keep,
         FAST=is_fast(x.dtype),
         TMA=tma,
@@ -240,7 +246,7 @@ def _linear_fwd_float32(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    apply_silu: bool,
+    silu_columns: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return y and z from torch's product, with the epilogue apart.
@@ -249,14 +255,14 @@ def _linear_fwd_float32(
     torch's product is far ahead of ours (50 against 7 TFLOP/s on one H200).
     """
     z = functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    y = functional.silu(z) if apply_silu else z
+    y = silu_first(z, silu_columns)
     if residual is not None:
         y = y + residual
     return y, z if keep else z.new_empty(0, z.shape[1])
 
 
-def silu_bwd(dy: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return dz = dy * silu'(z) (L, F), and its sum over rows (F,) in float32."""
+def silu_bwd(dy: Tensor, z: Tensor, silu_columns: int) -> tuple[Tensor, Tensor]:
+    """Return dz (L, F), dy * silu'(z) in the first columns, and its sum (F,) in float32."""
     L, F = z.shape
     dz = torch.empty_like(z)
     block_f = min(512, triton.next_power_of_2(F))
@@ -273,6 +279,7 @@ def silu_bwd(dy: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
             dbias,
             L,
             dy.stride(0),
+            silu_columns,
             F=F,
             ROWS=rows,
             BLOCK_F=block_f,

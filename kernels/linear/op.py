@@ -15,6 +15,7 @@ def linear(
     bias_F: Tensor | None = None,
     *,
     activation: Literal["none", "silu"] = "none",
+    silu_columns: int | None = None,
     residual_LF: Tensor | None = None,
     impl: Impl | str = Impl.AUTO,
 ) -> Tensor:
@@ -29,6 +30,8 @@ def linear(
         weight_FD: (F, D), dtype of x.
         bias_F: (F,) floating, or None.
         activation: silu returns z * sigmoid(z).
+        silu_columns: silu on so many first columns only, 1 .. F (U of a UVQK projection). None
+            means all. With silu only.
         residual_LF: (L, F), dtype of x, any row stride: added last. Not with silu.
         impl: which implementation runs.
 
@@ -36,25 +39,38 @@ def linear(
         (L, F), dtype of x.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not fit, the activation is unknown, or both
-            silu and a residual are asked for.
+        ValueError: if shapes, dtypes or devices do not fit, the activation is unknown,
+            silu_columns is outside 1 .. F or without silu, or silu has a residual.
 
     Source: the projections of an HSTU layer, 2402.17152, eq. 1 and 3; the residual as a bias of two
     dims as in 2602.16986.
     """
     _check(x_LD, weight_FD, bias_F, activation, residual_LF)
+    columns = _silu_columns(activation, silu_columns, weight_FD.shape[0])
     if resolve(impl, x_LD) is Impl.REFERENCE:
-        return reference.linear(x_LD, weight_FD, bias_F, residual_LF, activation)
+        return reference.linear(x_LD, weight_FD, bias_F, residual_LF, columns)
     if x_LD.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(
             f"x must be float32, float16 or bfloat16 for impl='triton', got {x_LD.dtype}: use "
             "impl='reference'"
         )
-    silu = activation == "silu"
     learns = any(t is not None and t.requires_grad for t in (x_LD, weight_FD, bias_F))
-    keep = silu and learns and torch.is_grad_enabled()
-    y_LF: Tensor = _forward(x_LD, weight_FD, bias_F, residual_LF, silu, keep)[0]
+    keep = columns > 0 and learns and torch.is_grad_enabled()
+    y_LF: Tensor = _forward(x_LD, weight_FD, bias_F, residual_LF, columns, keep)[0]
     return y_LF
+
+
+def _silu_columns(activation: str, silu_columns: int | None, F: int) -> int:
+    """Return how many first columns SiLU is applied to."""
+    if activation == "none":
+        if silu_columns is not None:
+            raise ValueError(f"silu_columns={silu_columns} would be ignored: activation is 'none'")
+        return 0
+    if silu_columns is None:
+        return F
+    if not 1 <= silu_columns <= F:
+        raise ValueError(f"silu_columns must be in 1 .. {F}, got {silu_columns}")
+    return silu_columns
 
 
 def _check(
@@ -101,7 +117,7 @@ def _forward(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    silu: bool,
+    silu_columns: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     from kernels.linear._triton import linear_fwd
@@ -111,7 +127,7 @@ def _forward(
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
         None if residual is None else _rows(residual),
-        silu,
+        silu_columns,
         keep,
     )
 
@@ -122,7 +138,7 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    silu: bool,
+    silu_columns: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     L, F = x.shape[0], weight.shape[0]
@@ -130,30 +146,30 @@ def _(
 
 
 @torch.library.custom_op("gr::silu_bwd", mutates_args=())
-def _silu_backward(dy: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+def _silu_backward(dy: Tensor, z: Tensor, silu_columns: int) -> tuple[Tensor, Tensor]:
     from kernels.linear._triton import silu_bwd
 
-    return silu_bwd(_rows(dy), z)
+    return silu_bwd(_rows(dy), z, silu_columns)
 
 
 @_silu_backward.register_fake
-def _(dy: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+def _(dy: Tensor, z: Tensor, silu_columns: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(z), z.new_empty(z.shape[1], dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, _, silu, keep = inputs
-    if silu and not keep:
+    x, weight, bias, _, silu_columns, keep = inputs
+    if silu_columns > 0 and not keep:
         raise ValueError("gr::linear needs keep=True where gradients of silu are wanted")
     ctx.save_for_backward(x, weight, output[1])
-    ctx.silu = silu
+    ctx.silu_columns = silu_columns
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, z = ctx.saved_tensors
     wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
-    dz, dbias = _silu_backward(dy, z) if ctx.silu else (dy, None)
+    dz, dbias = _silu_backward(dy, z, ctx.silu_columns) if ctx.silu_columns > 0 else (dy, None)
     if dbias is None and wants_bias:
         dbias = dz.sum(0, dtype=torch.float32)
     return (

@@ -11,14 +11,20 @@ from tests.checks import assert_within_reference_error
 from tests.kernels.evaluate import double, outputs_and_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FORMS = ["plain", "silu", "residual"]
+FORMS = ["plain", "silu", "part_silu", "residual"]
 
 
-def oracle(x, weight, bias, residual, *, silu):
+def columns_of(form, F):
+    """SiLU on so many first columns."""
+    return {"silu": F, "part_silu": (F + 1) // 2}.get(form, 0)
+
+
+def oracle(x, weight, bias, residual, *, form):
     """The map as explicit sums."""
     z = (x[:, None, :] * weight[None, :, :]).sum(2)
     z = z if bias is None else z + bias
-    z = z / (1 + torch.exp(-z)) if silu else z
+    silu = torch.arange(z.shape[1], device=x.device) < columns_of(form, z.shape[1])
+    z = torch.where(silu, z / (1 + torch.exp(-z)), z)
     return z if residual is None else z + residual
 
 
@@ -27,12 +33,15 @@ def make(L, D, F, dtype, form, has_bias=True, seed=0, device=DEVICE):
     draw = partial(torch.randn, generator=generator, device=device)
     x, weight = draw(L, D).to(dtype), (draw(F, D) / D**0.5).to(dtype)
     # With silu the gradient of the bias has the precision of z, so the bias has its dtype.
-    bias = draw(F).to(dtype if form == "silu" else torch.float32) if has_bias else None
+    bias = draw(F).to(dtype if "silu" in form else torch.float32) if has_bias else None
     residual = draw(L, F).to(dtype) if form == "residual" else None
     return (x, weight, bias, residual), draw(L, F).to(dtype)
 
 
 def call(x, weight, bias, residual, *, form, impl):
+    if form == "part_silu":
+        columns = columns_of(form, weight.shape[0])
+        return linear(x, weight, bias, activation="silu", silu_columns=columns, impl=impl)
     activation = "silu" if form == "silu" else "none"
     return linear(x, weight, bias, activation=activation, residual_LF=residual, impl=impl)
 
@@ -48,7 +57,7 @@ def check(inputs, dout, form, impl="triton"):
         assert actual.dtype == same.dtype
         if actual.numel():
             # Gradients with silu: z and dz are kept in 16 bits, the reference keeps float32.
-            times = 5.0 if i > 0 and form == "silu" else 2.0
+            times = 5.0 if i > 0 and "silu" in form else 2.0
             assert_within_reference_error(actual, same, exact, times=times)
 
 
@@ -58,7 +67,7 @@ def check(inputs, dout, form, impl="triton"):
 def test_reference_is_its_formula(shape, has_bias, form):
     inputs, dout = make(*shape, torch.float64, form, has_bias)
     found = outputs_and_gradients(partial(call, form=form, impl="reference"), inputs, dout)
-    expected = outputs_and_gradients(partial(oracle, silu=form == "silu"), inputs, dout)
+    expected = outputs_and_gradients(partial(oracle, form=form), inputs, dout)
     for actual, exact in zip(found, expected, strict=True):
         torch.testing.assert_close(actual, exact, rtol=1e-7, atol=1e-7)
 
@@ -128,22 +137,22 @@ def test_nan_stays_in_its_row():
 def test_keeps_z_only_where_a_gradient_needs_it():
     (x, weight, bias, _), _ = make(9, 16, 24, torch.float16, "silu")
     forward = torch.ops.gr.linear
-    assert forward(x, weight, bias, None, True, False)[1].shape == (0, 24)
+    assert forward(x, weight, bias, None, 24, False)[1].shape == (0, 24)
     y = call(x, weight.requires_grad_(), bias, None, form="silu", impl="triton")
     assert y.requires_grad
     with torch.no_grad():
         assert torch.equal(call(x, weight, bias, None, form="silu", impl="triton"), y)
     with pytest.raises(ValueError, match="keep=True"):
-        forward(x, weight, bias, None, True, False)
+        forward(x, weight, bias, None, 24, False)
 
 
 @pytest.mark.interpret
 def test_registration():
-    forms = (("silu", True), ("residual", False), ("plain", False))
+    forms = (("silu", True), ("part_silu", True), ("residual", False), ("plain", False))
     for (form, keep), dtype in product(forms, (torch.float32, torch.float16)):
         inputs, _ = make(6, 16, 24, dtype, form)
         leaves = [x if x is None else x.requires_grad_() for x in inputs]
-        torch.library.opcheck(torch.ops.gr.linear.default, (*leaves, form == "silu", keep))
+        torch.library.opcheck(torch.ops.gr.linear.default, (*leaves, columns_of(form, 24), keep))
 
 
 @pytest.mark.gpu
@@ -178,6 +187,8 @@ X, W = torch.ones(3, 2), torch.ones(4, 2)
         ((X, W), {"activation": "relu"}, "activation must be none or silu"),
         ((X, W), {"activation": "silu", "residual_LF": torch.ones(3, 4)}, "exclude each other"),
         ((X, W.to("meta")), {}, "weight must be on cpu"),
+        ((X, W), {"silu_columns": 2}, "silu_columns=2 would be ignored"),
+        ((X, W), {"activation": "silu", "silu_columns": 5}, r"silu_columns must be in 1 .. 4"),
     ],
 )
 def test_wrong_input(arguments, options, message):
