@@ -12,8 +12,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 demo: $(VENV)/.run-$(SET)
 	$(BIN)/gr sessionize configs/quickstart_log.yaml overwrite=true
-	$(BIN)/gr train configs/quickstart.yaml
-	$(BIN)/gr train configs/quickstart_dlrm.yaml
+	$(BIN)/gr train configs/quickstart.yaml resume=true
+	$(BIN)/gr train configs/quickstart_dlrm.yaml resume=true
 	$(BIN)/gr report runs/quickstart runs/quickstart_dlrm
 
 baselines: $(VENV)/.run-$(SET)
@@ -21,8 +21,8 @@ baselines: $(VENV)/.run-$(SET)
 	OMP_NUM_THREADS=1 $(BIN)/python -m launch sweep configs/sweeps/quickstart_baselines.yaml
 
 test: $(VENV)/.dev-$(SET)
-	$(BIN)/python -m pytest -m "not slow"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret tests/kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret tests/kernels -n 2 --dist loadfile
 
 test-interpret: $(VENV)/.dev-$(SET)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret tests/kernels

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from datetime import UTC, datetime
@@ -105,7 +104,6 @@ def loop(
     """Train from the stream's position to its end, or to max_steps, then report and save."""
     progress = trainer.progress
     log.advance(progress.examples)
-    rejected = Counter[str]()
     clock = Clock(world, trainer)
     last_step = min(stream.num_steps, config.max_steps or stream.num_steps)
 
@@ -117,13 +115,11 @@ def loop(
                 # A row of the step in progress: a resumed run writes it again.
                 name = window_name(ended.window, config.data)
                 log.evaluation(progress.step + 1, name, ended.metrics)
-        rejected.update(batch.num_rejected)
         before = progress.examples
         values = trainer.train_step(batch)
         log.advance(progress.examples - before)
 
         if progress.step % config.log_every == 0 or progress.step == last_step:
-            counts = {f"data/rejected/{reason}": n for reason, n in sorted(rejected.items())}
             log.metrics(
                 progress.step,
                 {
@@ -131,7 +127,7 @@ def loop(
                     "tokens": progress.tokens,
                     **trainer.take_losses(),
                     **values,
-                    **counts,
+                    **progress.skipped_by_name(),
                     **clock.read(),
                 },
             )

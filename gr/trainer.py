@@ -1,6 +1,6 @@
 """One training step, the evaluation before it, and the state that a checkpoint keeps."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,8 +28,10 @@ from gr.sequence import SequenceInfo, sequence_index, sequence_info
 from gr.tokens import carries_item
 from pipelines.batch import SequenceBatch, StreamPosition
 from pipelines.config import ITEM_ID, TARGET_ITEM_ID
+from pipelines.rejects import REASONS
 
 EVALUATION = "evaluation"
+SKIPPED = (*(f"data/rejected/{reason}" for reason in REASONS), "data/clipped_histories")
 
 
 @dataclass
@@ -44,6 +46,12 @@ class Progress:
     """Tokens of those sequences."""
     position: StreamPosition | None = None
     """Position of the stream after the last trained batch."""
+    skipped: list[int] = field(default_factory=lambda: [0] * len(SKIPPED))
+    """What the data side left out, in the order of SKIPPED."""
+
+    def skipped_by_name(self) -> dict[str, int]:
+        """Return what was left out, where anything was."""
+        return {name: n for name, n in zip(SKIPPED, self.skipped, strict=True) if n}
 
 
 class Trainer:
@@ -144,13 +152,16 @@ class Trainer:
         self.objective.count_targets(batch)
 
         self.loss_sums += torch.stack([totals, global_weights]).cpu()
-        counts = world.sum(
-            torch.tensor([batch.num_sequences, batch.num_tokens], device=world.device)
+        skipped = [*(batch.num_rejected.get(reason, 0) for reason in REASONS), batch.num_clipped]
+        counts = torch.tensor(
+            [batch.num_sequences, batch.num_tokens, *skipped], device=world.device
         )
+        num_examples, num_tokens, *skipped = world.sum(counts).tolist()
         self.flops += training_flops(config.model, info)
         self.progress.step += 1
-        self.progress.examples += int(counts[0])
-        self.progress.tokens += int(counts[1])
+        self.progress.examples += num_examples
+        self.progress.tokens += num_tokens
+        self.progress.skipped = [a + b for a, b in zip(self.progress.skipped, skipped, strict=True)]
         self.progress.position = batch.position
         return {
             "grad_norm": float(grad_norm),
@@ -281,6 +292,7 @@ class Trainer:
                 "examples": self.progress.examples,
                 "tokens": self.progress.tokens,
                 "rows": list(position.rows) if position else [],
+                "skipped": self.progress.skipped,
             },
         }
 
@@ -296,6 +308,7 @@ class Trainer:
             examples=stored["examples"],
             tokens=stored["tokens"],
             position=StreamPosition(rows=tuple(stored["rows"]), step=stored["step"]),
+            skipped=list(stored["skipped"]),
         )
         for rank in range(self.world.rank, checkpoints.num_ranks(step), self.world.size):
             stored_evaluation = checkpoints.read(step, f"{EVALUATION}.rank_{rank}")

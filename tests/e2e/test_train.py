@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -190,6 +192,28 @@ def test_dlrm_and_the_other_encoders_run(config, tmp_path):
         "max_steps=3",
     )
     assert "hr@10" not in lifetime(out)
+
+
+def test_what_is_skipped_is_counted_and_written_down(tmp_path):
+    log = write_log(tmp_path)
+    part = log / "part-00001.parquet"
+    table = pq.read_table(part)
+    users = table["user_id"].to_pylist()
+    users[5] = None
+    column = pa.array(users, pa.int64())
+    pq.write_table(
+        table.set_column(table.schema.get_field_index("user_id"), "user_id", column), part
+    )
+    config = write_config(tmp_path, log)
+    run(config, "data.max_reject_fraction=0.1", "max_steps=6")
+    out = run(config, "data.max_reject_fraction=0.1", "resume=true")
+    last = read_lines(out / "metrics.jsonl")[-1]
+    assert {k: v for k, v in last.items() if k.startswith("data/")} == {
+        "data/rejected/null user_id, session_id, start_ts or end_ts": 1
+    }
+    assert last["examples"] == 48 * 3 * 2 - 1
+    (reject,) = read_lines(out / "rejects" / "rank_0.jsonl")
+    assert (reject["file"], reject["row"]) == (part.name, 5)
 
 
 def test_the_resolved_configuration_starts_the_same_run(finished, tmp_path):
