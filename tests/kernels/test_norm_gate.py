@@ -75,7 +75,9 @@ def check(inputs, dout, seed, options, impl):
         assert actual.dtype == same.dtype
         if actual.numel():
             scale = scale_of_dx(inputs, dout, options) if i == 1 else None
-            assert_within_reference_error(actual, same, exact, scale=scale)
+            # Of a single row, dweight is a product of five rounded factors.
+            times = 5.0 if i > 2 else 2.0
+            assert_within_reference_error(actual, same, exact, scale=scale, times=times)
 
 
 def scale_of_dx(inputs, dout, options):
