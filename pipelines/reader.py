@@ -46,9 +46,7 @@ class Block:
         return len(self.sessions.user_id)
 
 
-def read_blocks(
-    path: Path, encoder: EventEncoder, *, rows_per_block: int
-) -> Iterator[Block]:
+def read_blocks(path: Path, encoder: EventEncoder, *, rows_per_block: int) -> Iterator[Block]:
     """Yield the sessions of a file in order, decoding only the columns that `encoder` needs.
 
     Raises:
