@@ -4,6 +4,7 @@ Letters: N predictions.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import numpy as np
@@ -69,7 +70,7 @@ def gauc(
     return math.fsum(auc_g * weight_g) / math.fsum(weight_g)
 
 
-class Series:
+class Series(ABC):
     """What one task, or retrieval, keeps of each prediction and reports of a window.
 
     Args:
@@ -93,13 +94,13 @@ class Series:
             self.refuse(~values.isfinite(), values, f"{column} must be finite")
         self.refuse(columns["weight"] < 0, columns["weight"], "weight must not be negative")
 
+    @abstractmethod
     def sums(self, columns: Columns) -> Array:
         """Return (num_sums,) fp64, additive over windows; first the number of predictions."""
-        raise NotImplementedError
 
+    @abstractmethod
     def metrics(self, sums: Array, columns: Columns | None) -> Metrics:
         """Return the metrics; `columns` are None where predictions were not kept."""
-        raise NotImplementedError
 
     def refuse(self, is_bad: Tensor, values: Tensor, rule: str) -> None:
         """Raise a ValueError that says how many of `values` break the rule, if any does."""
