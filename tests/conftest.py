@@ -2,6 +2,13 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
+
+# CI draws the same examples every time, so that a red run is the change's fault; elsewhere each run
+# draws new ones.
+settings.register_profile("ci", derandomize=True, print_blob=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
