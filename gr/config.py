@@ -9,7 +9,7 @@ from typing import Literal
 from omegaconf import MISSING
 
 from embeddings.config import EmbeddingsConfig
-from pipelines.config import ITEM_ID, NEGATIVE_ITEM_ID, TARGET_ITEM_ID, DataConfig
+from pipelines.config import DataConfig, id_features
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -326,17 +326,6 @@ def check_dropout(name: str, dropout: float) -> None:
         raise ValueError(f"{name} must be at least 0 and below 1, got {dropout}")
 
 
-def lookup_features(config: TrainConfig) -> tuple[str, ...]:
-    """Return the names of the features that batches bring and tables must serve, in KJT order."""
-    data = config.data
-    names = [ITEM_ID, *data.item_features, *data.context_features]
-    if config.model.head.retrieval:
-        names.append(TARGET_ITEM_ID)
-        if data.num_negatives > 0:
-            names.append(NEGATIVE_ITEM_ID)
-    return tuple(names)
-
-
 def check_consistency(config: TrainConfig) -> None:
     """Refuse settings that contradict each other across folders.
 
@@ -345,7 +334,7 @@ def check_consistency(config: TrainConfig) -> None:
     """
     data, model = config.data, config.model
     served = {f for table in config.embeddings.tables.values() for f in table.features}
-    missing = [f for f in lookup_features(config) if f not in served]
+    missing = [f for f in id_features(data) if f not in served]
     if missing:
         raise ValueError(
             f"no embedding table serves feature(s) {missing}: "

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from gr.baselines.dlrm import DLRM
 from gr.baselines.sasrec import SASRecEncoder
 from gr.baselines.transformer import TransformerEncoder
-from gr.config import TrainConfig, lookup_features
+from gr.config import TrainConfig
 from gr.encodings import TokenEncoding
 from gr.heads import RankingHead, RetrievalHead
 from gr.hstu import HSTUEncoder
 from gr.sequence import SequenceInfo, sequence_index, tail_rows
 from gr.tokens import TokenEmbedding, carries_item
 from pipelines.batch import SequenceBatch
-from pipelines.config import ITEM_ID
+from pipelines.config import ITEM_ID, id_features
 
 ENCODERS = {"hstu": HSTUEncoder, "sasrec": SASRecEncoder, "transformer": TransformerEncoder}
 
@@ -118,4 +118,4 @@ def dense_model(
 def feature_dims(config: TrainConfig) -> dict[str, int]:
     """Return the width of the rows of each looked-up feature."""
     dims = {f: t.dim for t in config.embeddings.tables.values() for f in t.features}
-    return {name: dims[name] for name in lookup_features(config)}
+    return {name: dims[name] for name in id_features(config.data)}

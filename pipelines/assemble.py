@@ -5,7 +5,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from pipelines.batch import SequenceBatch, StreamPosition
-from pipelines.config import ITEM_ID, NEGATIVE_ITEM_ID, TARGET_ITEM_ID, DataConfig
+from pipelines.config import ITEM_ID, DataConfig, id_features
 from pipelines.gather import Gathered
 from pipelines.history import (
     FIRST_CONTEXT,
@@ -80,14 +80,6 @@ def assemble(
         num_rejected=num_rejected,
         num_clipped=gathered.num_clipped,
     )
-
-
-def id_features(config: DataConfig) -> tuple[str, ...]:
-    """Return the keys of SequenceBatch.ids, in order."""
-    keys = [ITEM_ID, *config.item_features, *config.context_features, TARGET_ITEM_ID]
-    if config.num_negatives > 0:
-        keys.append(NEGATIVE_ITEM_ID)
-    return tuple(keys)
 
 
 def _ids(gathered: Gathered, tokens: Tokens, config: DataConfig, seed: int) -> KeyedJaggedTensor:

@@ -239,6 +239,14 @@ class DataConfig:
             )
 
 
+def id_features(data: DataConfig) -> tuple[str, ...]:
+    """Return the features whose ids a batch brings, in the order of SequenceBatch.ids."""
+    names = [ITEM_ID, *data.item_features, *data.context_features, TARGET_ITEM_ID]
+    if data.num_negatives > 0:
+        names.append(NEGATIVE_ITEM_ID)
+    return tuple(names)
+
+
 def check_supervision(data: DataConfig) -> None:
     """Refuse a combination of layout, anchor and supervise outside the table of docs/design.md.
 
