@@ -128,6 +128,8 @@ def train_variants(config: str, folder: str) -> str:
     for name, overrides in VARIANTS.items():
         run(Path(config), f"run_dir={folder}/{name}", *overrides)
     run(Path(config), f"run_dir={folder}/half", "max_steps=12")
+    for overrides in (("max_steps=8",), ("resume=true",)):
+        run(Path(config), f"run_dir={folder}/cut", *VARIANTS["sharded"], *overrides)
     try:
         run(Path(config), f"run_dir={folder}/none", f"optim.lr=0.0{1 + int(os.environ['RANK'])}")
     except ValueError as error:
@@ -169,6 +171,10 @@ def test_one_rank_goes_on_where_two_stopped(on_two_ranks, finished, tmp_path):
     np.testing.assert_allclose(losses(finished), losses(resumed), rtol=2e-3)
     assert lifetime(resumed)["num_examples-click"] == lifetime(finished)["num_examples-click"]
     assert lifetime(resumed)["ne-click"] == pytest.approx(lifetime(finished)["ne-click"], rel=2e-3)
+
+
+def test_a_resumed_sharded_run_repeats_bit_for_bit(on_two_ranks):
+    assert timeless(on_two_ranks / "cut") == timeless(on_two_ranks / "sharded")
 
 
 def test_sharded_tables_learn_as_replicated_ones(on_two_ranks, config):
