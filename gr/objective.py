@@ -15,11 +15,10 @@ from gr.losses import (
     sampled_softmax,
 )
 from gr.model import Predictions
+from gr.retrieval_metrics import RETRIEVAL
 from gr.sequence import sequence_index
 from pipelines.batch import SequenceBatch
 from pipelines.config import NEGATIVE_ITEM_ID, TARGET_ITEM_ID
-
-RETRIEVAL = "retrieval"
 
 
 class Objective(nn.Module):

@@ -9,7 +9,8 @@ import torch
 from gr.config import LossConfig
 from gr.heads import RetrievalHead
 from gr.model import Predictions
-from gr.objective import RETRIEVAL, Objective
+from gr.objective import Objective
+from gr.retrieval_metrics import RETRIEVAL
 from tests.gr.batches import (
     DIM,
     NUM_ITEMS,
