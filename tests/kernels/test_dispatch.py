@@ -43,9 +43,9 @@ def test_auto_takes_the_fastest_that_runs(capability, monkeypatch):
 
 def test_what_cannot_run_is_refused_with_the_reason(capability, monkeypatch):
     monkeypatch.delenv(INTERPRETED, raising=False)
-    with pytest.raises(ValueError, match="needs CUDA tensors .* got cpu"):
+    with pytest.raises(ValueError, match=r"needs CUDA tensors .* got cpu"):
         resolve("triton", torch.zeros(1))
-    with pytest.raises(ValueError, match="compute capability 9.0, got cpu"):
+    with pytest.raises(ValueError, match=r"compute capability 9\.0, got cpu"):
         resolve("hopper", torch.zeros(1), not_hopper="")
     capability((9, 0))
     assert resolve("hopper", OnGpu(), not_hopper="") is Impl.HOPPER
@@ -53,5 +53,5 @@ def test_what_cannot_run_is_refused_with_the_reason(capability, monkeypatch):
         resolve("hopper", OnGpu(), not_hopper="q is float32")
     with pytest.raises(ValueError, match="has no Hopper kernel"):
         resolve("hopper", OnGpu())
-    with pytest.raises(ValueError, match="impl must be one of .*'hopper'.* got 'fast'"):
+    with pytest.raises(ValueError, match=r"impl must be one of .*'hopper'.* got 'fast'"):
         resolve("fast", OnGpu())
