@@ -174,5 +174,22 @@ def check_supported(q: Tensor, v: Tensor) -> None:
             )
 
 
+def not_hopper(q: Tensor, v: Tensor, *, softmax: bool) -> str:
+    """Return why the kernels for Hopper do not take a call; empty if they do."""
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, got {q.dtype}"
+    if softmax:
+        return "it has SiLU weights only, got activation='softmax'"
+    for name, dim in (("q and k", q.shape[2]), ("v", v.shape[2])):
+        if dim not in (32, 64, 128, 256):
+            return f"it takes dims of 32, 64, 128 and 256, got {dim} of {name}"
+    return ""
+
+
+def has_hopper_backward(q: Tensor, v: Tensor) -> bool:
+    """Return whether the kernels for Hopper take these dims in the backward pass too."""
+    return all(dim in (64, 128) for dim in (q.shape[2], v.shape[2]))
+
+
 def _describe(x: Tensor) -> str:
     return f"{tuple(x.shape)} {x.dtype} on {x.device}"

@@ -16,6 +16,8 @@ from kernels.hstu_attention.arguments import (
     check_scaling,
     check_supported,
     check_tensors,
+    has_hopper_backward,
+    not_hopper,
 )
 from kernels.hstu_attention.bias import RelativeBias
 from kernels.hstu_attention.mask import AttentionMask
@@ -70,7 +72,11 @@ def hstu_attention(
         deterministic: the same bits for the same input, gradients included. The Triton kernels give
             them in any case, as does the reference on a CPU; for the reference on a GPU set
             torch.use_deterministic_algorithms.
-        impl: AUTO is the reference. TRITON takes float32, float16 or bfloat16, K and V up to 256.
+        impl: TRITON takes float32, float16 or bfloat16, K and V up to 256. HOPPER takes float16 or
+            bfloat16, SiLU, K and V of 32, 64, 128 or 256; its gradients are computed by TRITON
+            where one of them is 32 or 256. It copies q, k or v where rows do not begin at multiples
+            of 16 bytes or the heads of a row do not follow each other, and counts times more than
+            34 years from the newest key of a sequence as 34 years from it.
 
     Returns:
         (R, H, V), dtype of q.
@@ -99,8 +105,9 @@ def hstu_attention(
             max_len=max_len,
             max_q_len=max_q_len,
         )
-    # AUTO stays with the reference until tests/kernels has passed on a GPU: ask for the kernels.
-    if impl == Impl.AUTO or resolve(impl, q) is Impl.REFERENCE:
+    softmax = activation == "softmax"
+    implementation = resolve(impl, q, not_hopper=not_hopper(q, v, softmax=softmax))
+    if implementation is Impl.REFERENCE:
         if num_candidates is None:
             num_candidates = torch.zeros_like(offsets[1:])
         return reference.hstu_attention(
@@ -133,12 +140,14 @@ def hstu_attention(
         max_q_len=max_q_len,
         alpha=float(alpha),
         scale=1.0 if scaling_length is None else 1.0 / scaling_length,
-        softmax=activation == "softmax",
+        softmax=softmax,
         num_context=mask.num_context,
         context=mask.context,
         local_window=mask.local_window,
         global_rows=mask.global_rows,
         global_columns=mask.global_columns,
+        hopper=implementation is Impl.HOPPER,
+        deterministic=deterministic,
     )
     out: Tensor = _forward(q, k, v, *structure)[0]
     return out
@@ -155,9 +164,15 @@ def _of_bias(bias: RelativeBias | None, field: str) -> Tensor | None:
     schema=f"(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor, Tensor)",
 )
 def _forward(q: Tensor, k: Tensor, v: Tensor, *structure: Any) -> tuple[Tensor, Tensor]:
-    from kernels.hstu_attention._triton import hstu_attention_fwd  # the reference needs no Triton
+    call = Structure(*structure)
+    if call.hopper:
+        from kernels.hstu_attention import _hopper  # the reference needs no Triton
 
-    return hstu_attention_fwd(q, k, v, Structure(*structure))
+        q, k, v = (_hopper.copyable(x) for x in (q, k, v))
+        return _hopper.hstu_attention_fwd(q, k, v, call), q.new_empty(0, dtype=torch.float32)
+    from kernels.hstu_attention._triton import hstu_attention_fwd
+
+    return hstu_attention_fwd(q, k, v, call)
 
 
 @_forward.register_fake
@@ -183,9 +198,21 @@ def _backward(
     v: Tensor,
     *structure: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from kernels.hstu_attention._triton import hstu_attention_bwd
+    call = Structure(*structure)
+    if not (call.hopper and has_hopper_backward(q, v)):
+        from kernels.hstu_attention._triton import hstu_attention_bwd
 
-    return hstu_attention_bwd(dout, out, lse, needs_bias_grad, q, k, v, Structure(*structure))
+        return hstu_attention_bwd(dout, out, lse, needs_bias_grad, q, k, v, call)
+    from kernels.hstu_attention import _hopper
+    from kernels.hstu_attention._triton import bias_gradient
+
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    q, k, v = (_hopper.copyable(x) for x in (q, k, v))
+    _hopper.hstu_attention_bwd(dout, q, k, v, call, (dq, dk, dv), call.deterministic)
+    dposition, dtime = q.new_empty(0), q.new_empty(0)
+    if needs_bias_grad:
+        dposition, dtime = bias_gradient(dout, lse, lse, q, k, v, call)
+    return dq, dk, dv, dposition, dtime
 
 
 @_backward.register_fake

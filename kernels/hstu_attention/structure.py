@@ -28,10 +28,14 @@ class Structure(NamedTuple):
     local_window: int | None
     global_rows: int
     global_columns: int
+    hopper: bool = False
+    """Whether the kernels for Hopper run, backward too where they take the dims."""
+    deterministic: bool = False
+    """Whether gradients must have the same bits for the same input."""
 
     @property
     def mask(self) -> AttentionMask:
-        """The mask that the last five values describe."""
+        """The mask that num_context .. global_columns describe."""
         return AttentionMask(
             num_context=self.num_context,
             context=cast(Literal["causal", "prefix", "prefix_sees_all"], self.context),
@@ -50,6 +54,7 @@ SCHEMA = (
     "Tensor offsets, Tensor q_offsets, Tensor? num_candidates, Tensor? position_table, "
     "Tensor? time_table, Tensor? query_time, Tensor? key_time, SymInt max_len, SymInt max_q_len, "
     "float alpha, float scale, bool softmax, SymInt num_context, str context, "
-    "SymInt? local_window, SymInt global_rows, SymInt global_columns"
+    "SymInt? local_window, SymInt global_rows, SymInt global_columns, bool hopper=False, "
+    "bool deterministic=False"
 )
 """Of Structure, in the language of torch.library."""

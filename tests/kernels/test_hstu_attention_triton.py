@@ -66,9 +66,9 @@ def poisoned_memory():
         torch.use_deterministic_algorithms(False)
 
 
-def check(case, dtype, device):
+def check(case, dtype, device, impl="triton", **options):
     with poisoned_memory():
-        got = case.run("triton", dtype, device)
+        got = case.run(impl, dtype, device, **options)
     low = case.run("reference", dtype, device)
     high = case.run("reference", torch.float64, device, rounded_to=dtype)
     scales = case.table_scales() if case.bias != "none" else {}

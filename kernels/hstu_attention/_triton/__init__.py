@@ -8,6 +8,7 @@ block, dK and dV by key block) and SiLU weights, which need no running maximum.
 """
 
 from kernels.hstu_attention._triton.backward import hstu_attention_bwd
+from kernels.hstu_attention._triton.bias_gradient import bias_gradient
 from kernels.hstu_attention._triton.forward import hstu_attention_fwd
 
-__all__ = ["hstu_attention_bwd", "hstu_attention_fwd"]
+__all__ = ["bias_gradient", "hstu_attention_bwd", "hstu_attention_fwd"]

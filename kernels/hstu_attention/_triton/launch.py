@@ -20,9 +20,6 @@ def kernel_inputs(structure: Structure) -> tuple[Tensor | None, ...]:
     """Return the kernel arguments order_ptr .. key_time_ptr."""
     # The longest sequences first, so that none is started last.
     order = structure.offsets.diff().argsort(descending=True)
-    thresholds = None
-    if structure.time_table is not None:
-        thresholds = _thresholds(structure.time_table.numel() - 1, structure.offsets.device)
     return (
         order,
         structure.offsets,
@@ -30,7 +27,7 @@ def kernel_inputs(structure: Structure) -> tuple[Tensor | None, ...]:
         structure.num_candidates,
         structure.position_table,
         structure.time_table,
-        thresholds,
+        time_threshold_tensor(structure),
         structure.query_time,
         structure.key_time,
     )
@@ -92,6 +89,13 @@ _BLOCKS = {
     ],
 }
 """By pass: largest of K and V, and the blocks up to it (float16 and bfloat16)."""
+
+
+def time_threshold_tensor(structure: Structure) -> Tensor | None:
+    """Return the smallest difference of each time bucket, or None without a time table."""
+    if structure.time_table is None:
+        return None
+    return _thresholds(structure.time_table.numel() - 1, structure.offsets.device)
 
 
 @functools.cache
