@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from gr.parallel import World
 from gr.runlog import CONFIG, RunDir, Value, json_line, readable
 from gr.train import LIFETIME, utc_offset_seconds, window_name
 from gr.trainer import EVALUATION, Trainer
-from pipelines.config import DataConfig
+from pipelines.config import DataConfig, StochasticLengthConfig
 from pipelines.manifest import read_manifest
 from pipelines.rejects import REASONS
 from pipelines.stream import SessionStream
@@ -54,6 +55,7 @@ def evaluate(
 ) -> None:
     """Score a whole log with the weights of one checkpoint; histories grow as the log goes on.
 
+    Sequences are whole, also where training shortens them (data.stochastic_length).
     Writes evaluate.jsonl into the run directory: rows as in eval.jsonl, and in each row the log and
     the overrides; in the last one the sessions that were skipped, by reason.
 
@@ -77,9 +79,9 @@ def evaluate(
         checkpoints = CheckpointManager(run.checkpoints, apart=(EVALUATION,))
         step = find_step(checkpoints, step)
         world.agree("checkpoint", str(step))
-        stream = SessionStream(
-            config.data, seed=config.seed, rank=world.rank, world_size=world.size
-        )
+        # Stochastic length is for training: what is served reads whole sequences.
+        data = replace(config.data, stochastic_length=StochasticLengthConfig())
+        stream = SessionStream(data, seed=config.seed, rank=world.rank, world_size=world.size)
         trainer = Trainer(
             config,
             world,

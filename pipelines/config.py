@@ -169,6 +169,37 @@ class TaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StochasticLengthConfig:
+    """Long sequences train on a part of their history most of the time; `gr evaluate` reads all."""
+
+    selection: Literal["none", "greedy", "random", "weighted"] = "none"
+    """Which events of history stay where a sequence is cut. none: no sequence is cut; greedy: the
+    newest; random: any, equally likely; weighted: the newer an event, the likelier, by
+    1 - age / sum of ages."""
+    alpha: float = 1.6
+    """Above 1, at most 2: a sequence of more than N^(alpha / 2) tokens is cut to so many, but stays
+    whole with probability N^alpha / tokens^2."""
+    max_length: int = 0
+    """N, tokens of the longest sequence; 0 means max_history_tokens."""
+
+    def __post_init__(self) -> None:
+        if not 1 < self.alpha <= 2:
+            raise ValueError(
+                f"data.stochastic_length.alpha must be above 1 and at most 2, got {self.alpha}"
+            )
+        if self.max_length < 0:
+            raise ValueError(
+                "data.stochastic_length.max_length must be 0 (max_history_tokens) or more, got "
+                f"{self.max_length}"
+            )
+        if self.selection == "none" and (self.alpha, self.max_length) != (1.6, 0):
+            raise ValueError(
+                f"data.stochastic_length has alpha={self.alpha} and max_length={self.max_length}, "
+                "but selection=none cuts nothing: say selection=greedy, random or weighted"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """How a session-end log becomes batches of token sequences."""
 
@@ -183,13 +214,16 @@ class DataConfig:
     """Which events carry a loss. session: the session's; all: those of the history too (unknown
     labels stay masked); sampled: as all, in a share of the sequences; the others are left out."""
     sampled_rate: float = 1.0
-    """Of `supervise: sampled`: k of min(1, k / n), n = events of the sequence."""
+    """Of `supervise: sampled`: k of min(1, k / n), n = events of the sequence before stochastic
+    length drops any."""
     max_history_tokens: int = 256
     """Newest tokens of history kept, after layout: whole events (interleaved: two tokens each).
     Context tokens come on top."""
     max_session_events: int = 256
     """A longer session is split: its earlier part becomes history of the later, which starts at
     its own first event."""
+    stochastic_length: StochasticLengthConfig = field(default_factory=StochasticLengthConfig)
+    """What long sequences keep of those."""
     overlap_slack: int = 64
     """Events held of each user beyond `max_history_tokens`, so that a session finds its history
     behind so many events of sessions that overlap with it in time. What it lacks is counted."""
@@ -298,6 +332,11 @@ def check_ranges(data: DataConfig) -> None:
             raise ValueError(f"data.{key} must be at least {least}, got {value}")
     if data.sampled_rate <= 0:
         raise ValueError(f"data.sampled_rate must be positive, got {data.sampled_rate}")
+    if data.stochastic_length.selection != "none" and data.max_history_tokens < 1:
+        raise ValueError(
+            "data.stochastic_length has no history to drop with data.max_history_tokens=0: use "
+            "selection=none"
+        )
     if not 0 <= data.max_reject_fraction <= 1:
         raise ValueError(
             f"data.max_reject_fraction must be from 0 to 1, got {data.max_reject_fraction}"

@@ -295,8 +295,8 @@ def _index_users(table: Any, user_id: Any, num_users: int) -> None:
 
 
 @njit(inline="always")
-def _copy(to: Any, to_row: int, source: Any, row: int, num_rows: int, width: int) -> None:
-    """Copy rows, ascending: safe downwards within one array."""
+def copy_rows(to: Any, to_row: int, source: Any, row: int, num_rows: int, width: int) -> None:
+    """Copy rows of `width` values, ascending: safe downwards within one array."""
     # Unsigned indices: signed ones are tested for wrap-around, which keeps LLVM from vectorising.
     t, s = np.uintp(to_row * width), np.uintp(row * width)
     for i in range(np.uintp(num_rows * width)):
@@ -306,10 +306,10 @@ def _copy(to: Any, to_row: int, source: Any, row: int, num_rows: int, width: int
 @njit(inline="always")
 def _copy_kept(to: Any, to_row: int, source: Any, row: int, num_rows: int, rules: Any) -> None:
     """Copy rows into the arena, without the floats if histories keep none."""
-    _copy(to.ints, to_row, source.ints, row, num_rows, rules.num_ints)
-    _copy(to.codes, to_row, source.codes, row, num_rows, rules.num_codes)
+    copy_rows(to.ints, to_row, source.ints, row, num_rows, rules.num_ints)
+    copy_rows(to.codes, to_row, source.codes, row, num_rows, rules.num_codes)
     if rules.num_kept_floats > 0:
-        _copy(to.floats, to_row, source.floats, row, num_rows, rules.num_floats)
+        copy_rows(to.floats, to_row, source.floats, row, num_rows, rules.num_floats)
 
 
 @njit(inline="always")
@@ -410,14 +410,14 @@ def _advance(
                     row[PIECE], row[ANCHOR], row[NUM_HISTORY], row[NUM_EVENTS] = piece, anchor, n, m
                     for c in range(num_context):
                         row[FIRST_CONTEXT + c] = sessions.context[session, c]
-                    _copy(out.events.ints, e, held.ints, stop - n, n, num_ints)
-                    _copy(out.events.codes, e, held.codes, stop - n, n, rules.num_codes)
-                    _copy(out.events.ints, e + n, events.ints, first, m, num_ints)
-                    _copy(out.events.codes, e + n, events.codes, first, m, rules.num_codes)
+                    copy_rows(out.events.ints, e, held.ints, stop - n, n, num_ints)
+                    copy_rows(out.events.codes, e, held.codes, stop - n, n, rules.num_codes)
+                    copy_rows(out.events.ints, e + n, events.ints, first, m, num_ints)
+                    copy_rows(out.events.codes, e + n, events.codes, first, m, rules.num_codes)
                     if rules.supervise_history:
-                        _copy(out.events.floats, s, held.floats, stop - n, n, rules.num_floats)
+                        copy_rows(out.events.floats, s, held.floats, stop - n, n, rules.num_floats)
                         s += n
-                    _copy(out.events.floats, s, events.floats, first, m, rules.num_floats)
+                    copy_rows(out.events.floats, s, events.floats, first, m, rules.num_floats)
                     if n < rules.max_events and arena.total[slot] > rules.keep:
                         progress[CLIPPED] += 1
                     progress[SEQUENCES], progress[EVENTS], progress[SUPERVISED] = (

@@ -14,6 +14,8 @@ class Purpose(IntEnum):
 
     NEGATIVES = 1
     SAMPLED = 2
+    STOCHASTIC_LENGTH = 3
+    SELECTION = 4
 
 
 @njit(inline="always")

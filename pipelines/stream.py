@@ -16,6 +16,8 @@ from pipelines.prefetch import prefetch
 from pipelines.reader import check_columns, read_end_ts
 from pipelines.rejects import Reject, RejectLog
 from pipelines.schedule import make_schedule
+from pipelines.stochastic_length import draw_lengths, length_rules, shorten
+from pipelines.unify import token_counts
 
 EXTRA_ROWS = 32
 OnReject = Callable[[Reject], None]
@@ -60,6 +62,7 @@ class SessionStream:
         self.config, self.seed = config, seed
         self._encoder = EventEncoder(config)
         self._rules = history_rules(config, self._encoder, seed)
+        self._lengths = length_rules(config, seed)
         self._on_reject = on_reject
         manifest = read_manifest(config.log)
         num_partitions = manifest.partitions
@@ -123,6 +126,9 @@ class SessionStream:
                 for span in reader.take(int(rows_after[p] - rows[p]))
             ]
             gathered = buffer.gather(spans)
+            if self._lengths is not None:
+                kept = draw_lengths(gathered.sequences, self._lengths)
+                gathered = shorten(gathered, kept, self._lengths)
             new_rejects = rejects.take()
             batch = assemble(
                 gathered,
@@ -151,8 +157,7 @@ class SessionStream:
 
 def history_rules(config: DataConfig, encoder: EventEncoder, seed: int) -> Rules:
     """Return what the histories need to know of the configuration."""
-    tokens_per_event = 2 if config.layout == "interleaved" else 1
-    max_events = config.max_history_tokens // tokens_per_event
+    max_events = config.max_history_tokens // token_counts(config).per_history_event
     supervise_history = config.supervise != "session"
     return Rules(
         seed=seed,

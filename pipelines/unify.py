@@ -64,7 +64,26 @@ def layout_rules(config: DataConfig) -> LayoutRules:
         anchor_session=config.anchor == "session",
         supervise_history=config.supervise != "session",
         rank=bool(config.tasks),
-        num_context=len(config.context_features) if config.context == "prefix" else 0,
+        num_context=token_counts(config).context,
+    )
+
+
+class TokenCounts(NamedTuple):
+    """Tokens of what a sequence is made of."""
+
+    context: int
+    """Of the prefix of every sequence."""
+    per_history_event: int
+    per_session_event: int
+
+
+def token_counts(config: DataConfig) -> TokenCounts:
+    """Return the token counts of a configuration, valid by its own checks."""
+    per_event = 2 if config.layout == "interleaved" else 1
+    return TokenCounts(
+        context=len(config.context_features) if config.context == "prefix" else 0,
+        per_history_event=per_event,
+        per_session_event=1 if config.anchor == "session" else per_event,
     )
 
 

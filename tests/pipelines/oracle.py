@@ -27,6 +27,43 @@ def sequence_key(seed, purpose, user, session, piece):
     return mix(mix(key) ^ piece)
 
 
+def uniform(key):
+    return (mix(key) >> 11) / 2**53
+
+
+def draw(key, i):
+    """Return the i-th 64-bit draw of a key."""
+    return mix((key + i * 0x9E3779B97F4A7C15) & M64)
+
+
+def choose_newest(n, k, key, ages):
+    return set(range(n - k, n))
+
+
+def choose_uniformly(n, k, key, ages):
+    """Floyd's sampling, of the dropped ones where they are fewer."""
+    size, drawn = min(k, n - k), set()
+    for i in range(n - size, n):
+        one = (draw(key, i) >> 32) * (i + 1) >> 32
+        drawn.add(i if one in drawn else one)
+    return drawn if size == k else set(range(n)) - drawn
+
+
+def choose_by_age(n, k, key, ages):
+    """One after another: a uniform draw that is accepted with probability 1 - age / sum of ages."""
+    drawn, i = set(), 0
+    while len(drawn) < k:
+        bits = draw(key, i)
+        i += 1
+        one = (bits >> 32) * n >> 32
+        if one not in drawn and (bits & 0xFFFFFFFF) / 2**32 * sum(ages) >= ages[one]:
+            drawn.add(one)
+    return drawn
+
+
+CHOOSE = {"greedy": choose_newest, "random": choose_uniformly, "weighted": choose_by_age}
+
+
 def unknown(value):
     return value is None or (isinstance(value, float) and math.isnan(value))
 
@@ -156,7 +193,8 @@ class Oracle:
             kept = True
             if config.supervise == "sampled":
                 key = sequence_key(self.seed, 2, user, row["session_id"], piece)
-                kept = (mix(key) >> 11) / 2**53 * n < config.sampled_rate
+                kept = uniform(key) * n < config.sampled_rate
+            history = self.shortened(history, len(events), anchor, user, row["session_id"], piece)
             if kept:
                 sequence = self.lay_out(history, events, anchor, row["context"], user)
                 sequence |= {
@@ -170,12 +208,35 @@ class Oracle:
             seen.extend(events)
         return sequences
 
+    def shortened(self, history, num_session_events, anchor, user, session, piece):
+        """Stochastic length: return the events of history that stay."""
+        config, settings = self.config, self.config.stochastic_length
+        if settings.selection == "none":
+            return history
+        longest = settings.max_length or config.max_history_tokens
+        limit = 0  # the largest whole T with T <= longest^(alpha / 2)
+        while (limit + 1) ** (2 / settings.alpha) <= longest * (1 + 1e-12):
+            limit += 1
+        per_event = 2 if config.layout == "interleaved" else 1
+        rest = num_session_events * (1 if config.anchor == "session" else per_event)
+        rest += len(config.context_features) if config.context == "prefix" else 0
+        n = len(history) * per_event + rest
+        if n <= limit:
+            return history
+        if (
+            uniform(sequence_key(self.seed, 3, user, session, piece))
+            < longest**settings.alpha / n**2
+        ):
+            return history
+        k = max(0, limit - rest) // per_event
+        key = sequence_key(self.seed, 4, user, session, piece)
+        ages = [anchor - e["timestamp"] for e in history]
+        chosen = CHOOSE[settings.selection](len(history), k, key, ages)
+        return [e for i, e in enumerate(history) if i in chosen]
+
     def negatives(self, user, session, piece):
         key = sequence_key(self.seed, 1, user, session, piece)
-        return [
-            mix((key + i * 0x9E3779B97F4A7C15) & M64) % self.config.num_items
-            for i in range(self.config.num_negatives)
-        ]
+        return [draw(key, i) % self.config.num_items for i in range(self.config.num_negatives)]
 
     def lay_out(self, history, events, anchor, context, user):
         config = self.config

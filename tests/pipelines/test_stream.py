@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines.batch import SequenceBatch, StreamPosition
+from pipelines.config import StochasticLengthConfig
 from pipelines.stream import SessionStream
 from tests.pipelines.logs import MODES, SEED, as_float32, logs, make_config, take_apart
 from tests.pipelines.oracle import Oracle
@@ -21,6 +22,18 @@ FEW = settings(
     max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 SOME = settings(FEW, max_examples=30)
+
+
+def lengths(max_history_tokens):
+    """Draw settings of stochastic length."""
+    settings = st.builds(
+        StochasticLengthConfig,
+        selection=st.sampled_from(["greedy", "random", "weighted"]),
+        alpha=st.sampled_from([1.2, 1.6, 2.0]),
+        max_length=st.integers(0, 12),
+    )
+    none = st.just(StochasticLengthConfig())
+    return none | settings if max_history_tokens else none
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +63,7 @@ def test_stream_equals_oracle(mode, log, history, sessions, data):
             window_offset_seconds=data.draw(st.sampled_from([0, -3602])),
             positive=data.draw(st.sampled_from([(), ("click",), ("click", "watch")])),
             num_negatives=data.draw(st.sampled_from([0, 3])),
+            stochastic_length=data.draw(lengths(history)),
         )
         rejects = []
         stream = SessionStream(config, seed=SEED, on_reject=rejects.append)
@@ -103,7 +117,8 @@ def test_resume_at_every_step_is_bit_identical(mode, log):
         return
     with tempfile.TemporaryDirectory() as folder:
         write_log(Path(folder), partitions, histories)
-        config = make_config(folder, *mode, sessions_per_partition=1)
+        short = StochasticLengthConfig(selection="weighted", alpha=1.3)
+        config = make_config(folder, *mode, sessions_per_partition=1, stochastic_length=short)
         for world_size in range(1, len(partitions) + 1):
             for rank in range(world_size):
                 whole = list(SessionStream(config, seed=1, rank=rank, world_size=world_size))
@@ -122,7 +137,8 @@ def test_global_batch_does_not_depend_on_the_number_of_ranks(log):
         return
     with tempfile.TemporaryDirectory() as folder:
         write_log(Path(folder), partitions, histories)
-        config = make_config(folder, *MODES[1])
+        short = StochasticLengthConfig(selection="random", alpha=1.3)
+        config = make_config(folder, *MODES[1], stochastic_length=short)
         alone = list(SessionStream(config, seed=1))
         for world_size in {min(2, len(partitions)), len(partitions)}:
             ranks = [
