@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if arguments.command in ("sessionize", "train", "evaluate"):
+    if arguments.command in ("sessionize", "synthesize", "train", "evaluate"):
         # argparse stops collecting overrides at the first option.
         arguments.overrides += [text for text in rest if not text.startswith("-")]
         rest = [text for text in rest if text.startswith("-")]
@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, run, text in (
         ("sessionize", _sessionize, "Turn an event log into a session-end log."),
+        ("synthesize", _synthesize, "Make a synthetic log from a seed."),
         ("train", _train, "Train and evaluate in one pass over a session-end log."),
     ):
         child = command(name, run, text)
@@ -112,6 +113,20 @@ def _sessionize(arguments: argparse.Namespace) -> None:
 
     sessionize(config)
     print(f"wrote {config.output}")
+
+
+def _synthesize(arguments: argparse.Namespace) -> None:
+    check_versions()
+    from pipelines.synthetic.config import SyntheticConfig
+
+    config, resolved = load_config(SyntheticConfig, arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print(OmegaConf.to_yaml(resolved), end="")
+        return
+    from pipelines.synthetic.synthesize import synthesize
+
+    num_events = synthesize(config)
+    print(f"wrote {num_events} events to {config.output}")
 
 
 def _train(arguments: argparse.Namespace) -> None:

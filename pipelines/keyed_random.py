@@ -16,6 +16,9 @@ class Purpose(IntEnum):
     SAMPLED = 2
     STOCHASTIC_LENGTH = 3
     SELECTION = 4
+    SYNTHETIC = 101
+    SYNTHETIC_ITEM = 102
+    SYNTHETIC_USER = 103
 
 
 @njit(inline="always")

@@ -64,13 +64,20 @@ def write_partitions(
     ahead = next(by_partition, None)
     for partition in range(partitions):
         path = folder / file_name(partition)
-        with pq.ParquetWriter(path, schema, **_encoding(schema)) as writer:
-            if ahead is not None and ahead[0] == partition:
-                for group in _regroup(table for _, table in ahead[1]):
-                    writer.write_table(group, row_group_size=ROW_GROUP_SESSIONS)
-                ahead = next(by_partition, None)
-        written.files.append(_check_file(path, partition, partitions, seed, written))
+        if ahead is not None and ahead[0] == partition:
+            write_sessions((table for _, table in ahead[1]), path, schema)
+            ahead = next(by_partition, None)
+        else:
+            write_sessions(iter(()), path, schema)
+        written.files.append(check_file(path, partition, partitions, seed, written))
     return written
+
+
+def write_sessions(tables: Iterator[pa.Table], path: Path, schema: pa.Schema) -> None:
+    """Write the sessions of one partition, in order; the sizes of the tables change no byte."""
+    with pq.ParquetWriter(path, schema, **_encoding(schema)) as writer:
+        for group in _regroup(tables):
+            writer.write_table(group, row_group_size=ROW_GROUP_SESSIONS)
 
 
 def _encoding(schema: pa.Schema) -> dict[str, object]:
@@ -165,10 +172,21 @@ def _regroup(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(held)
 
 
-def _check_file(
+def check_file(
     path: Path, partition: int, partitions: int, seed: int, written: WrittenFiles
 ) -> PartitionFile:
-    """Read the file back, compare it with what a reader relies on, and describe it."""
+    """Read a file back, compare it with what a reader relies on, and describe it.
+
+    Args:
+        path: the file.
+        partition: its number.
+        partitions: of the log.
+        seed: of the partition's hash.
+        written: its time range is widened to this file's.
+
+    Raises:
+        RuntimeError: if the file is not in order or not of its partition.
+    """
     num_sessions = num_events = 0
     last: tuple[int, int, int] | None = None
     first_end: int | None = None

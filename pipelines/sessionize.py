@@ -7,7 +7,6 @@ event log + starting history
   -> nested, one row a session, one file a partition
 """
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,7 +21,8 @@ from pipelines import session_expression as steps
 from pipelines.config import SessionizeConfig
 from pipelines.counters import counter_names
 from pipelines.event_log import IBIS_TYPES, Kind, Source, find_source, read_source
-from pipelines.manifest import Manifest, is_session_log, log_schema, read_manifest, write_manifest
+from pipelines.manifest import Manifest, log_schema, read_manifest, write_manifest
+from pipelines.output_folder import check_output, new_folder
 from pipelines.schema import EVENT_ITEM_ID, EVENT_TIMESTAMP, history_name, part_name
 from pipelines.session_writer import WrittenFiles, write_partitions
 
@@ -80,9 +80,9 @@ def sessionize(config: SessionizeConfig) -> Manifest:
     _check_names(config)
     _check_timezone(config.timezone)
     output = Path(config.output)
-    _check_output(output, config.overwrite)
+    check_output(output, config.overwrite)
     inputs = _find_inputs(config)
-    with _new_folder(output) as (folder, scratch):
+    with new_folder(output) as (folder, scratch):
         with _engine(config, scratch) as engine:
             manifest = _write(config, inputs, engine, folder)
         write_manifest(manifest)
@@ -201,23 +201,6 @@ def _check_timezone(name: str) -> None:
         raise ValueError(
             f"timezone={name} is not known; expected an IANA name such as UTC or Asia/Shanghai"
         ) from error
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    if output.is_dir():
-        if is_session_log(output):
-            if not overwrite:
-                raise ValueError(
-                    f"output={output} holds a session-end log already: set overwrite=true to "
-                    "replace it, or choose another folder"
-                )
-        elif any(output.iterdir()):
-            raise ValueError(
-                f"output={output} exists and is no session-end log, so it is not replaced: choose "
-                "another folder"
-            )
-    elif output.exists() or output.is_symlink():
-        raise ValueError(f"output={output} exists and is no folder: choose another one")
 
 
 def _find_inputs(config: SessionizeConfig) -> _Inputs:
@@ -402,17 +385,3 @@ def _fetch(engine: Any, table: "ir.Table") -> Iterator[pa.RecordBatch]:
         _BATCH_ROWS
     )
     return reader
-
-
-@contextmanager
-def _new_folder(output: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield (a folder that becomes `output` if all goes well, a folder for scratch files)."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as draft:
-        folder, scratch = Path(draft, "log"), Path(draft, "scratch")
-        folder.mkdir()
-        scratch.mkdir()
-        yield folder, scratch
-        if output.exists():
-            output.rename(Path(draft, "replaced"))
-        folder.rename(output)

@@ -1,0 +1,1 @@
+"""Streams made from a seed, at any scale, whose definitions are published."""

@@ -1,0 +1,220 @@
+"""Records of a Dirichlet process over categories, with a vocabulary that opens over time.
+
+Record r holds ids below (f + (1 - f) * r / R) * I only (f: initial_fraction, R: num_records, I:
+num_items). It draws 1 to max_categories distinct categories, a prior H over them (uniform on the
+simplex) and a concentration alpha; its event n = 1, 2, ... is of a category drawn from H with
+probability alpha / (alpha + n - 1), else of category c with probability n_c / (alpha + n - 1),
+where n_c of the n - 1 events before are of c; the item is uniform over those of the category that
+are open.
+
+Source: arXiv 2402.17152, appendix C, which leaves open how categories and H are drawn. A category
+none of whose items is open is not drawn here.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from pipelines.keyed_random import GOLDEN, Purpose, U, sequence_key, uniform
+from pipelines.synthetic.config import DirichletConfig
+from pipelines.synthetic.sessions import Ints, Sessions
+
+ACTIONS: dict[str, str] = {}
+FEATURES = {"category": "int64"}
+
+# numba takes plain constants.
+SYNTHETIC, SYNTHETIC_ITEM = int(Purpose.SYNTHETIC), int(Purpose.SYNTHETIC_ITEM)
+
+
+class DirichletStream:
+    """Makes the records of any users, in any order: each is a function of (seed, record)."""
+
+    def __init__(self, config: DirichletConfig, *, seed: int, start_ts: int) -> None:
+        """Assign items to categories: the memory is that of the items.
+
+        Raises:
+            ValueError: if fewer than `max_categories` categories have an item that is open from the
+                start.
+        """
+        self.config = config
+        self.num_users = config.num_records
+        self._seed = seed
+        self._start_ts = start_ts
+        category = np.empty(config.num_items, np.int64)
+        _assign(seed, config.num_categories, category)
+        self.items = np.argsort(category, kind="stable")
+        """(num_items,): ids by category, ascending within."""
+        counts = np.bincount(category, minlength=config.num_categories)
+        self.offsets = np.concatenate([[0], np.cumsum(counts)])
+        """(num_categories + 1,): where the items of each category begin."""
+        open_first = np.unique(category[: self.num_open(0)])
+        if len(open_first) < config.max_categories:
+            raise ValueError(
+                f"only {len(open_first)} categories have an item among the first "
+                f"{self.num_open(0)} ids, fewer than dirichlet.max_categories="
+                f"{config.max_categories}: raise num_items or initial_fraction"
+            )
+
+    def num_open(self, record: int) -> int:
+        """Return how many ids, counted from 0, may stand in a record."""
+        c = self.config
+        opened = c.initial_fraction + (1 - c.initial_fraction) * record / c.num_records
+        return int(opened * c.num_items)
+
+    def parameters(self, record: int) -> tuple[Ints, NDArray[np.float64], float]:
+        """Return (categories, prior, alpha) of a record."""
+        c = self.config
+        categories = np.empty(c.max_categories, np.int64)
+        prior = np.empty(c.max_categories)
+        num, alpha, _ = _parameters(
+            U(record_key(self._seed, record)),
+            self.items,
+            self.offsets,
+            self.num_open(record),
+            c.alpha[0],
+            c.alpha[1],
+            categories,
+            prior,
+        )
+        return categories[:num], prior[:num], alpha
+
+    def sessions(self, users: Iterable[Ints], chunk_events: int) -> Iterator[Sessions]:
+        """Yield the records of users given in ascending order."""
+        c = self.config
+        step = max(1, chunk_events // c.length)
+        for block in users:
+            for begin in range(0, len(block), step):
+                records = block[begin : begin + step]
+                opened = np.array([self.num_open(int(r)) for r in records])
+                shape = (len(records), c.length)
+                items, categories = np.empty(shape, np.int64), np.empty(shape, np.int64)
+                _fill(
+                    records,
+                    opened,
+                    self._seed,
+                    self.items,
+                    self.offsets,
+                    c.max_categories,
+                    c.alpha[0],
+                    c.alpha[1],
+                    items,
+                    categories,
+                )
+                starts = self._start_ts + records * c.seconds_per_record
+                times = starts[:, None] + np.arange(c.length)
+                yield Sessions(
+                    user_id=records,
+                    session_id=np.zeros(len(records), np.int64),
+                    offsets=np.arange(len(records) + 1) * c.length,
+                    item_id=items.reshape(-1),
+                    timestamp=times.reshape(-1),
+                    columns={"category": categories.reshape(-1)},
+                )
+
+    def histories(self, users: Iterable[Ints], chunk_events: int) -> None:
+        """Return None: users start without a history."""
+
+
+@njit(inline="always")
+def record_key(seed, record):  # type: ignore[no-untyped-def]
+    """Return the uint64 key of a record; its draws are uniform(key + 0), (key + GOLDEN), ..."""
+    return sequence_key(seed, SYNTHETIC, record, 0, 0)
+
+
+@njit(cache=True)
+def _assign(seed: Any, num_categories: Any, category: Any) -> None:
+    """Fill (num_items,) with the category of each item."""
+    for item in range(len(category)):
+        u = uniform(sequence_key(seed, SYNTHETIC_ITEM, item, 0, 0))
+        category[item] = np.int64(u * num_categories)
+
+
+@njit(inline="always")
+def _num_open_of(items: Any, offsets: Any, category: Any, num_open: Any) -> Any:
+    """Return how many items of a category have ids below num_open."""
+    begin, end = offsets[category], offsets[category + 1]
+    return np.searchsorted(items[begin:end], num_open)
+
+
+@njit(nogil=True, cache=True)
+def _parameters(
+    key: Any,
+    items: Any,
+    offsets: Any,
+    num_open: Any,
+    least_alpha: Any,
+    most_alpha: Any,
+    categories: Any,
+    prior: Any,
+) -> Any:
+    """Fill categories and prior; return (number of categories, alpha, number of draws made)."""
+    num = 1 + np.int64(uniform(key) * len(categories))
+    alpha = least_alpha + uniform(key + GOLDEN) * (most_alpha - least_alpha)
+    draws = 2
+    found = 0
+    while found < num:
+        drawn = np.int64(uniform(key + U(draws) * GOLDEN) * (len(offsets) - 1))
+        draws += 1
+        is_new = _num_open_of(items, offsets, drawn, num_open) > 0
+        for other in categories[:found]:
+            is_new = is_new and other != drawn
+        if is_new:
+            categories[found] = drawn
+            found += 1
+    total = 0.0
+    for i in range(num):
+        # Exponentials over their sum are uniform on the simplex.
+        prior[i] = -np.log1p(-uniform(key + U(draws) * GOLDEN))
+        draws += 1
+        total += prior[i]
+    for i in range(num):
+        prior[i] /= total
+    return num, alpha, draws
+
+
+@njit(nogil=True, cache=True)
+def _fill(
+    records: Any,
+    num_open: Any,
+    seed: Any,
+    items: Any,
+    offsets: Any,
+    max_categories: Any,
+    least_alpha: Any,
+    most_alpha: Any,
+    out_items: Any,
+    out_categories: Any,
+) -> None:
+    """Fill (records, length) items and categories; num_open is (records,)."""
+    categories = np.empty(max_categories, np.int64)
+    prior = np.empty(max_categories, np.float64)
+    opened = np.empty(max_categories, np.int64)
+    length = out_items.shape[1]
+    chosen: Any = np.empty(length, np.int64)  # index of the category of each event
+    for r in range(len(records)):
+        key = record_key(seed, records[r])
+        num, alpha, draws = _parameters(
+            key, items, offsets, num_open[r], least_alpha, most_alpha, categories, prior
+        )
+        for i in range(num):
+            opened[i] = _num_open_of(items, offsets, categories[i], num_open[r])
+        for n in range(length):
+            u = uniform(key + U(draws) * GOLDEN) * (alpha + n)
+            v = uniform(key + U(draws + 1) * GOLDEN)
+            draws += 2
+            if u < alpha:
+                i = 0
+                left = u / alpha - prior[0]
+                while left >= 0 and i < num - 1:
+                    i += 1
+                    left -= prior[i]
+            else:
+                # A uniform one of the events before is of category c with probability n_c / n.
+                place = min(np.int64(u - alpha), n - 1)
+                i = chosen[place]
+            chosen[n] = i
+            out_categories[r, n] = categories[i]
+            out_items[r, n] = items[offsets[categories[i]] + np.int64(v * opened[i])]
