@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -88,6 +89,17 @@ def _parser() -> argparse.ArgumentParser:
     child.add_argument("--step", type=int, help="of the checkpoint; the newest if not given")
     child.add_argument("--traceback", action="store_true", help="show it also for user errors")
 
+    child = command("dataset", _dataset, "Turn a public dataset into an event log.")
+    child.add_argument("name", metavar="NAME", help="as in docs/datasets.md; `list` shows all")
+    child.add_argument("source", nargs="?", help="publisher's files: folder, archive or file")
+    child.add_argument("output", nargs="?", help="folder of the event log")
+    child.add_argument("--download", action="store_true", help="fetch into the folder SOURCE first")
+    child.add_argument("--overwrite", action="store_true", help="replace an event log at OUTPUT")
+    child.add_argument(
+        "--partial", action="store_true", help="accept another number of rows than published"
+    )
+    child.add_argument("--traceback", action="store_true", help="show it also for user errors")
+
     child = command("report", _report, "Compare runs: table, report.md, CSV and plots.")
     child.add_argument("runs", nargs="+", help="run directories; seeds of one config are grouped")
     child.add_argument("--output", help="folder of the report; the first run if not given")
@@ -162,6 +174,30 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             raise
         sys.exit(USER_ERROR)
     evaluate(config, arguments.run_dir, step=arguments.step, overrides=arguments.overrides)
+
+
+def _dataset(arguments: argparse.Namespace) -> None:
+    from pipelines.datasets.catalogue import find, listing
+
+    if arguments.name == "list":
+        print(listing())
+        return
+    dataset = find(arguments.name)
+    if arguments.source is None or arguments.output is None:
+        raise ValueError(
+            f"expected gr dataset {dataset.name} SOURCE OUTPUT: the publisher's files "
+            "(folder, archive or file) and the folder of the event log"
+        )
+    from pipelines.datasets.convert import convert
+    from pipelines.datasets.download import download
+
+    source = Path(arguments.source)
+    if arguments.download:
+        print(f"{dataset.name}: {dataset.terms}")
+        source, checksum = download(dataset, source)
+        print(f"{source}: {checksum}")
+    flags = {"overwrite": arguments.overwrite, "partial": arguments.partial}
+    print(convert(dataset, source, Path(arguments.output), **flags))
 
 
 def _report(arguments: argparse.Namespace) -> None:

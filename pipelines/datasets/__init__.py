@@ -1,0 +1,1 @@
+"""Public datasets: from the publisher's files to an event log."""
