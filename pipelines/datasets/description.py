@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-# integer: digits, perhaps a minus; number: decimal; milliseconds: decimal seconds, kept as whole ms;
+# integer: digits, perhaps a minus; number: decimal; milliseconds: seconds, kept as whole ms;
 # text: printable ASCII without spaces.
 ColumnKind = Literal["integer", "number", "milliseconds", "text"]
 
