@@ -75,12 +75,14 @@ class CheckpointManager:
         steps = self.steps()
         return steps[-1] if steps else None
 
-    def save(self, step: int, state: dict[str, Any]) -> Path:
+    def save(self, step: int, state: dict[str, Any], folders: Sequence[Path] = ()) -> Path:
         """Save a state, then remove what is older than the newest `keep`.
 
         Args:
             step: updates made.
             state: see the class.
+            folders: moved into the checkpoint under their own names, the same on all ranks, which
+                have made what they wrote into them durable; a folder that is not there is left out.
 
         Returns:
             The folder of the checkpoint.
@@ -112,6 +114,10 @@ class CheckpointManager:
             dcp_save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
         _barrier()
         if _rank() == 0:
+            for folder in folders:
+                if folder.is_dir():
+                    sync_folder(folder)
+                    folder.rename(draft / folder.name)
             write_atomically(draft / COMPLETE, json.dumps(record, indent=1))
             draft.rename(path)
             sync_folder(self.folder)

@@ -249,7 +249,12 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    """Progressive evaluation: each batch is scored before its own update."""
+    """Evaluation within the pass: what is scored has not been learnt from."""
+
+    mode: Literal["progressive", "frozen"] = "progressive"
+    """progressive: each batch is scored before its own update, by the forward pass that trains;
+    frozen: each window (data.window) is scored as a whole, with the weights and histories of the
+    windows before it, and then learnt from. Costs a second read and forward pass (perf/scoring)."""
 
     ks: tuple[int, ...] = (10, 50)
     """Cut-offs of HR and NDCG."""
@@ -274,6 +279,9 @@ class CheckpointConfig:
     """0 means at the end only."""
     keep: int = 2
     """Newest checkpoints kept."""
+    histories: Literal["snapshot", "replay"] = "snapshot"
+    """snapshot: a checkpoint holds the users' histories; replay: it holds the position only, and
+    resuming reads the log anew up to there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -358,6 +366,11 @@ def check_consistency(config: TrainConfig) -> None:
             f"{' and '.join(needs_session)} place(s) the history relative to the session's start, "
             "which the history's own predictions must not know: data.supervise must be session, "
             f"got {data.supervise}"
+        )
+    if config.eval.mode == "frozen" and data.window == "none":
+        raise ValueError(
+            "eval.mode=frozen scores window after window, but data.window=none: use data.window="
+            "hour or day, or eval.mode=progressive"
         )
     if not data.tasks and not model.head.retrieval:
         raise ValueError("nothing to learn: data.tasks is empty and model.head.retrieval is false")

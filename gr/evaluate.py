@@ -21,8 +21,8 @@ from gr.runlog import CONFIG, RunDir, Value, json_line, readable
 from gr.train import LIFETIME, utc_offset_seconds, window_name
 from gr.trainer import EVALUATION, Trainer
 from pipelines.config import DataConfig, StochasticLengthConfig
-from pipelines.manifest import read_manifest
 from pipelines.rejects import REASONS
+from pipelines.segments import read_manifests
 from pipelines.stream import SessionStream
 
 EVALUATE = "evaluate.jsonl"
@@ -73,14 +73,14 @@ def evaluate(
     world = parallel.start(config.device, needs_group=config.embeddings.form == "sharded")
     try:
         world.agree("configuration", OmegaConf.to_yaml(OmegaConf.structured(config)))
-        manifest = read_manifest(config.data.log)
+        manifest = read_manifests(config.data.log)[0]
         world.agree("session-end log", json.dumps([part.sha256 for part in manifest.parts]))
         run = RunDir(run_dir)
         checkpoints = CheckpointManager(run.checkpoints, apart=(EVALUATION,))
         step = find_step(checkpoints, step)
         world.agree("checkpoint", str(step))
         # Stochastic length is for training: what is served reads whole sequences.
-        data = replace(config.data, stochastic_length=StochasticLengthConfig())
+        data = replace(config.data, follow=False, stochastic_length=StochasticLengthConfig())
         stream = SessionStream(data, seed=config.seed, rank=world.rank, world_size=world.size)
         trainer = Trainer(
             config,

@@ -53,6 +53,13 @@ class World:
         if error[0] is not None:
             raise error[0]
 
+    def from_rank_0(self, value: str) -> str:
+        """Return rank 0's value on every rank."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
     def agree(self, what: str, value: str) -> None:
         """Refuse to go on if the ranks hold different values.
 

@@ -24,7 +24,11 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 EVAL = "eval.jsonl"
 # What may change when a run is resumed: it leaves model, data and optimisation as they were.
-FREE_ON_RESUME = ("run_dir", "resume", "max_steps", "log_every", "device", "data.prefetch")
+FREE_ON_RESUME = (
+    *("run_dir", "resume", "max_steps", "log_every", "device", "data.prefetch"),
+    *("data.follow", "data.follow_idle_seconds", "data.max_reject_fraction"),
+    *("data.history_memory_gb", "data.spill_folder"),
+)
 FREE_ON_RESUME_UNDER = ("checkpoint.",)
 
 Value = float | int | str | bool | None

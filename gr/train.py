@@ -1,9 +1,10 @@
 """A run from its configuration: build, load, loop."""
 
 import json
+import shutil
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -20,10 +21,12 @@ from gr.runlog import RunDir, RunLog, open_run_dir
 from gr.trainer import EVALUATION, Trainer
 from pipelines.batch import StreamPosition
 from pipelines.config import DataConfig
-from pipelines.manifest import Manifest, read_manifest
-from pipelines.stream import SessionStream
+from pipelines.manifest import Manifest
+from pipelines.segments import read_manifests
+from pipelines.stream import SessionStream, Snapshots
 
 LIFETIME = "all"
+HISTORIES = "histories"
 
 
 def train(config: TrainConfig, resolved: DictConfig, overrides: Sequence[str] = ()) -> None:
@@ -43,7 +46,8 @@ def train(config: TrainConfig, resolved: DictConfig, overrides: Sequence[str] = 
     world = parallel.start(config.device, needs_group=config.embeddings.form == "sharded")
     try:
         world.agree("configuration", OmegaConf.to_yaml(resolved))
-        manifest = read_manifest(config.data.log)
+        manifests = read_manifests(config.data.log)
+        manifest = manifests[0]
         world.agree("session-end log", json.dumps([part.sha256 for part in manifest.parts]))
 
         # The run directory comes after all that a wrong configuration can break.
@@ -55,14 +59,21 @@ def train(config: TrainConfig, resolved: DictConfig, overrides: Sequence[str] = 
         )
         run = RunDir(Path(config.run_dir))
         rejects = RejectFile(run.rejects, world.rank)
+        snapshots = Snapshots(run.path / HISTORIES, lambda step: is_saved_at(step, config))
 
-        def stream_from(position: StreamPosition | None) -> SessionStream:
+        def stream_from(
+            position: StreamPosition | None, histories: Path | None = None
+        ) -> SessionStream:
             return SessionStream(
                 config.data,
                 seed=config.seed,
                 rank=world.rank,
                 world_size=world.size,
                 position=position,
+                histories=histories,
+                snapshots=snapshots if config.checkpoint.histories == "snapshot" else None,
+                frozen=config.eval.mode == "frozen",
+                from_rank_0=world.from_rank_0,
                 on_reject=lambda reject: rejects.write(reject, trainer.progress.step + 1),
             )
 
@@ -76,19 +87,24 @@ def train(config: TrainConfig, resolved: DictConfig, overrides: Sequence[str] = 
             run.checkpoints, keep=config.checkpoint.keep, apart=(EVALUATION,)
         )
         restored = checkpoints.latest() or 0
+        world.on_main(lambda: shutil.rmtree(snapshots.folder, ignore_errors=True))
+        histories: Path | None = checkpoints.path(restored) / HISTORIES
+        if not (histories and histories.is_dir()):
+            histories = None
         if restored:
             trainer.load(checkpoints, restored)
-            stream = stream_from(trainer.progress.position)
+            stream = stream_from(trainer.progress.position, histories)
         world.on_main(lambda: cut_rejects(run.rejects, restored))
         log = RunLog(
             run if world.is_main else None,
             restored_step=restored,
-            total=manifest.num_sessions,
+            total=sum(each.num_sessions for each in manifests),
             unit="example",
         )
-        log.message(_headline(config, world, manifest, trainer, stream, restored))
+        log.message(_headline(config, world, manifests, trainer, stream, restored, histories))
         with closing(log):
-            loop(config, world, trainer, stream, log, checkpoints)
+            loop(config, world, trainer, stream, log, checkpoints, snapshots)
+        world.on_main(lambda: shutil.rmtree(snapshots.folder, ignore_errors=True))
     finally:
         parallel.stop(world)
 
@@ -100,47 +116,70 @@ def loop(
     stream: SessionStream,
     log: RunLog,
     checkpoints: CheckpointManager,
+    snapshots: Snapshots,
 ) -> None:
     """Train from the stream's position to its end, or to max_steps, then report and save."""
     progress = trainer.progress
     log.advance(progress.examples)
     clock = Clock(world, trainer)
-    last_step = min(stream.num_steps, config.max_steps or stream.num_steps)
+    values: dict[str, float] = {}
+    logged = progress.step
+
+    def write_metrics() -> None:
+        log.metrics(
+            progress.step,
+            {
+                "examples": progress.examples,
+                "tokens": progress.tokens,
+                **trainer.take_losses(),
+                **values,
+                **progress.skipped_by_name(),
+                **clock.read(),
+            },
+        )
+
+    def save() -> None:
+        log.sync()
+        if progress.step not in checkpoints.steps():
+            checkpoints.save(
+                progress.step, trainer.state(), folders=[snapshots.path(progress.step)]
+            )
 
     for batch in stream:
-        if progress.step >= last_step:
+        if config.max_steps and progress.step >= config.max_steps:
             break
         for ended in trainer.evaluation.roll(batch.window):
             if config.data.window != "none":
                 # A row of the step in progress: a resumed run writes it again.
                 name = window_name(ended.window, config.data)
                 log.evaluation(progress.step + 1, name, ended.metrics)
+        if batch.is_frozen:
+            with clock.scoring():
+                trainer.score_step(batch)
+            continue
         before = progress.examples
         values = trainer.train_step(batch)
         log.advance(progress.examples - before)
 
-        if progress.step % config.log_every == 0 or progress.step == last_step:
-            log.metrics(
-                progress.step,
-                {
-                    "examples": progress.examples,
-                    "tokens": progress.tokens,
-                    **trainer.take_losses(),
-                    **values,
-                    **progress.skipped_by_name(),
-                    **clock.read(),
-                },
-            )
-        every = config.checkpoint.every_steps
-        if progress.step == last_step or (every and progress.step % every == 0):
-            log.sync()
-            if progress.step not in checkpoints.steps():
-                checkpoints.save(progress.step, trainer.state())
+        if progress.step % config.log_every == 0:
+            write_metrics()
+            logged = progress.step
+        if is_saved_at(progress.step, config):
+            save()
 
+    if progress.step > logged:
+        write_metrics()
+    save()
     for ended in trainer.evaluation.finish():
         if config.data.window != "none":
             log.evaluation(progress.step + 1, window_name(ended.window, config.data), ended.metrics)
     log.evaluation(progress.step + 1, LIFETIME, trainer.evaluation.lifetime())
+
+
+def is_saved_at(step: int, config: TrainConfig) -> bool:
+    """Return whether a checkpoint is due after a step; another is saved at the end of the log."""
+    every = config.checkpoint.every_steps
+    return step == config.max_steps or (every > 0 and step % every == 0)
 
 
 class Clock:
@@ -156,6 +195,13 @@ class Clock:
         self.peak = peak_flops(world.device)
         self._mark()
 
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Count the time inside as spent on frozen evaluation."""
+        start = time.perf_counter()
+        yield
+        self.scoring_s += time.perf_counter() - start
+
     def read(self) -> dict[str, float]:
         """Return the rates since the last call, over all ranks."""
         progress = self.trainer.progress
@@ -167,13 +213,16 @@ class Clock:
             "perf/tokens_per_s": (progress.tokens - self.tokens) / seconds,
             "perf/gflops_per_s": flops_per_s / 1e9,
         }
+        if self.scoring_s:
+            # Without the second read of the log, which runs ahead in a thread.
+            rates["perf/scoring"] = self.scoring_s / seconds
         if self.peak:
             rates["perf/mfu"] = flops_per_s / (self.peak * self.world.size)
         self._mark()
         return rates
 
     def _mark(self) -> None:
-        self.start = time.perf_counter()
+        self.start, self.scoring_s = time.perf_counter(), 0.0
         self.examples = self.trainer.progress.examples
         self.tokens = self.trainer.progress.tokens
 
@@ -196,22 +245,25 @@ def utc_offset_seconds(manifest: Manifest) -> int:
 def _headline(
     config: TrainConfig,
     world: World,
-    manifest: Manifest,
+    manifests: Sequence[Manifest],
     trainer: Trainer,
     stream: SessionStream,
     restored: int,
+    histories: Path | None,
 ) -> str:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     lines = [
         f"{config.model.encoder}: {parameters:,} dense parameters, {world.size} process(es) on "
         f"{world.device.type}",
         trainer.tables.plan_summary(),
-        f"{manifest.num_sessions:,} sessions with {manifest.num_events:,} events in "
-        f"{manifest.partitions} partitions: {stream.num_steps:,} steps",
+        f"{sum(m.num_sessions for m in manifests):,} sessions with "
+        f"{sum(m.num_events for m in manifests):,} events in {manifests[0].partitions} partitions: "
+        f"{stream.num_steps:,} steps{' so far' if config.data.follow else ''}",
     ]
     if restored:
         lines.append(
-            f"resumed from step {restored}: weights, both optimizers, metrics, position "
+            f"resumed from step {restored}: weights, both optimizers, metrics, histories "
+            f"({'from the checkpoint' if histories else 'by reading the log again'}), position "
             f"({trainer.progress.examples:,} examples seen)"
         )
     return "\n".join(lines)

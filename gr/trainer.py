@@ -101,7 +101,7 @@ class Trainer:
         self.has_dropout = any(m.p > 0 for m in self.model.modules() if isinstance(m, nn.Dropout))
 
     def train_step(self, batch: SequenceBatch) -> dict[str, float]:
-        """Score the batch, then learn from it.
+        """Score the batch (eval.mode=progressive), then learn from it.
 
         Args:
             batch: this rank's share of a global batch, raw ids, on the CPU.
@@ -137,9 +137,10 @@ class Trainer:
         totals = world.sum(totals)
         self._check_finite(totals)
 
-        if self.has_dropout:
-            predictions = self._predict_undropped(batch, info, rows)
-        self._score(batch, rows, predictions)
+        if config.eval.mode == "progressive":
+            if self.has_dropout:
+                predictions = self._predict_undropped(batch, info, rows)
+            self._score(batch, rows, predictions)
 
         loss.backward()  # type: ignore[no-untyped-call]
         grad_norm = nn.utils.clip_grad_norm_(
@@ -292,6 +293,7 @@ class Trainer:
                 "examples": self.progress.examples,
                 "tokens": self.progress.tokens,
                 "rows": list(position.rows) if position else [],
+                "segments": list(position.segments) if position else [],
                 "skipped": self.progress.skipped,
             },
         }
@@ -307,7 +309,11 @@ class Trainer:
             step=stored["step"],
             examples=stored["examples"],
             tokens=stored["tokens"],
-            position=StreamPosition(rows=tuple(stored["rows"]), step=stored["step"]),
+            position=StreamPosition(
+                rows=tuple(stored["rows"]),
+                step=stored["step"],
+                segments=tuple(stored["segments"]),
+            ),
             skipped=list(stored["skipped"]),
         )
         for rank in range(self.world.rank, checkpoints.num_ranks(step), self.world.size):

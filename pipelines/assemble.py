@@ -30,6 +30,7 @@ def assemble(
     window: int,
     position: StreamPosition,
     num_rejected: dict[str, int],
+    is_frozen: bool = False,
 ) -> SequenceBatch:
     """Return the batch of `gathered`, none of whose memory it shares.
 
@@ -40,6 +41,7 @@ def assemble(
         window: of the batch.
         position: after the batch.
         num_rejected: sessions skipped since the last batch, by reason.
+        is_frozen: whether the sessions come again to be learnt from.
     """
     sequences = gathered.sequences
     tokens = lay_out(sequences, gathered.ints, gathered.codes, layout_rules(config))
@@ -78,6 +80,7 @@ def assemble(
         position=position,
         num_events=len(gathered.floats),
         num_rejected=num_rejected,
+        is_frozen=is_frozen,
         num_clipped=gathered.num_clipped,
     )
 

@@ -33,6 +33,8 @@ class StreamPosition:
     """Sessions consumed in each partition of the log, by partition number."""
     step: int
     """Global batches consumed."""
+    segments: tuple[str, ...] = ()
+    """Segments of the log begun so far, in the order in which they were read."""
 
 
 @dataclass
@@ -91,6 +93,9 @@ class SequenceBatch:
     """Events supervised in this rank's share."""
     num_rejected: dict[str, int]
     """Sessions skipped since the last batch, by reason."""
+    is_frozen: bool = False
+    """Only to be scored, with the histories as they stood before the window: the same sessions come
+    again to be learnt from. `position` and `num_rejected` are those of before the window."""
     num_clipped: int = 0
     """Sequences of this rank's share that lack some history, because more than data.overlap_slack
     events of sessions that overlap with theirs came first."""

@@ -204,7 +204,19 @@ class DataConfig:
     """How a session-end log becomes batches of token sequences."""
 
     log: str = MISSING
-    """Folder of the session-end log, as `gr sessionize` wrote it."""
+    """Folder of the session-end log, as `gr sessionize` wrote it, or a folder of such folders: the
+    segments of a log, read in the order of their names."""
+    follow: bool = False
+    """Go on with segments that land while the log is read, until none has come for
+    `follow_idle_seconds`."""
+    follow_idle_seconds: float = 3600.0
+    """How long `follow` waits for the next segment."""
+    history_memory_gb: float = 0.0
+    """Memory of one partition's histories in GB (10^9 bytes); what outgrows it moves to a
+    memory-mapped file. 0: no bound."""
+    spill_folder: str = ""
+    """Where such files lie, deleted when the process ends; empty: the system's folder for temporary
+    files."""
     layout: Layout = "interleaved"
     """interleaved: item and action are tokens of their own; merged: one token an event."""
     anchor: Anchor = "event"
@@ -330,6 +342,9 @@ def check_ranges(data: DataConfig) -> None:
         value = getattr(data, key)
         if value != MISSING and value < least:
             raise ValueError(f"data.{key} must be at least {least}, got {value}")
+    for key in ("follow_idle_seconds", "history_memory_gb"):
+        if getattr(data, key) < 0:
+            raise ValueError(f"data.{key} must be at least 0, got {getattr(data, key)}")
     if data.sampled_rate <= 0:
         raise ValueError(f"data.sampled_rate must be positive, got {data.sampled_rate}")
     if data.stochastic_length.selection != "none" and data.max_history_tokens < 1:

@@ -60,13 +60,19 @@ class SequenceBuffer:
         self._width = FIRST_CONTEXT + num_context_features
         self._out = _allocate(rules, self._width, 0, 0)
 
-    def gather(self, spans: Sequence[Span]) -> Gathered:
-        """Take the sessions of `spans` in order; the result is valid until the next call."""
+    def gather(self, spans: Sequence[Span], *, extend: bool = True) -> Gathered:
+        """Take the sessions of `spans` in order; the result is valid until the next call.
+
+        Args:
+            spans: sessions.
+            extend: whether they join the histories.
+        """
         self._reserve(spans)
         out, rules = self._out, self._rules
         progress = empty_progress()
         for span in spans:
-            span.store.advance(
+            read = span.store.advance if extend else span.store.look_up
+            read(
                 span.block.sessions,
                 span.block.events,
                 span.first,

@@ -13,6 +13,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from pipelines.event_memory import EventColumns, Spill
 from pipelines.keyed_random import U, mix, sequence_key, uniform
 
 Ints = NDArray[np.int64]
@@ -21,6 +22,8 @@ TIMESTAMP = 1  # column of EventRows.ints; column 0 is the item id
 
 # Columns of SequenceRows.rows; the ids of the context features follow.
 USER, SESSION, PARTITION, PIECE, ANCHOR, NUM_HISTORY, NUM_EVENTS, FIRST_CONTEXT = range(8)
+
+MOST = 1 << 30  # where the count of a user's events stops
 
 # Slots of HistoryStore.state.
 NUM_USERS, HIGH, FREE = range(3)
@@ -72,13 +75,13 @@ class Arena(NamedTuple):
     """Open addressing: user slot, -1 empty; a power of two long."""
     user_id: Ints
     """Per user slot."""
-    total: Ints
-    """Events ever appended."""
+    total: NDArray[np.int32]
+    """Events ever appended, or MOST where they are more."""
     base: Ints
     """First row of the region."""
-    length: Ints
+    length: NDArray[np.int32]
     """Rows in use."""
-    size_class: Ints
+    size_class: NDArray[np.int8]
     """Index into `capacities`; -1: no region yet."""
     capacities: Ints
     """Rows of a region of each size class, ascending."""
@@ -118,22 +121,25 @@ class Rules(NamedTuple):
 class HistoryStore:
     """Histories of one partition's users, as a function of the sessions appended so far."""
 
-    def __init__(self, rules: Rules) -> None:
-        """Make an empty store."""
+    def __init__(self, rules: Rules, spill: Spill | None = None) -> None:
+        """Make an empty store, whose events leave memory by the rule `spill`; None: never."""
         self.rules = rules
+        self._memory = EventColumns(
+            rules.num_ints, rules.num_kept_floats, rules.num_codes, spill or Spill()
+        )
         capacities = size_classes(rules.keep, rules.extra)
         self.arena = Arena(
             table=np.full(64, -1, np.int32),
             user_id=np.zeros(32, np.int64),
-            total=np.zeros(32, np.int64),
+            total=np.zeros(32, np.int32),
             base=np.zeros(32, np.int64),
-            length=np.zeros(32, np.int64),
-            size_class=np.full(32, -1, np.int64),
+            length=np.zeros(32, np.int32),
+            size_class=np.full(32, -1, np.int8),
             capacities=capacities,
             class_of=np.searchsorted(capacities, np.arange(capacities[-1] + 1)),
             free=np.full(len(capacities), -1, np.int64),
             state=np.zeros(3, np.int64),
-            events=EventRows(np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.uint8)),
+            events=_no_events(),
         )
 
     @property
@@ -146,7 +152,46 @@ class HistoryStore:
         """Bytes handed out to histories, and those of the index of users."""
         arena, rules = self.arena, self.rules
         event = 8 * rules.num_ints + 4 * rules.num_kept_floats + rules.num_codes
-        return int(arena.state[HIGH]) * event + self.num_users * 40 + arena.table.nbytes
+        user = arena.user_id.itemsize + arena.total.itemsize + arena.base.itemsize
+        user += arena.length.itemsize + arena.size_class.itemsize
+        index = len(arena.user_id) * user + arena.table.nbytes
+        return int(arena.state[HIGH]) * event + index
+
+    def pack(self, first: int, out: EventRows, offsets: NDArray[np.int32]) -> int:
+        """Copy the newest `keep` events of users until `out` or `offsets` is full.
+
+        Args:
+            first: user slot to start with.
+            out: room for `keep` events or more.
+            offsets: (n + 1,) int32: set so that events of slot first + i are out's rows
+                offsets[i]:offsets[i + 1].
+
+        Returns:
+            The user slot to go on with.
+        """
+        return int(_pack(self.arena, self.rules, first, self.num_users, out, offsets))
+
+    def restore(self, user_id: Ints, total: Any, lengths: Any, events: EventRows) -> None:
+        """Add users, none of whom is there, with the histories that `pack` gave.
+
+        Args:
+            user_id: (n,) int64.
+            total: (n,) int32: events ever appended.
+            lengths: (n,) int32: of the history, at most `keep`.
+            events: of all, in the order of the users.
+        """
+        self._reserve_users(len(user_id))
+        progress = np.zeros(2, np.int64)  # next user, next event
+        while True:
+            _restore(user_id, total, lengths, events, self.arena, self.rules, progress)
+            if progress[0] == len(user_id):
+                return
+            self._reserve_rows()
+
+    @property
+    def in_files(self) -> bool:
+        """Whether the events have left memory."""
+        return self._memory.in_files
 
     def advance(
         self,
@@ -175,12 +220,25 @@ class HistoryStore:
         """
         self._run(sessions, events, first, last, partition, out, progress, gather=True)
 
+    def look_up(
+        self,
+        sessions: SessionRows,
+        events: EventRows,
+        first: int,
+        last: int,
+        *,
+        partition: int,
+        out: SequenceRows,
+        progress: Ints,
+    ) -> None:
+        """Do as `advance` does, without extending the histories."""
+        self._run(
+            sessions, events, first, last, partition, out, progress, gather=True, append=False
+        )
+
     def extend(self, sessions: SessionRows, events: EventRows, first: int, last: int) -> None:
         """Do as `advance` does, without making sequences."""
-        nothing = SequenceRows(
-            np.empty((0, FIRST_CONTEXT), np.int64),
-            EventRows(np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.uint8)),
-        )
+        nothing = SequenceRows(np.empty((0, FIRST_CONTEXT), np.int64), _no_events())
         self._run(sessions, events, first, last, 0, nothing, empty_progress(), gather=False)
 
     def _run(
@@ -194,15 +252,25 @@ class HistoryStore:
         progress: Ints,
         *,
         gather: bool,
+        append: bool = True,
     ) -> None:
         self._reserve_users(last - first)
-        arena = self.arena
-        if arena.state[FREE] * 8 > arena.state[HIGH] and arena.state[HIGH] > 1 << 16:
+        high, free = self.arena.state[HIGH], self.arena.state[FREE]
+        if free * 12 > high and high > 1 << 16:
             self.compact()
         progress[NEXT] = first
         while True:
             _advance(
-                sessions, events, last, partition, self.arena, self.rules, out, progress, gather
+                sessions,
+                events,
+                last,
+                partition,
+                self.arena,
+                self.rules,
+                out,
+                progress,
+                gather,
+                append,
             )
             if progress[NEXT] == last:
                 return
@@ -216,8 +284,8 @@ class HistoryStore:
     def _reserve_users(self, more: int) -> None:
         arena, need = self.arena, self.num_users + more
         if need > len(arena.user_id):
-            size = max(need, len(arena.user_id) * 3 // 2)
-            size_class = np.full(size, -1, np.int64)
+            size = max(need, len(arena.user_id) * 9 // 8)
+            size_class = np.full(size, -1, np.int8)
             size_class[: len(arena.size_class)] = arena.size_class
             arena = arena._replace(
                 user_id=np.resize(arena.user_id, size),
@@ -227,24 +295,26 @@ class HistoryStore:
                 size_class=size_class,
             )
         if need * 10 > len(arena.table) * 7:
-            table = np.full(1 << int(need / 0.35).bit_length(), -1, np.int32)
+            table = np.full(1 << int(need / 0.7).bit_length(), -1, np.int32)
             _index_users(table, arena.user_id, self.num_users)
             arena = arena._replace(table=table)
         self.arena = arena
 
     def _reserve_rows(self) -> None:
-        arena, rules, held = self.arena, self.rules, self.arena.events
-        old = len(held.codes) // rules.num_codes
-        size = max(old * 3 // 2, old + 64 * int(arena.capacities[-1]), 4096)
-        events = EventRows(
-            np.empty(size * rules.num_ints, np.int64),
-            np.empty(size * rules.num_kept_floats, np.float32),
-            np.empty(size * rules.num_codes, np.uint8),
-        )
-        events.ints[: len(held.ints)] = held.ints
-        events.floats[: len(held.floats)] = held.floats
-        events.codes[: len(held.codes)] = held.codes
-        self.arena = arena._replace(events=events)
+        old = len(self.arena.events.codes) // self.rules.num_codes
+        size = max(old * 5 // 4, old + 64 * int(self.arena.capacities[-1]), 4096)
+        # The rows move where they grow: nothing may view them meanwhile.
+        self.arena = self.arena._replace(events=_no_events())
+        self.arena = self.arena._replace(events=EventRows(*self._memory.resize(size)))
+
+
+def event_widths(rules: Rules) -> tuple[int, int, int]:
+    """Return how many ints, floats and codes an event of history has."""
+    return rules.num_ints, rules.num_kept_floats, rules.num_codes
+
+
+def _no_events() -> EventRows:
+    return EventRows(np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.uint8))
 
 
 def empty_progress() -> Ints:
@@ -372,6 +442,7 @@ def _advance(
     out: Any,
     progress: Any,
     gather: bool,
+    append: bool,
 ) -> None:
     """Take sessions progress[NEXT] .. last - 1; stop early where the arena may lack rows."""
     num_ints = rules.num_ints
@@ -387,7 +458,8 @@ def _advance(
         user_id, session_id = sessions.user_id[session], sessions.session_id[session]
         begin, end = sessions.offsets[session], sessions.offsets[session + 1]
         slot = _find(arena, user_id)
-        _ensure(arena, slot, arena.length[slot] + end - begin, rules)
+        if append:
+            _ensure(arena, slot, arena.length[slot] + end - begin, rules)
         held, base = arena.events, arena.base[slot]
 
         for piece, first in enumerate(range(begin, end, rules.max_session_events)):
@@ -425,9 +497,10 @@ def _advance(
                         e + n + m,
                         s + m,
                     )
-            for start in range(first, first + m, rules.extra):
-                _append(arena, slot, events, start, min(rules.extra, first + m - start), rules)
-            arena.total[slot] += m
+            if append:
+                for start in range(first, first + m, rules.extra):
+                    _append(arena, slot, events, start, min(rules.extra, first + m - start), rules)
+                arena.total[slot] = min(arena.total[slot] + m, MOST)
         session += 1
     progress[NEXT] = session
 
@@ -444,3 +517,42 @@ def _compact(order: Any, arena: Any, rules: Any) -> None:
             high += arena.capacities[arena.size_class[slot]]
     arena.free[:] = -1
     arena.state[HIGH], arena.state[FREE] = high, 0
+
+
+@njit(nogil=True, cache=True)
+def _pack(arena: Any, rules: Any, first: int, last: int, out: Any, offsets: Any) -> Any:
+    """Copy the newest `keep` events of slots first, ... until there is no room; return the next."""
+    room = len(out.codes) // rules.num_codes
+    end = np.int64(0)
+    slot = first
+    while slot < last and slot - first < len(offsets) - 1:
+        n = min(np.int64(arena.length[slot]), rules.keep)
+        if end + n > room:
+            break
+        row = arena.base[slot] + arena.length[slot] - n
+        _copy_kept(out, end, arena.events, row, n, rules)
+        end += n
+        offsets[slot - first + 1] = end
+        slot += 1
+    return slot
+
+
+@njit(nogil=True, cache=True)
+def _restore(
+    user_id: Any, total: Any, lengths: Any, events: Any, arena: Any, rules: Any, progress: Any
+) -> None:
+    """Add users progress[0], ...; stop early where the arena may lack rows."""
+    num_rows = len(arena.events.codes) // rules.num_codes
+    user, row = progress[0], progress[1]
+    while user < len(user_id):
+        if arena.state[HIGH] + arena.capacities[-1] > num_rows:
+            break
+        n = np.int64(lengths[user])
+        slot = _find(arena, user_id[user])
+        _ensure(arena, slot, n, rules)
+        _copy_kept(arena.events, arena.base[slot], events, row, n, rules)
+        arena.length[slot] = n
+        arena.total[slot] = total[user]
+        row += n
+        user += 1
+    progress[0], progress[1] = user, row

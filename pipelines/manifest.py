@@ -130,10 +130,14 @@ def write_manifest(manifest: Manifest) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def read_manifest(folder: str | Path) -> Manifest:
+def read_manifest(folder: str | Path, *, check_files: bool = True) -> Manifest:
     """Read the manifest of a session-end log and check that its files are there with their rows.
 
     Only the footers of the files are read; `verify_checksums` reads all.
+
+    Args:
+        folder: of the log.
+        check_files: false: the caller finds out about files that are missing or damaged.
 
     Raises:
         ValueError: if the folder is missing or is no such log; if a file is missing, is no Parquet
@@ -170,7 +174,10 @@ def read_manifest(folder: str | Path) -> Manifest:
     for name in ("parts", "histories"):
         values[name] = tuple(PartitionFile(**file) for file in values[name])
     manifest = Manifest(folder=folder, **values)
-    _check_files(manifest)
+    _check_counts(manifest)
+    if check_files:
+        for file in (*manifest.parts, *manifest.histories):
+            check_file(manifest, file)
     return manifest
 
 
@@ -188,7 +195,7 @@ def _read_content(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) and content.get("format") == FORMAT else None
 
 
-def _check_files(manifest: Manifest) -> None:
+def _check_counts(manifest: Manifest) -> None:
     counts = {"parts": len(manifest.parts), "histories": len(manifest.histories)}
     if counts["parts"] != manifest.partitions or counts["histories"] not in (
         0,
@@ -198,24 +205,31 @@ def _check_files(manifest: Manifest) -> None:
             f"{manifest.folder / MANIFEST} says {manifest.partitions} partitions but names "
             f"{counts}: {_ANEW}"
         )
-    for file in (*manifest.parts, *manifest.histories):
-        path = manifest.folder / file.name
-        try:
-            num_rows = pq.read_metadata(path).num_rows
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"{path} is missing, though {MANIFEST} names it with {file.num_sessions} rows: "
-                f"restore it, or {_ANEW}"
-            ) from error
-        except pa.ArrowInvalid as error:
-            raise ValueError(
-                f"{path} is not a readable Parquet file ({error}): restore it, or {_ANEW}"
-            ) from error
-        if num_rows != file.num_sessions:
-            raise ValueError(
-                f"{path} has {num_rows} rows, {MANIFEST} says {file.num_sessions}: "
-                f"restore it, or {_ANEW}"
-            )
+
+
+def check_file(manifest: Manifest, file: PartitionFile) -> None:
+    """Check that a file of the log is there and has its rows; only its footer is read.
+
+    Raises:
+        ValueError: if it is missing, is no Parquet or has another number of rows.
+    """
+    path = manifest.folder / file.name
+    try:
+        num_rows = pq.read_metadata(path).num_rows
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path} is missing, though {MANIFEST} names it with {file.num_sessions} rows: "
+            f"restore it, or {_ANEW}"
+        ) from error
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path} is not a readable Parquet file ({error}): restore it, or {_ANEW}"
+        ) from error
+    if num_rows != file.num_sessions:
+        raise ValueError(
+            f"{path} has {num_rows} rows, {MANIFEST} says {file.num_sessions}: "
+            f"restore it, or {_ANEW}"
+        )
 
 
 def verify_checksums(manifest: Manifest) -> None:

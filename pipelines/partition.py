@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipelines.event_memory import Spill
 from pipelines.features import EventEncoder
 from pipelines.gather import Span
 from pipelines.history import HistoryStore, Rules
-from pipelines.reader import Block, read_blocks
+from pipelines.reader import DISORDERED, Block, read_blocks
 from pipelines.rejects import RejectLog
+from pipelines.segments import LogFile, LogSegments
+from pipelines.snapshot import Standing, read_snapshot, snapshot_name, write_snapshot
 
 ROWS_PER_BLOCK = 4096
 
@@ -18,25 +21,36 @@ class PartitionReader:
     def __init__(
         self,
         partition: int,
-        path: Path,
+        segments: LogSegments,
         encoder: EventEncoder,
         rules: Rules,
         rejects: RejectLog,
+        spill: Spill,
     ) -> None:
-        """Stand before the first session, without histories."""
+        """Stand before the first session of the first segment, without histories."""
         self.partition = partition
+        self._segments = segments
         self._encoder = encoder
         self._rejects = rejects
-        self._store = HistoryStore(rules)
-        self._blocks = read_blocks(path, encoder, rows_per_block=ROWS_PER_BLOCK)
-        self._block: Block | None = None
-        self._cursor = 0
+        self._store = HistoryStore(rules, spill)
+        self._num_begun = 0
+        self._seek(0)
 
-    def load_history(self, path: Path) -> None:
-        """Append the users' starting histories."""
-        for block in read_blocks(path, self._encoder, rows_per_block=ROWS_PER_BLOCK):
-            self._rejects.add(self.partition, block, 0, block.num_sessions)
-            self._store.extend(block.sessions, block.events, 0, block.num_sessions)
+    def begin(self, num_begun: int) -> None:
+        """Count what cannot be used of the segments up to the `num_begun`th, and load histories.
+
+        Raises:
+            ValueError: if more than max_reject_fraction of the sessions cannot be used.
+        """
+        for index in range(self._num_begun, num_begun):
+            segment = self._segments[index]
+            for files in (segment.histories, segment.parts):
+                if files and files[self.partition].fault:
+                    file = files[self.partition]
+                    self._rejects.add_file(self.partition, file.path, file.num_sessions, file.fault)
+            if segment.histories and not segment.histories[self.partition].fault:
+                self._load_history(segment.histories[self.partition].path)
+        self._num_begun = max(self._num_begun, num_begun)
 
     def replay(self, num_sessions: int) -> None:
         """Append the next sessions to the histories, without giving them."""
@@ -48,11 +62,103 @@ class PartitionReader:
 
         Their histories are right only if spans are used in the order in which they were taken.
         """
+        for block, first, last in self._cursor.take(num_sessions):
+            self._rejects.add(self.partition, block, first, last)
+            self._row += last - first
+            yield Span(self.partition, self._store, block, first, last)
+
+    def cursor(self) -> "Cursor":
+        """Return a cursor of its own at the next session."""
+        return Cursor(self._blocks_from(self._row))
+
+    def peek(self, cursor: "Cursor", num_sessions: int) -> Iterator[Span]:
+        """Yield the next sessions of a cursor, which stay to be taken."""
+        for block, first, last in cursor.take(num_sessions):
+            yield Span(self.partition, self._store, block, first, last)
+
+    def save(self, folder: Path, encoding: str) -> None:
+        """Write a snapshot of the histories, as they stand after the sessions taken."""
+        write_snapshot(self._path(folder), self._store, self._standing(encoding, self._row))
+
+    def restore(self, folder: Path, encoding: str, row: int, num_begun: int) -> None:
+        """Take up the histories of a snapshot, and stand where it was written.
+
+        Args:
+            folder: of the snapshots.
+            encoding: of the configuration.
+            row: sessions taken before.
+            num_begun: segments begun before.
+
+        Raises:
+            ValueError: if the snapshot is missing, damaged or another one.
+        """
+        self._num_begun = num_begun
+        expected = self._standing(encoding, row)
+        counts = read_snapshot(self._path(folder), self._store, expected)
+        self._rejects.restore(self.partition, counts)
+        self._seek(row)
+
+    def _path(self, folder: Path) -> Path:
+        return folder / snapshot_name(self.partition)
+
+    def _standing(self, encoding: str, row: int) -> Standing:
+        begun = (self._segments[i].parts[self.partition] for i in range(self._num_begun))
+        return Standing(
+            partition=self.partition,
+            rows=row,
+            rejected=self._rejects.counts(self.partition),
+            encoding=encoding,
+            log=tuple(part.sha256 for part in begun),
+        )
+
+    def _seek(self, row: int) -> None:
+        self._row = row
+        self._cursor = self.cursor()
+
+    def _blocks_from(self, row: int) -> Iterator[Block]:
+        """Yield blocks from a row of the partition on, through all segments, also later ones."""
+        index = 0
+        while index < len(self._segments):
+            segment = self._segments[index]
+            begin = int(segment.first_rows[self.partition])
+            end = begin + int(segment.schedule.rows_before[-1, self.partition])
+            if row < end:
+                file = segment.parts[self.partition]
+                yield from self._blocks_of(file, first_row=max(row - begin, 0))
+            index += 1
+
+    def _blocks_of(self, file: LogFile, first_row: int = 0) -> Iterator[Block]:
+        for block in read_blocks(
+            file.path, self._encoder, rows_per_block=ROWS_PER_BLOCK, first_row=first_row
+        ):
+            if file.disordered is not None:
+                flags = file.disordered[block.first_row :][: block.num_sessions]
+                reason = block.sessions.reason
+                reason[flags & (reason == 0)] = DISORDERED
+            yield block
+
+    def _load_history(self, path: Path) -> None:
+        """Append the users' starting histories."""
+        for block in read_blocks(path, self._encoder, rows_per_block=ROWS_PER_BLOCK):
+            self._rejects.add(self.partition, block, 0, block.num_sessions)
+            self._store.extend(block.sessions, block.events, 0, block.num_sessions)
+
+
+class Cursor:
+    """Stands between two sessions of a run of blocks."""
+
+    def __init__(self, blocks: Iterator[Block]) -> None:
+        """Stand before the first one."""
+        self._blocks = blocks
+        self._block: Block | None = None
+        self._next = 0
+
+    def take(self, num_sessions: int) -> Iterator[tuple[Block, int, int]]:
+        """Yield block, first and last (not included) of the next sessions."""
         while num_sessions > 0:
-            if self._block is None or self._cursor == self._block.num_sessions:
-                self._block, self._cursor = next(self._blocks), 0
-            first, last = self._cursor, min(self._cursor + num_sessions, self._block.num_sessions)
-            self._rejects.add(self.partition, self._block, first, last)
+            if self._block is None or self._next == self._block.num_sessions:
+                self._block, self._next = next(self._blocks), 0
+            first, last = self._next, min(self._next + num_sessions, self._block.num_sessions)
             num_sessions -= last - first
-            self._cursor = last
-            yield Span(self.partition, self._store, self._block, first, last)
+            self._next = last
+            yield self._block, first, last

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipelines.features import Column, EventEncoder, feature_ids, integers
+from pipelines.features import UNKNOWN_ID, Column, EventEncoder, feature_ids, integers
 from pipelines.history import EventRows, Ints, SessionRows
 from pipelines.schema import (
     CONTEXT,
@@ -25,7 +24,11 @@ from pipelines.schema import (
     USER_ID,
 )
 
+NO_TIME = -1
 END_OF_TIME = 253_402_300_800  # 1 January 10000 UTC; milliseconds taken for seconds lie beyond
+
+UNREADABLE = 9  # code of SessionRows.reason (pipelines.rejects.REASONS)
+DISORDERED = 10
 
 Flags = NDArray[np.bool_]
 
@@ -46,45 +49,66 @@ class Block:
         return len(self.sessions.user_id)
 
 
-def read_blocks(path: Path, encoder: EventEncoder, *, rows_per_block: int) -> Iterator[Block]:
+def read_blocks(
+    path: Path, encoder: EventEncoder, *, rows_per_block: int, first_row: int = 0
+) -> Iterator[Block]:
     """Yield the sessions of a file in order, decoding only the columns that `encoder` needs.
 
+    What of a row group cannot be read comes as sessions whose reason is UNREADABLE.
+
+    Args:
+        path: Parquet file of sessions.
+        encoder: names the columns, encodes the events.
+        rows_per_block: most sessions of a block.
+        first_row: row to start with; row groups before it are not read.
+
     Raises:
-        ValueError: if the file cannot be read, lacks a column, or a column has another type.
+        ValueError: if the file cannot be opened, lacks a column, or a column has another type.
     """
     with open_parquet(path) as file:
         paths = _leaf_paths(file, encoder.columns, path)
-        first_row = 0
-        batches = file.iter_batches(rows_per_block, columns=paths, use_threads=False)
-        while True:
-            with explain_corruption(path):
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield _decode(batch, encoder, path, first_row)
-            first_row += batch.num_rows
+        begin = 0
+        for group in range(file.num_row_groups):
+            end = begin + file.metadata.row_group(group).num_rows
+            row = begin
+            batches = file.iter_batches(
+                rows_per_block, row_groups=[group], columns=paths, use_threads=False
+            )
+            while row < end and end > first_row:
+                try:
+                    batch = next(batches, None)
+                    block = batch and _decode(batch, encoder, path, row)
+                except (pa.ArrowException, OSError):
+                    block = None
+                if block is None:  # damaged, or fewer rows than the footer says
+                    block = _unreadable(path, row, end - row, encoder)
+                row += block.num_sessions
+                if row > first_row:
+                    yield _from_row(block, first_row)
+            begin = end
 
 
 def read_end_ts(path: Path) -> Ints:
-    """Return (n,) int64 s: end_ts of each session; a null repeats the one before it.
+    """Return (n,) int64 s: end_ts of each session; NO_TIME where it is null or cannot be read.
 
     Raises:
-        ValueError: if the file cannot be read or its rows are not ordered by end_ts.
+        ValueError: if the file cannot be opened.
     """
-    with open_parquet(path) as file, explain_corruption(path):
-        column = file.read(columns=[END_TS], use_threads=False)[END_TS].combine_chunks()
-    if column.null_count:
-        column = pc.fill_null_forward(column).fill_null(0)
-    end_ts = integers(column)
-    wrong = np.flatnonzero(end_ts[1:] < end_ts[:-1])
-    if len(wrong):
-        row = int(wrong[0]) + 1
-        raise ValueError(
-            f"{path}: sessions must be ordered by end_ts, but row {row} ends at {end_ts[row]} and "
-            f"row {row - 1} at {end_ts[row - 1]}. Write the log with gr sessionize, or sort each "
-            "partition."
-        )
-    return end_ts
+    parts = [np.empty(0, np.int64)]
+    with open_parquet(path) as file:
+        for group in range(file.num_row_groups):
+            try:
+                column = file.read_row_group(group, columns=[END_TS], use_threads=False)[END_TS]
+                values = integers(column.combine_chunks())
+                parts.append(np.where(is_absurd(values), NO_TIME, values))
+            except (pa.ArrowException, OSError):
+                parts.append(np.full(file.metadata.row_group(group).num_rows, NO_TIME))
+    return np.concatenate(parts)
+
+
+def is_absurd(times: Ints) -> Flags:
+    """Return where a time in s lies before 1970 or after 9999."""
+    return (times < 0) | (times >= END_OF_TIME)
 
 
 def check_columns(path: Path, columns: Iterable[Column]) -> None:
@@ -109,7 +133,7 @@ def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
             f"{path} is missing, though the log's manifest names it: run gr sessionize again"
         )
     with explain_corruption(path):
-        file = pq.ParquetFile(path, memory_map=True)
+        file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
     with file:
         yield file
 
@@ -210,6 +234,41 @@ def _decode(batch: pa.RecordBatch, encoder: EventEncoder, path: Path, first_row:
     return Block(path, first_row, sessions, events)
 
 
+def _unreadable(path: Path, first_row: int, num_sessions: int, encoder: EventEncoder) -> Block:
+    """Return sessions of which nothing is known."""
+    unknown = np.full(num_sessions, UNKNOWN_ID, np.int64)
+    return Block(
+        path,
+        first_row,
+        SessionRows(
+            user_id=unknown,
+            session_id=unknown,
+            start_ts=unknown,
+            offsets=np.zeros(num_sessions + 1, np.int64),
+            reason=np.full(num_sessions, UNREADABLE, np.uint8),
+            context=np.full((num_sessions, len(encoder.config.context_features)), UNKNOWN_ID),
+        ),
+        EventRows(np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.uint8)),
+    )
+
+
+def _from_row(block: Block, first_row: int) -> Block:
+    """Return a block without the sessions before a row of the file."""
+    skip = first_row - block.first_row
+    if skip <= 0:
+        return block
+    rows = block.sessions
+    sessions = SessionRows(
+        user_id=rows.user_id[skip:],
+        session_id=rows.session_id[skip:],
+        start_ts=rows.start_ts[skip:],
+        offsets=rows.offsets[skip:],
+        reason=rows.reason[skip:],
+        context=rows.context[skip:],
+    )
+    return Block(block.path, first_row, sessions, block.events)
+
+
 def _owned(values: Ints) -> Ints:
     """Copy what may lie in Arrow's read-only memory: the kernels take writable arrays."""
     return np.array(values, np.int64)
@@ -243,9 +302,6 @@ def _reasons(
     def any_event(flags: Any) -> Flags:
         return np.bincount(session[flags], minlength=batch.num_rows) > 0
 
-    def absurd(times: Ints) -> Flags:
-        return (times < 0) | (times >= END_OF_TIME)
-
     null_key = np.zeros(batch.num_rows, bool)
     for name in (USER_ID, SESSION_ID, START_TS, END_TS):
         null_key |= _is_null(batch.column(name))
@@ -258,7 +314,7 @@ def _reasons(
         np.diff(offsets) == 0,
         any_event(_is_null(columns[EVENT_ITEM_ID]) | _is_null(columns[EVENT_TIMESTAMP])),
         any_event(item_id < 0),
-        any_event(absurd(timestamp)) | absurd(start_ts) | absurd(end_ts),
+        any_event(is_absurd(timestamp)) | is_absurd(start_ts) | is_absurd(end_ts),
         any_event(descends),
         any_event(outside),
         any_event(infinite),

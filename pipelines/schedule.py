@@ -1,12 +1,16 @@
-"""Which sessions each global step reads: a function of the log, not of the number of ranks."""
+"""Which sessions each global step reads: a function of the log, not of the number of ranks.
+
+A log may grow by segments (pipelines/segments.py), each of which has a schedule of its own.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numba import njit
+from numpy.typing import NDArray
 
-from pipelines.batch import StreamPosition
 from pipelines.history import Ints
 
 Window = Literal["none", "hour", "day"]
@@ -15,7 +19,7 @@ SECONDS: dict[Window, int] = {"hour": 3600, "day": 86400}
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of one pass. W windows that hold sessions, P partitions."""
+    """Steps of one segment. W windows that hold sessions, P partitions."""
 
     windows: Ints
     """(W,) int64 ascending: hours or days since the epoch; 0 without windows."""
@@ -27,7 +31,7 @@ class Schedule:
 
     @property
     def num_steps(self) -> int:
-        """Global steps of a full pass."""
+        """Global steps of the segment."""
         return int(self.steps_before[-1])
 
     def window_of(self, step: int) -> int:
@@ -48,28 +52,11 @@ class Schedule:
         rows: Ints = np.minimum(self.rows_before[i] + taken, self.rows_before[i + 1])
         return rows
 
-    def position(self, step: int) -> StreamPosition:
-        """Return where a stream stands after the first `step` steps."""
-        return StreamPosition(rows=tuple(self.rows_at(step).tolist()), step=step)
-
-    def check(self, position: StreamPosition) -> None:
-        """Refuse a position of another schedule.
-
-        Raises:
-            ValueError: if `position` is not one that this schedule passes through.
-        """
-        if not 0 <= position.step <= self.num_steps:
-            raise ValueError(
-                f"position: expected a step from 0 to {self.num_steps} for this log, got "
-                f"{position.step}. Resume with the log and the data settings of the checkpoint."
-            )
-        expected = self.position(position.step)
-        if position != expected:
-            raise ValueError(
-                f"position: after step {position.step} of this log {expected.rows} sessions of its "
-                f"partitions are consumed, the position says {position.rows}. Resume with the log, "
-                "data.sessions_per_partition and data.window of the checkpoint."
-            )
+    def end_of_window(self, step: int) -> int | None:
+        """Return the step after the window that starts at `step`; None if none starts there."""
+        i = self._index(step)
+        opens = step < self.num_steps and step == self.steps_before[i]
+        return int(self.steps_before[i + 1]) if opens else None
 
     def _index(self, step: int) -> int:
         return int(np.searchsorted(self.steps_before, step, side="right")) - 1
@@ -101,3 +88,55 @@ def _windows(end_ts: Ints, window: Window, offset_seconds: int) -> Ints:
     if window == "none":
         return np.zeros_like(end_ts)
     return (end_ts + offset_seconds) // SECONDS[window]
+
+
+def disordered(end_ts: Ints) -> NDArray[np.bool_]:
+    """Return (n,) flags: the fewest sessions without which the others ascend.
+
+    The longest ascending subsequence stays, ties included: one session with a time far ahead costs
+    itself, not all that come after it. Times below 0 are unknown and never disordered.
+
+    Args:
+        end_ts: (n,) int64 s.
+    """
+    known = end_ts[end_ts >= 0]
+    flags = np.zeros(len(end_ts), bool)
+    if (known[1:] < known[:-1]).any():
+        flags[end_ts >= 0] = ~_longest_ascending(known)
+    return flags
+
+
+def filled(end_ts: Ints, left_out: NDArray[np.bool_], least: int = 0) -> Ints:
+    """Return ascending end_ts: what is unknown or left out repeats the one before it.
+
+    Args:
+        end_ts: (n,) int64 s, below 0 where unknown.
+        left_out: (n,) bool.
+        least: earlier times are raised to this.
+    """
+    times: Ints = np.where(left_out, -1, end_ts)
+    return np.maximum.accumulate(np.maximum(times, least))
+
+
+@njit(cache=True)
+def _longest_ascending(times: Ints) -> NDArray[np.bool_]:
+    """Patience sorting: ends[k] is the smallest last time of an ascending run of k + 1."""
+    ends = np.empty(len(times), np.int64)
+    rank = np.empty(len(times), np.int64)
+    longest = 0
+    for i in range(len(times)):
+        low, high = 0, longest
+        while low < high:
+            middle = (low + high) // 2
+            if ends[middle] <= times[i]:
+                low = middle + 1
+            else:
+                high = middle
+        ends[low], rank[i] = times[i], low
+        longest = max(longest, low + 1)
+    kept = np.zeros(len(times), np.bool_)
+    wanted, bound = longest - 1, np.int64(0x7FFFFFFFFFFFFFFF)
+    for i in range(len(times) - 1, -1, -1):
+        if wanted >= 0 and rank[i] == wanted and times[i] <= bound:
+            kept[i], bound, wanted = True, times[i], wanted - 1
+    return kept

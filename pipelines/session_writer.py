@@ -75,7 +75,7 @@ def write_partitions(
 
 def write_sessions(tables: Iterator[pa.Table], path: Path, schema: pa.Schema) -> None:
     """Write the sessions of one partition, in order; the sizes of the tables change no byte."""
-    with pq.ParquetWriter(path, schema, **_encoding(schema)) as writer:
+    with pq.ParquetWriter(path, schema, write_page_checksum=True, **_encoding(schema)) as writer:
         for group in _regroup(tables):
             writer.write_table(group, row_group_size=ROW_GROUP_SESSIONS)
 

@@ -112,6 +112,48 @@ def test_stopped_at_every_checkpoint_and_resumed(finished, config):
     ]
 
 
+def test_resuming_without_stored_histories_changes_no_bit(finished, config, tmp_path):
+    stopped = run(config, "max_steps=8", "checkpoint.histories=replay")
+    assert not list(stopped.glob("checkpoints/*/histories"))
+    assert_equal_runs(finished, run(config, "resume=true", "checkpoint.histories=replay"))
+    assert len(list(finished.glob("checkpoints/*/histories/histories-0000?.arrow"))) == 2 * 4
+    assert not (finished / "histories").exists()
+
+
+def test_frozen_evaluation_changes_nothing_but_what_is_scored(finished, config, tmp_path):
+    frozen = run(config, "eval.mode=frozen", "max_steps=8")
+    frozen = run(config, "eval.mode=frozen", "resume=true")
+    np.testing.assert_array_equal(losses(frozen), losses(finished))
+    days = [row for row in read_lines(frozen / "eval.jsonl") if row["window"] != "all"]
+    progressive = [row for row in read_lines(finished / "eval.jsonl") if row["window"] != "all"]
+    assert [(row["window"], row["num_examples-click"]) for row in days] == [
+        (row["window"], row["num_examples-click"]) for row in progressive
+    ]
+    # Without a day behind it nothing tells the groups apart; on the third day the histories do.
+    assert days[0]["auc-click"] < 0.6 < 0.7 < days[2]["auc-click"]
+    whole = run(config, "eval.mode=frozen", f"run_dir={tmp_path / 'whole'}")
+    assert timeless(whole) == timeless(frozen)
+    assert any(0 < row.get("perf/scoring", 0) < 1 for row in read_lines(frozen / "metrics.jsonl"))
+
+
+def test_following_a_log_that_grows(tmp_path):
+    folder = tmp_path / "segments"
+    folder.mkdir()
+    for name, seed in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        write_log(tmp_path / name, seed=seed)
+        (tmp_path / name / "log").rename(folder / name)
+    together = run(write_config(tmp_path, folder))
+    (folder / "b").rename(tmp_path / "b" / "log")
+    follow = ("data.follow=true", "data.follow_idle_seconds=0.1")
+    grown = run(write_config(tmp_path, folder), f"run_dir={tmp_path / 'grown'}", *follow)
+    assert len(losses(grown)) < len(losses(together))
+    (tmp_path / "b" / "log").rename(folder / "b")
+    run(write_config(tmp_path, folder), f"run_dir={grown}", "resume=true", *follow)
+    np.testing.assert_array_equal(losses(grown)[-3:], losses(together)[-3:])
+    assert lifetime(grown) == lifetime(together)
+
+
 def losses(run_dir: Path) -> np.ndarray:
     rows = read_lines(run_dir / "metrics.jsonl")
     return np.array([row["train/loss"] for row in rows])

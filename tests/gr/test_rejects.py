@@ -27,6 +27,8 @@ def test_a_line_says_what_was_skipped_where_and_why(tmp_path):
         "user_id": 7,
         "session_id": -1,
         "reason": "x",
+        "num_sessions": 1,
+        "detail": "",
     }
     assert lines(folder / "rank_3.jsonl") == [
         {"step": 1, "row": 5, **expected},

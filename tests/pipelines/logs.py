@@ -1,10 +1,13 @@
 """Drawn session-end logs, and batches taken apart into the sequences of the oracle's form."""
 
 import math
+from dataclasses import fields
 
 import numpy as np
+import torch
 from hypothesis import strategies as st
 
+from pipelines.batch import SequenceBatch
 from pipelines.config import ActionConfig, DataConfig, FeatureConfig, TaskConfig
 from tests.pipelines.session_log import session
 
@@ -241,3 +244,22 @@ def as_float32(sequence: dict) -> dict:
         for position, labels, dense in sequence["ranking"]
     ]
     return sequence | {"ranking": ranking}
+
+
+def content(batch: SequenceBatch) -> dict[str, object]:
+    """Return every field of a batch, tensors as (dtype, shape, list)."""
+
+    def plain(value):
+        if isinstance(value, torch.Tensor):
+            return value.dtype, tuple(value.shape), repr(value.tolist())  # repr: NaN equals NaN
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return value
+
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    ids = values.pop("ids")
+    return {k: plain(v) for k, v in values.items()} | {
+        "keys": ids.keys(),
+        "values": plain(ids.values()),
+        "lengths": plain(ids.lengths()),
+    }

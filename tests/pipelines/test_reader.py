@@ -76,10 +76,10 @@ def test_only_the_columns_needed_are_decoded(tmp_path, monkeypatch):
     ]
 
 
-def test_a_null_end_ts_stands_where_the_one_before_it_stands(tmp_path):
+def test_a_null_end_ts_is_not_known(tmp_path):
     rows = [row | {"end_ts": end} for row, end in zip(ROWS, [None, 6, None], strict=True)]
     write(tmp_path / "part.parquet", rows=rows)
-    assert read_end_ts(tmp_path / "part.parquet").tolist() == [0, 6, 6]
+    assert read_end_ts(tmp_path / "part.parquet").tolist() == [-1, 6, -1]
 
 
 def test_a_null_event_is_seen(tmp_path):

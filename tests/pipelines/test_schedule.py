@@ -1,10 +1,10 @@
+from itertools import combinations
+
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.batch import StreamPosition
-from pipelines.schedule import SECONDS, make_schedule
+from pipelines.schedule import SECONDS, disordered, filled, make_schedule
 
 
 def simulate(end_ts, window, offset, sessions):
@@ -44,22 +44,35 @@ def test_schedule_equals_simulation(end_ts, window, offset, sessions):
     )
     expected = list(simulate(end_ts, window, offset, sessions))
     assert schedule.num_steps == len(expected)
-    assert schedule.position(0) == StreamPosition(rows=(0,) * len(end_ts), step=0)
+    assert schedule.rows_at(0).tolist() == [0] * len(end_ts)
+    ends = {}
     for step, (number, rows) in enumerate(expected):
         assert schedule.window_of(step) == number
-        assert schedule.position(step + 1) == StreamPosition(rows=rows, step=step + 1)
-        schedule.check(StreamPosition(rows=rows, step=step + 1))
+        assert schedule.rows_at(step + 1).tolist() == list(rows)
+        ends[number] = step + 1
+    opens = [0, *ends.values()][:-1]
+    for step in range(len(expected) + 1):
+        expected_end = list(ends.values())[opens.index(step)] if step in opens else None
+        assert schedule.end_of_window(step) == expected_end
 
 
-@pytest.mark.parametrize(
-    "position", [StreamPosition((1, 0), 1), StreamPosition((2,), 1), StreamPosition((9, 9), 9)]
+@given(
+    end_ts=st.lists(st.integers(-1, 12), max_size=9),
 )
-def test_position_of_another_schedule_is_refused(position):
-    schedule = make_schedule(
-        [np.array([1, 2, 3]), np.array([5])],
-        window="none",
-        offset_seconds=0,
-        sessions_per_partition=2,
+@settings(deadline=None, max_examples=200)
+def test_the_fewest_disordered_sessions_are_left_out(end_ts):
+    times = np.array(end_ts, np.int64)
+    flags = disordered(times)
+    kept = times[~flags & (times >= 0)]
+    assert (np.diff(kept) >= 0).all()
+    assert not flags[times < 0].any()
+    known = [t for t in end_ts if t >= 0]
+    best = max(
+        n
+        for n in range(len(known) + 1)
+        if any(list(c) == sorted(c) for c in combinations(known, n))
     )
-    with pytest.raises(ValueError, match=r"position: .*Resume with the log"):
-        schedule.check(position)
+    assert len(kept) == best
+    whole = filled(times, flags, least=2)
+    assert (np.diff(whole) >= 0).all()
+    assert whole[~flags & (times >= 2)].tolist() == times[~flags & (times >= 2)].tolist()

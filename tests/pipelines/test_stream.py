@@ -11,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.batch import SequenceBatch, StreamPosition
+from pipelines.batch import StreamPosition
 from pipelines.config import StochasticLengthConfig
 from pipelines.stream import SessionStream
-from tests.pipelines.logs import MODES, SEED, as_float32, logs, make_config, take_apart
+from tests.pipelines.logs import MODES, SEED, as_float32, content, logs, make_config, take_apart
 from tests.pipelines.oracle import Oracle
 from tests.pipelines.session_log import SCHEMA, session, write_log
 
@@ -87,25 +87,6 @@ def test_stream_equals_oracle(mode, log, history, sessions, data):
         assert batch.max_len == max((len(s["kind"]) for s in sequences), default=0)
         expected_rejects += refused
     assert [(r.partition, r.row, r.reason) for r in rejects] == expected_rejects
-
-
-def content(batch: SequenceBatch) -> dict[str, object]:
-    """Return every field of a batch, tensors as (dtype, shape, list)."""
-
-    def plain(value):
-        if isinstance(value, torch.Tensor):
-            return value.dtype, tuple(value.shape), repr(value.tolist())  # repr: NaN equals NaN
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return value
-
-    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    ids = values.pop("ids")
-    return {k: plain(v) for k, v in values.items()} | {
-        "keys": ids.keys(),
-        "values": plain(ids.values()),
-        "lengths": plain(ids.lengths()),
-    }
 
 
 @pytest.mark.parametrize("mode", [MODES[0], MODES[3], MODES[-1]], ids="-".join)
@@ -427,7 +408,7 @@ def test_wrong_logs_are_named(tmp_path):
     with pytest.raises(ValueError, match="holds no sessions"):
         SessionStream(config, seed=0)
 
-    rows = one_user_log(tmp_path / "a")
+    one_user_log(tmp_path / "a")
     config = make_config(tmp_path / "a", *MODES[0])
     for rank, world_size in ((0, 2), (1, 1), (-1, 1)):
         with pytest.raises(ValueError, match="0 <= rank < world_size <= 1"):
@@ -439,12 +420,6 @@ def test_wrong_logs_are_named(tmp_path):
             SessionStream(config, seed=0, position=position)
 
     part = tmp_path / "a" / "part-00000.parquet"
-    write_log(tmp_path / "a", [[rows[1], rows[0]]])
-    with pytest.raises(
-        ValueError, match=r"part-00000.parquet: .*ordered by end_ts, but row 1 ends at 1"
-    ):
-        SessionStream(config, seed=0)
-
     damaged = bytearray(part.read_bytes())
     damaged[len(damaged) // 2 :] = b"\0" * (len(damaged) - len(damaged) // 2)
     part.write_bytes(damaged)
@@ -453,16 +428,6 @@ def test_wrong_logs_are_named(tmp_path):
     part.unlink()
     with pytest.raises(ValueError, match=r"part-00000.parquet is missing"):
         SessionStream(config, seed=0)
-
-
-def test_damage_inside_a_file_is_named(tmp_path):
-    one_user_log(tmp_path)
-    part = tmp_path / "part-00000.parquet"
-    damaged = bytearray(part.read_bytes())
-    damaged[4:400] = b"\xff" * 396  # the first row group; the footer still says what is there
-    part.write_bytes(damaged)
-    with pytest.raises(ValueError, match=r"part-00000.parquet is not a readable Parquet file"):
-        list(SessionStream(make_config(tmp_path, *MODES[0]), seed=0))
 
 
 @pytest.mark.parametrize("name", ["events", "user_id"])
