@@ -1,5 +1,6 @@
-"""Row-wise quantisation to fp8."""
+"""Row-wise quantisation to fp8, and its transposition."""
 
-from kernels.quantize.op import quantize_rows
+from kernels.quantize.op import quantize_rows, transpose_rows
+from kernels.quantize.reference import QuantizedRows
 
-__all__ = ["quantize_rows"]
+__all__ = ["QuantizedRows", "quantize_rows", "transpose_rows"]

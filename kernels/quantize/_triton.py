@@ -1,31 +1,19 @@
-"""Row-wise quantisation to fp8 e4m3: one read and one write of each row.
+"""Row-wise quantisation to fp8 e4m3, one read and one write of a row; transposition of the bytes.
 
-scale = amax / 448,  q = round(x * (448 / amax)), to the nearest, ties to even; both quotients are
-correctly rounded, so that the bits are those of the reference.
+The bits are those of the reference: kernels/_triton/fp8.py says how a row is rounded.
 """
-
-import os
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._triton.fp8 import pack_e4m3, quantize_tile
 from kernels._triton.rows import forward_tile
-from kernels.quantize.reference import LEAST_AMAX, MAX_E4M3
+from kernels.quantize.reference import padded_tokens
 
-
-@triton.jit
-def _to_e4m3(x, INTERPRETED: tl.constexpr):
-    """Return x, at most 448, rounded to e4m3. The interpreter cuts digits off: round before it."""
-    if INTERPRETED:
-        bits = x.to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
-        # Below 2^-6 e4m3 has steps of 2^-9: a sum with 1.5 * 2^14 keeps that many digits.
-        small = (x + 24576.0) - 24576.0
-        small = tl.where(small == 0.0, x * 0.0, small)  # Keeps the sign.
-        x = tl.where(tl.abs(x) < 0.015625, small, rounded.to(tl.float32, bitcast=True))
-    return x.to(tl.float8e4nv)
+BLOCK_L, BLOCK_D = 128, 128
+"""Tile that is transposed at a time."""
 
 
 @triton.jit
@@ -38,26 +26,53 @@ def _quantize_rows_kernel(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    MAX_VALUE: tl.constexpr,
-    LEAST: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_D)
     mask = (rows < L)[:, None] & (cols < D)[None, :]
     x = tl.load(x_ptr + rows[:, None] * stride_x + cols[None, :], mask=mask, other=0.0)
-    x = x.to(tl.float32)
-    # A maximum may pass over NaN: count it as infinite.
-    amax = tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1)
-    finite = amax < float("inf")
-    amax = tl.where(finite, tl.maximum(amax, LEAST), 1.0)
-    top = tl.full((ROWS,), MAX_VALUE, tl.float32)
-    scaled = x * tl.div_rn(top, amax)[:, None]
-    scaled = tl.where(finite[:, None], scaled, 0.0)
-    q = _to_e4m3(scaled, INTERPRETED)
+    q, scale = quantize_tile(x.to(tl.float32))
     tl.store(q_ptr + rows[:, None] * D + cols[None, :], q, mask=mask)
-    scale = tl.where(finite, tl.div_rn(amax, top), float("nan"))
     tl.store(scale_ptr + rows, scale, mask=rows < L)
+
+
+@triton.jit
+def _tokens(q_ptr, factor_ptr, tokens, cols, L, D, FOLD: tl.constexpr):
+    """Return (tokens, cols) as float32 if FOLD, times the factor of each token, else as bytes."""
+    mask = (tokens < L)[:, None] & (cols < D)[None, :]
+    offs = tokens.to(tl.int64)[:, None] * D + cols[None, :]
+    if FOLD:
+        q = tl.load(q_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        return q * tl.load(factor_ptr + tokens, mask=tokens < L, other=0.0)[:, None]
+    else:
+        return tl.load(q_ptr + offs, mask=mask, other=0).to(tl.int32)
+
+
+@triton.jit
+def _transpose_kernel(
+    q_ptr,
+    factor_ptr,
+    out_ptr,
+    L,
+    D,
+    words,
+    BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    # Four tokens make one word of the result.
+    tiles_d = tl.cdiv(D, BLOCK_D)
+    word = (tl.program_id(0) // tiles_d) * (BLOCK_L // 4) + tl.arange(0, BLOCK_L // 4)
+    cols = (tl.program_id(0) % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    token = word * 4
+    a = _tokens(q_ptr, factor_ptr, token, cols, L, D, FOLD)
+    b = _tokens(q_ptr, factor_ptr, token + 1, cols, L, D, FOLD)
+    c = _tokens(q_ptr, factor_ptr, token + 2, cols, L, D, FOLD)
+    d = _tokens(q_ptr, factor_ptr, token + 3, cols, L, D, FOLD)
+    packed = pack_e4m3(a, b, c, d) if FOLD else a | (b << 8) | (c << 16) | (d << 24)
+    offs = cols.to(tl.int64)[:, None] * words + word[None, :]
+    mask = (cols < D)[:, None] & (word < words)[None, :]
+    tl.store(out_ptr + offs, tl.trans(packed), mask=mask)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,17 +84,28 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         return q, scale
     rows, columns, warps = forward_tile(D)
     _quantize_rows_kernel[(triton.cdiv(L, rows),)](
-        x,
-        q,
-        scale,
-        L,
-        x.stride(0),
-        D=D,
-        ROWS=rows,
-        BLOCK_D=columns,
-        MAX_VALUE=MAX_E4M3,
-        LEAST=LEAST_AMAX,
-        INTERPRETED=os.environ.get("TRITON_INTERPRET") == "1",
-        num_warps=warps,
+        x, q, scale, L, x.stride(0), D=D, ROWS=rows, BLOCK_D=columns, num_warps=warps
     )
     return q, scale
+
+
+def transpose_rows(q: Tensor, factor: Tensor | None) -> Tensor:
+    """Return (D, L padded) float8_e4m3fn from q (L, D), times factor (L,) if there is one."""
+    L, D = q.shape
+    words = padded_tokens(L) // 4
+    out = q.new_empty(D, 4 * words, dtype=torch.float8_e4m3fn)
+    if L > 0:
+        tiles = triton.cdiv(4 * words, BLOCK_L) * triton.cdiv(D, BLOCK_D)
+        _transpose_kernel[(tiles,)](
+            q.view(torch.uint8) if factor is None else q,
+            factor,
+            out.view(torch.int32),
+            L,
+            D,
+            words,
+            BLOCK_L=BLOCK_L,
+            BLOCK_D=BLOCK_D,
+            FOLD=factor is not None,
+            num_warps=8,
+        )
+    return out
