@@ -6,7 +6,8 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-Mode = Literal["forward", "backward"]
+Mode = Literal["forward", "backward", "both"]
+"""Both: what a bench times is a forward and a backward pass in one call."""
 
 
 class Case(NamedTuple):

@@ -1,5 +1,5 @@
 """Layer norm over the last dim."""
 
-from kernels.layer_norm.op import layer_norm
+from kernels.layer_norm.op import LayerNormFp8, layer_norm, layer_norm_backward, layer_norm_fp8
 
-__all__ = ["layer_norm"]
+__all__ = ["LayerNormFp8", "layer_norm", "layer_norm_backward", "layer_norm_fp8"]

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._triton.fp8 import quantize_tile
 from kernels._triton.rows import backward_tile, forward_tile, num_programs
 
 
@@ -22,6 +23,8 @@ def _layer_norm_fwd_kernel(
     weight_ptr,
     bias_ptr,
     y_ptr,
+    q_ptr,
+    scale_ptr,
     mean_ptr,
     rstd_ptr,
     L,
@@ -32,6 +35,8 @@ def _layer_norm_fwd_kernel(
     BLOCK_D: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
+    QUANTIZE: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_D)
@@ -46,7 +51,13 @@ def _layer_norm_fwd_kernel(
         y *= tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
         y += tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + rows[:, None] * D + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    offs = rows[:, None] * D + cols[None, :]
+    if KEEP:
+        tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if QUANTIZE:
+        q, scale = quantize_tile(y)
+        tl.store(q_ptr + offs, q, mask=mask)
+        tl.store(scale_ptr + rows, scale, mask=rows < L)
     tl.store(mean_ptr + rows, mean, mask=rows < L)
     tl.store(rstd_ptr + rows, rstd, mask=rows < L)
 
@@ -107,17 +118,43 @@ def layer_norm_fwd(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y (L, D), mean (L,) and rstd (L,) float32. x may have any row stride."""
+    y = x.new_empty(x.shape)
+    return y, *_forward(x, weight, bias, y, None, None, eps)
+
+
+def layer_norm_fp8_fwd(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return q and scale of y, y (empty unless `keep`), mean and rstd."""
     L, D = x.shape
-    y = x.new_empty(L, D)
+    q = x.new_empty(L, D, dtype=torch.float8_e4m3fn)
+    scale = x.new_empty(L, dtype=torch.float32)
+    y = x.new_empty(L if keep else 0, D)
+    return q, scale, y, *_forward(x, weight, bias, y if keep else None, q, scale, eps)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    q: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Fill y, or q and scale, or all of them; return mean and rstd."""
+    L, D = x.shape
     mean, rstd = x.new_empty(L, dtype=torch.float32), x.new_empty(L, dtype=torch.float32)
     if L == 0:
-        return y, mean, rstd
+        return mean, rstd
     rows, columns, warps = forward_tile(D)
     _layer_norm_fwd_kernel[(triton.cdiv(L, rows),)](
         x,
         weight,
         bias,
         y,
+        q,
+        scale,
         mean,
         rstd,
         L,
@@ -128,9 +165,11 @@ def layer_norm_fwd(
         BLOCK_D=columns,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
+        KEEP=y is not None,
+        QUANTIZE=q is not None,
         num_warps=warps,
     )
-    return y, mean, rstd
+    return mean, rstd
 
 
 def layer_norm_bwd(

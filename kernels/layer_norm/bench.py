@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional
 
 from kernels.bench import Case, timed
-from kernels.layer_norm import layer_norm
+from kernels.layer_norm import layer_norm, layer_norm_fp8
 
 TOKENS = 131072
 CASES = [
@@ -22,10 +22,14 @@ def variants(case, mode, device):
         return functional.layer_norm(x, (D,), weight, bias, 1e-6)
 
     inputs = (x, weight, bias)
-    return {
+    found = {
         "ours": timed(layer_norm, inputs, mode),
         "torch layer_norm": timed(rival, inputs, mode),
     }
+    if mode == "forward":
+        found["ours, in fp8"] = lambda: layer_norm_fp8(*inputs)
+        found["ours, in both"] = lambda: layer_norm_fp8(*inputs, keep=True)
+    return found
 
 
 def bytes_moved(case, mode):

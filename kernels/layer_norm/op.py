@@ -1,12 +1,14 @@
 """Layer norm: the operator, its checks and its gradient."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.dispatch import Impl, resolve
 from kernels.layer_norm import reference
+from kernels.quantize import QuantizedRows, quantize_rows
+from kernels.quantize.op import check_triton_rows
 
 
 def layer_norm(
@@ -42,6 +44,81 @@ def layer_norm(
     _check_triton(x_LD)
     y_LD: Tensor = _forward(x_LD, weight_D, bias_D, eps)[0]
     return y_LD
+
+
+class LayerNormFp8(NamedTuple):
+    """What layer_norm_fp8 returns."""
+
+    rows: QuantizedRows
+    """y in fp8."""
+    y: Tensor | None
+    """y in the dtype of x, if it was asked for."""
+    mean: Tensor
+    """(L,) float32, for the backward pass."""
+    rstd: Tensor
+    """(L,) float32, for the backward pass."""
+
+
+def layer_norm_fp8(
+    x_LD: Tensor,
+    weight_D: Tensor | None = None,
+    bias_D: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    keep: bool = False,
+    impl: Impl | str = Impl.AUTO,
+) -> LayerNormFp8:
+    """Return layer_norm(x) as quantize_rows would, in the same pass; y itself only if `keep`.
+
+    It is rounded once, from float32. Not differentiable: a layer that is made of such operators
+    calls `layer_norm_backward` in its own backward pass.
+
+    Args:
+        x_LD: (L, D) float32, float16 or bfloat16, any row stride.
+        weight_D: as in layer_norm.
+        bias_D: as in layer_norm.
+        eps: added to the variance.
+        keep: also return y in the dtype of x.
+        impl: which implementation runs.
+
+    Raises:
+        ValueError: as layer_norm and quantize_rows.
+    """
+    _check(x_LD, weight_D, bias_D)
+    x_LD = x_LD.detach()
+    weight_D = None if weight_D is None else weight_D.detach()
+    bias_D = None if bias_D is None else bias_D.detach()
+    if resolve(impl, x_LD) is Impl.REFERENCE:
+        y, mean, rstd = reference.layer_norm_parts(x_LD, weight_D, bias_D, eps)
+        kept = y.to(x_LD.dtype) if keep else None
+        return LayerNormFp8(quantize_rows(y, impl=Impl.REFERENCE), kept, mean, rstd)
+    check_triton_rows("x", x_LD, x_LD.shape[1])
+    q, scale, y, mean, rstd = _forward_fp8(x_LD, weight_D, bias_D, eps, keep)
+    return LayerNormFp8(QuantizedRows(q, scale), y if keep else None, mean, rstd)
+
+
+def layer_norm_backward(
+    dy_LD: Tensor,
+    x_LD: Tensor,
+    weight_D: Tensor | None,
+    has_bias: bool,
+    mean_L: Tensor,
+    rstd_L: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx (dtype of x), dweight and dbias (float32, zero where there is none); in Triton.
+
+    Args:
+        dy_LD: (L, D) gradient of y.
+        x_LD: what was normed.
+        weight_D: (D,) or None.
+        has_bias: whether dbias is wanted.
+        mean_L: as layer_norm_fp8 returned it.
+        rstd_L: as layer_norm_fp8 returned it.
+    """
+    found: tuple[Tensor, Tensor, Tensor] = _backward(
+        dy_LD, x_LD, weight_D, has_bias, mean_L, rstd_L
+    )
+    return found
 
 
 def _check_triton(x_LD: Tensor) -> None:
@@ -88,6 +165,27 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     per_row = x.new_empty(x.shape[0], dtype=torch.float32)
     return x.new_empty(x.shape), per_row, torch.empty_like(per_row)
+
+
+@torch.library.custom_op("gr::layer_norm_fp8", mutates_args=())
+def _forward_fp8(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from kernels.layer_norm._triton import layer_norm_fp8_fwd
+
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    return layer_norm_fp8_fwd(_rows(x), weight, bias, eps, keep)
+
+
+@_forward_fp8.register_fake
+def _(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    L, D = x.shape
+    scale, mean, rstd = (x.new_empty(L, dtype=torch.float32) for _ in range(3))
+    q = x.new_empty(L, D, dtype=torch.float8_e4m3fn)
+    return q, scale, x.new_empty(L if keep else 0, D), mean, rstd
 
 
 @torch.library.custom_op("gr::layer_norm_bwd", mutates_args=())

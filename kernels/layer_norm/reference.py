@@ -6,11 +6,20 @@ from torch import Tensor
 
 def layer_norm(x_LD: Tensor, weight_D: Tensor | None, bias_D: Tensor | None, eps: float) -> Tensor:
     """Return (x - mean) / sqrt(var + eps) * weight + bias, row by row, in the dtype of x."""
+    return layer_norm_parts(x_LD, weight_D, bias_D, eps)[0].to(x_LD.dtype)
+
+
+def layer_norm_parts(
+    x_LD: Tensor, weight_D: Tensor | None, bias_D: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y (L, D), mean (L,) and rstd (L,) as they were computed, not rounded."""
     x = x_LD.to(torch.promote_types(x_LD.dtype, torch.float32))
-    centred = x - x.mean(1, keepdim=True)
-    y = centred * torch.rsqrt(centred.square().mean(1, keepdim=True) + eps)
+    mean = x.mean(1, keepdim=True)
+    centred = x - mean
+    rstd = torch.rsqrt(centred.square().mean(1, keepdim=True) + eps)
+    y = centred * rstd
     if weight_D is not None:
         y = y * weight_D
     if bias_D is not None:
         y = y + bias_D
-    return y.to(x_LD.dtype)
+    return y, mean[:, 0], rstd[:, 0]

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._triton.fp8 import quantize_tile
 from kernels._triton.rows import backward_tile, forward_tile, num_programs
 
 
@@ -50,6 +51,8 @@ def _norm_gate_fwd_kernel(
     bias_ptr,
     seed_ptr,
     out_ptr,
+    q_ptr,
+    q_scale_ptr,
     mean_ptr,
     rstd_ptr,
     L,
@@ -66,6 +69,8 @@ def _norm_gate_fwd_kernel(
     HAS_BIAS: tl.constexpr,
     CONCAT: tl.constexpr,
     DROPOUT: tl.constexpr,
+    KEEP: tl.constexpr,
+    QUANTIZE: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1)
@@ -91,8 +96,8 @@ def _norm_gate_fwd_kernel(
     tl.store(rstd_ptr + per_group, rstd, mask=rows < L)
     if DROPOUT:
         keys = _row_keys(seed_ptr, rows)
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
     if CONCAT:
+        dtype: tl.constexpr = out_ptr.dtype.element_ty
         offs = rows[:, None] * (3 * C) + channels[None, :]
         if DROPOUT:
             u = _dropped(u, keys, channels, threshold, scale)
@@ -104,7 +109,13 @@ def _norm_gate_fwd_kernel(
     else:
         if DROPOUT:
             y = _dropped(y, keys, channels, threshold, scale)
-        tl.store(out_ptr + rows[:, None] * C + channels[None, :], y.to(dtype), mask=mask)
+        offs = rows[:, None] * C + channels[None, :]
+        if KEEP:
+            tl.store(out_ptr + offs, y.to(out_ptr.dtype.element_ty), mask=mask)
+        if QUANTIZE:
+            q, q_scale = quantize_tile(y)
+            tl.store(q_ptr + offs, q, mask=mask)
+            tl.store(q_scale_ptr + rows, q_scale, mask=rows < L)
 
 
 @triton.jit
@@ -211,11 +222,51 @@ def norm_gate_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out (L, C or 3 C), mean and rstd (L, G) float32. x and u may have any row stride."""
     L, C = x.shape
-    V = C // num_groups
     out = x.new_empty(L, 3 * C if concat else C)
+    vectors = (weight, bias, seed)
+    return out, *_forward(x, u, *vectors, out, None, None, num_groups, eps, concat, dropout)
+
+
+def norm_gate_fp8_fwd(
+    x: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    eps: float,
+    dropout: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return q and scale of out, out (empty unless `keep`), mean and rstd (L, 1); of one group."""
+    L, C = x.shape
+    q = x.new_empty(L, C, dtype=torch.float8_e4m3fn)
+    scale = x.new_empty(L, dtype=torch.float32)
+    out = x.new_empty(L if keep else 0, C)
+    targets = (out if keep else None, q, scale)
+    mean, rstd = _forward(x, u, weight, bias, seed, *targets, 1, eps, False, dropout)
+    return q, scale, out, mean, rstd
+
+
+def _forward(
+    x: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor | None,
+    q: Tensor | None,
+    scale: Tensor | None,
+    num_groups: int,
+    eps: float,
+    concat: bool,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """Fill out, or q and scale, or all of them; return mean and rstd."""
+    L, C = x.shape
+    V = C // num_groups
     mean, rstd = (x.new_empty(L, num_groups, dtype=torch.float32) for _ in range(2))
     if L == 0:
-        return out, mean, rstd
+        return mean, rstd
     rows, columns, warps = forward_tile(V)
     _norm_gate_fwd_kernel[(triton.cdiv(L, rows), num_groups)](
         x,
@@ -224,6 +275,8 @@ def norm_gate_fwd(
         bias,
         seed,
         out,
+        q,
+        scale,
         mean,
         rstd,
         L,
@@ -240,9 +293,11 @@ def norm_gate_fwd(
         HAS_BIAS=bias is not None,
         CONCAT=concat,
         DROPOUT=dropout > 0,
+        KEEP=out is not None,
+        QUANTIZE=q is not None,
         num_warps=warps,
     )
-    return out, mean, rstd
+    return mean, rstd
 
 
 def norm_gate_bwd(

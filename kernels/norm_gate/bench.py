@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional
 
 from kernels.bench import Case, timed
-from kernels.norm_gate import norm_gate
+from kernels.norm_gate import norm_gate, norm_gate_fp8
 
 TOKENS = 131072
 CASES = [
@@ -29,12 +29,16 @@ def variants(case, mode, device):
 
     seed = torch.tensor(1, device=device)
     inputs = (x, u, weight, bias)
-    return {
+    found = {
         "ours": timed(norm_gate, inputs, mode),
         "torch layer_norm * u": timed(rival, inputs, mode),
         "ours, norm of 4 heads": timed(heads, inputs, mode),
         "ours, dropout": timed(dropout, inputs, mode),
     }
+    if mode == "forward":
+        found["ours, in fp8"] = lambda: norm_gate_fp8(*inputs)
+        found["ours, in both"] = lambda: norm_gate_fp8(*inputs, keep=True)
+    return found
 
 
 def bytes_moved(case, mode):

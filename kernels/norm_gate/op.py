@@ -1,12 +1,14 @@
 """Gated norm: the operator, its checks and its gradient."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.dispatch import Impl, resolve
 from kernels.norm_gate import reference
+from kernels.quantize import QuantizedRows, quantize_rows
+from kernels.quantize.op import check_triton_rows
 
 
 def norm_gate(
@@ -62,6 +64,99 @@ def norm_gate(
     return out
 
 
+class NormGateFp8(NamedTuple):
+    """What norm_gate_fp8 returns."""
+
+    rows: QuantizedRows
+    """The output in fp8."""
+    out: Tensor | None
+    """The output in the dtype of x, if it was asked for."""
+    mean: Tensor
+    """(L, 1) float32, for the backward pass."""
+    rstd: Tensor
+    """(L, 1) float32, for the backward pass."""
+
+
+def norm_gate_fp8(
+    x_LC: Tensor,
+    u_LC: Tensor,
+    weight_C: Tensor | None = None,
+    bias_C: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    keep: bool = False,
+    impl: Impl | str = Impl.AUTO,
+) -> NormGateFp8:
+    """Return norm_gate(x, u) as quantize_rows would, in the same pass; itself only if `keep`.
+
+    It is rounded once, from float32. One group and no concat: a scale belongs to a whole row, so
+    for the other forms quantise what norm_gate returns. Not differentiable: a layer that is made of
+    such operators calls `norm_gate_backward` in its own backward pass.
+
+    Args:
+        x_LC: (L, C) float32, float16 or bfloat16, any row stride.
+        u_LC: as in norm_gate.
+        weight_C: as in norm_gate.
+        bias_C: as in norm_gate.
+        eps: added to the variance.
+        dropout: as in norm_gate.
+        seed: as in norm_gate.
+        keep: also return the output in the dtype of x.
+        impl: which implementation runs.
+
+    Raises:
+        ValueError: as norm_gate and quantize_rows.
+    """
+    _check(x_LC, u_LC, weight_C, bias_C, 1, dropout, seed)
+    if dropout == 0:
+        seed = None
+    x_LC, u_LC = x_LC.detach(), u_LC.detach()
+    vectors = (_detached(weight_C), _detached(bias_C), seed)
+    if resolve(impl, x_LC) is Impl.REFERENCE:
+        out, mean, rstd = reference.norm_gate_parts(x_LC, u_LC, *vectors, 1, eps, False, dropout)
+        kept = out.to(x_LC.dtype) if keep else None
+        return NormGateFp8(quantize_rows(out, impl=Impl.REFERENCE), kept, mean, rstd)
+    check_triton_rows("x", x_LC, x_LC.shape[1])
+    q, scale, out, mean, rstd = _forward_fp8(x_LC, u_LC, *vectors, eps, dropout, keep)
+    return NormGateFp8(QuantizedRows(q, scale), out if keep else None, mean, rstd)
+
+
+def norm_gate_backward(
+    dout: Tensor,
+    x_LC: Tensor,
+    u_LC: Tensor,
+    weight_C: Tensor | None,
+    bias_C: Tensor | None,
+    seed: Tensor | None,
+    mean_LG: Tensor,
+    rstd_LG: Tensor,
+    *,
+    num_groups: int = 1,
+    concat: bool = False,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return dx and du (dtype of x), dweight and dbias (float32, zero where none); in Triton.
+
+    Args:
+        dout: (L, C or 3 C) gradient of the output.
+        x_LC: as in norm_gate, like the others.
+        u_LC: as in norm_gate.
+        weight_C: as in norm_gate.
+        bias_C: as in norm_gate.
+        seed: as in norm_gate.
+        mean_LG: as the forward pass returned it.
+        rstd_LG: as the forward pass returned it.
+        num_groups: as in norm_gate.
+        concat: as in norm_gate.
+        dropout: as in norm_gate.
+    """
+    tensors = (dout, x_LC, u_LC, weight_C, bias_C, seed, mean_LG, rstd_LG)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _backward(*tensors, num_groups, concat, dropout)
+    return found
+
+
 def _check(
     x_LC: Tensor,
     u_LC: Tensor,
@@ -111,6 +206,10 @@ def _rows(x_LC: Tensor) -> Tensor:
     return x_LC if x_LC.stride(1) == 1 else x_LC.contiguous()
 
 
+def _detached(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()
+
+
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
@@ -148,6 +247,41 @@ def _(
     L, C = x.shape
     per_group = x.new_empty(L, num_groups, dtype=torch.float32)
     return x.new_empty(L, 3 * C if concat else C), per_group, torch.empty_like(per_group)
+
+
+@torch.library.custom_op("gr::norm_gate_fp8", mutates_args=())
+def _forward_fp8(
+    x: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    eps: float,
+    dropout: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from kernels.norm_gate._triton import norm_gate_fp8_fwd
+
+    vectors = (_contiguous(weight), _contiguous(bias), seed)
+    return norm_gate_fp8_fwd(_rows(x), _rows(u), *vectors, eps, dropout, keep)
+
+
+@_forward_fp8.register_fake
+def _(
+    x: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    eps: float,
+    dropout: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    L, C = x.shape
+    mean, rstd = (x.new_empty(L, 1, dtype=torch.float32) for _ in range(2))
+    q = x.new_empty(L, C, dtype=torch.float8_e4m3fn)
+    scale = x.new_empty(L, dtype=torch.float32)
+    return q, scale, x.new_empty(L if keep else 0, C), mean, rstd
 
 
 @torch.library.custom_op("gr::norm_gate_bwd", mutates_args=())

@@ -21,11 +21,30 @@ def norm_gate(
     dropout: float,
 ) -> Tensor:
     """Return dropout(norm(x) * u), or dropout([u, x, norm(x) * u]), in the dtype of x."""
+    vectors = (weight_C, bias_C, seed)
+    out, _, _ = norm_gate_parts(x_LC, u_LC, *vectors, num_groups, eps, concat, dropout)
+    return out.to(x_LC.dtype)
+
+
+def norm_gate_parts(
+    x_LC: Tensor,
+    u_LC: Tensor,
+    weight_C: Tensor | None,
+    bias_C: Tensor | None,
+    seed: Tensor | None,
+    num_groups: int,
+    eps: float,
+    concat: bool,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output, mean (L, G) and rstd (L, G) as they were computed, not rounded."""
     compute = torch.promote_types(x_LC.dtype, torch.float32)
     x, u = x_LC.to(compute), u_LC.to(compute)
     x_LGV = x.reshape(x.shape[0], num_groups, x.shape[1] // num_groups)
-    centred = x_LGV - x_LGV.mean(2, keepdim=True)
-    y: Tensor = (centred * torch.rsqrt(centred.square().mean(2, keepdim=True) + eps)).flatten(1)
+    mean = x_LGV.mean(2, keepdim=True)
+    centred = x_LGV - mean
+    rstd = torch.rsqrt(centred.square().mean(2, keepdim=True) + eps)
+    y: Tensor = (centred * rstd).flatten(1)
     if weight_C is not None:
         y = y * weight_C
     if bias_C is not None:
@@ -36,7 +55,7 @@ def norm_gate(
     if dropout > 0:
         assert seed is not None
         y = torch.where(kept(seed, y.shape[0], y.shape[1], dropout), y / (1 - dropout), 0)
-    return y.to(x_LC.dtype)
+    return y, mean[:, :, 0], rstd[:, :, 0]
 
 
 def kept(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:

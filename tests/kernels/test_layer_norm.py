@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from kernels.layer_norm import layer_norm
+from kernels.layer_norm import layer_norm, layer_norm_backward, layer_norm_fp8
 from tests.checks import assert_within_reference_error
-from tests.kernels.evaluate import double, outputs_and_gradients
+from tests.kernels.evaluate import double, outputs_and_gradients, poisoned_memory
+from tests.kernels.fp8 import FP8_CHECKS, assert_rounded
 
 EPS = 1e-6
 DTYPES = [torch.float32, torch.float16]
+IMPLS = ["reference", pytest.param("triton", marks=pytest.mark.interpret)]
 
 
 def oracle(x, weight, bias):
@@ -105,12 +107,66 @@ def test_nan_stays_in_its_row(device):
     assert out[5].isnan().all()
 
 
+def check_fp8(inputs, impl):
+    x = inputs[0]
+    with poisoned_memory(x.device):
+        found = layer_norm_fp8(*inputs, eps=EPS, keep=True, impl=impl)
+        alone = layer_norm_fp8(*inputs, eps=EPS, impl=impl)
+    assert alone.y is None
+    for actual, expected in zip(alone.rows, found.rows, strict=True):
+        assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(found.y, layer_norm(*inputs, eps=EPS, impl=impl))
+    if x.shape[0]:
+        exact = oracle(*double(inputs))
+        assert_rounded(found.rows, exact, error=1e-5 * (1 + exact.abs().max()))
+    return found
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("affine", [(True, True), (False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("shape", [(0, 8), (7, 33), (67, 64)], ids=str)
+def test_fp8_is_the_norm_rounded_once(shape, affine, impl, device):
+    inputs, dout = make(*shape, torch.float16, device, affine)
+    found = check_fp8(inputs, impl)
+    if impl == "triton":
+        x, weight, bias = inputs
+        parts = (x, weight, bias is not None, found.mean, found.rstd)
+        gradients = layer_norm_backward(dout, *parts)
+        run = partial(layer_norm, eps=EPS, impl="triton")
+        expected = outputs_and_gradients(run, inputs, dout)[1:]
+        wanted = [g for g, t in zip(gradients, inputs, strict=True) if t is not None]
+        for actual, same in zip(wanted, expected, strict=True):
+            assert torch.equal(actual.to(same.dtype), same)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [64, 512, 1000, 1024, 2048, 8192])
+def test_fp8_large(D):
+    check_fp8(make(4099, D, torch.bfloat16, "cuda")[0], "triton")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, in the interpreter
+def test_fp8_marks_a_broken_row(impl, device):
+    inputs, _ = make(9, 40, torch.float16, device)
+    clean = layer_norm_fp8(*inputs, impl=impl).rows
+    inputs[0][4, 7] = torch.inf
+    found = layer_norm_fp8(*inputs, impl=impl).rows
+    assert found.scale[4].isnan()
+    assert not found.values[4].float().any()
+    others = [i for i in range(9) if i != 4]
+    for actual, expected in zip(found, clean, strict=True):
+        assert torch.equal(actual[others].float(), expected[others].float())
+
+
 @pytest.mark.interpret
 def test_registration(device):
     (x, weight, bias), _ = make(6, 20, torch.float32, device)
     for w, b in ((weight, bias), (None, None)):
         args = [t if t is None else t.requires_grad_() for t in (x, w, b)]
         torch.library.opcheck(torch.ops.gr.layer_norm.default, (*args, EPS))
+        arguments = (x.detach(), w, b, EPS, w is None)
+        torch.library.opcheck(torch.ops.gr.layer_norm_fp8.default, arguments, test_utils=FP8_CHECKS)
 
 
 @pytest.mark.gpu

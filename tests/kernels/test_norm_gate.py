@@ -5,12 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.norm_gate import norm_gate
+from kernels.norm_gate import norm_gate, norm_gate_backward, norm_gate_fp8
 from kernels.norm_gate.reference import kept
 from tests.checks import assert_within_reference_error
-from tests.kernels.evaluate import double, outputs_and_gradients
+from tests.kernels.evaluate import double, outputs_and_gradients, poisoned_memory
+from tests.kernels.fp8 import FP8_CHECKS, assert_rounded
 
 EPS = 1e-6
+IMPLS = ["reference", pytest.param("triton", marks=pytest.mark.interpret)]
 OPTIONS = [
     {},
     {"num_groups": 4},
@@ -198,6 +200,44 @@ def test_nan_stays_in_its_row(device):
         assert torch.equal(actual[others], expected[others])
 
 
+def check_fp8(inputs, options, impl):
+    with poisoned_memory(inputs[0].device):
+        found = norm_gate_fp8(*inputs, eps=EPS, keep=True, impl=impl, **options)
+        alone = norm_gate_fp8(*inputs, eps=EPS, impl=impl, **options)
+    assert alone.out is None
+    for actual, expected in zip(alone.rows, found.rows, strict=True):
+        assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(found.out, norm_gate(*inputs, eps=EPS, impl=impl, **options))
+    if inputs[0].shape[0]:
+        exact = norm_gate(*double(inputs), eps=EPS, impl="reference", **options)
+        assert_rounded(found.rows, exact, error=1e-5 * (1 + exact.abs().max()))
+    return found
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("affine", [(True, True), (False, False)])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(0, 8), (37, 36)], ids=str)
+def test_fp8_is_the_output_rounded_once(shape, dropout, affine, impl, device):
+    inputs, dout, seed = make(*shape, torch.float16, device, affine)
+    seed = seed if dropout else None
+    found = check_fp8(inputs, {"dropout": dropout, "seed": seed}, impl)
+    if impl == "triton":
+        parts = (seed, found.mean, found.rstd)
+        gradients = norm_gate_backward(dout, *inputs, *parts, dropout=dropout)
+        run = partial(norm_gate, eps=EPS, dropout=dropout, seed=seed, impl="triton")
+        expected = outputs_and_gradients(run, inputs, dout)[1:]
+        wanted = [g for g, t in zip(gradients, inputs, strict=True) if t is not None]
+        for actual, same in zip(wanted, expected, strict=True):
+            assert torch.equal(actual.to(same.dtype), same)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("C", [256, 1000, 2048])
+def test_fp8_large(C):
+    check_fp8(make(4099, C, torch.bfloat16, "cuda")[0], {}, "triton")
+
+
 @pytest.mark.interpret
 def test_registration(device):
     (x, u, weight, bias), _, seed = make(6, 20, torch.float32, device)
@@ -209,6 +249,8 @@ def test_registration(device):
         ]
         dropout = 0.0 if vectors[2] is None else 0.2
         torch.library.opcheck(torch.ops.gr.norm_gate.default, (*leaves, 2, EPS, True, dropout))
+        arguments = (x, u, *vectors, EPS, dropout, dropout == 0)
+        torch.library.opcheck(torch.ops.gr.norm_gate_fp8.default, arguments, test_utils=FP8_CHECKS)
 
 
 @pytest.mark.gpu
