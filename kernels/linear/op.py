@@ -45,22 +45,67 @@ def linear(
     Source: the projections of an HSTU layer, 2402.17152, eq. 1 and 3; the residual as a bias of two
     dims as in 2602.16986.
     """
-    _check(x_LD, weight_FD, bias_F, activation, residual_LF)
-    columns = _silu_columns(activation, silu_columns, weight_FD.shape[0])
-    if resolve(impl, x_LD) is Impl.REFERENCE:
+    check_linear(x_LD, weight_FD, bias_F, activation, residual_LF)
+    columns = silu_columns_of(activation, silu_columns, weight_FD.shape[0])
+    chosen = resolve(impl, x_LD, not_hopper=why_not_hopper(x_LD, weight_FD, residual_LF))
+    if chosen is Impl.REFERENCE:
         return reference.linear(x_LD, weight_FD, bias_F, residual_LF, columns)
     if x_LD.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(
             f"x must be float32, float16 or bfloat16 for impl='triton', got {x_LD.dtype}: use "
             "impl='reference'"
         )
+    hopper = chosen is Impl.HOPPER
     learns = any(t is not None and t.requires_grad for t in (x_LD, weight_FD, bias_F))
     keep = columns > 0 and learns and torch.is_grad_enabled()
-    y_LF: Tensor = _forward(x_LD, weight_FD, bias_F, residual_LF, columns, keep)[0]
+    y_LF: Tensor = _forward(x_LD, weight_FD, bias_F, residual_LF, columns, keep, hopper)[0]
     return y_LF
 
 
-def _silu_columns(activation: str, silu_columns: int | None, F: int) -> int:
+def forward_keeping(
+    x_LD: Tensor,
+    weight_FD: Tensor,
+    bias_F: Tensor | None = None,
+    *,
+    silu_columns: int,
+    impl: Impl | str = Impl.AUTO,
+) -> tuple[Tensor, Tensor]:
+    """Return y and z of linear with SiLU, for a layer with a backward pass of its own.
+
+    Not differentiable. Arguments and errors are those of `linear`.
+    """
+    check_linear(x_LD, weight_FD, bias_F, "silu", None)
+    columns = silu_columns_of("silu", silu_columns, weight_FD.shape[0])
+    x_LD, weight_FD = x_LD.detach(), weight_FD.detach()
+    bias_F = None if bias_F is None else bias_F.detach()
+    chosen = resolve(impl, x_LD, not_hopper=why_not_hopper(x_LD, weight_FD, None))
+    if chosen is Impl.REFERENCE:
+        z = reference.linear(x_LD, weight_FD, bias_F, None, 0)
+        return reference.silu_first(z, columns), z
+    operands = (x_LD, weight_FD, bias_F, None)
+    found: tuple[Tensor, Tensor] = _forward(*operands, columns, True, chosen is Impl.HOPPER)
+    return found
+
+
+def silu_backward(
+    dy_LF: Tensor, z_LF: Tensor, *, silu_columns: int, impl: Impl | str = Impl.AUTO
+) -> tuple[Tensor, Tensor]:
+    """Return dz = dy * silu'(z), dtype of z, and its sum (F,), at least float32.
+
+    Args:
+        dy_LF: (L, F) gradient of y.
+        z_LF: as forward_keeping returned it.
+        silu_columns: SiLU was applied to so many first columns.
+        impl: which implementation runs.
+    """
+    if resolve(impl, z_LF) is Impl.REFERENCE:
+        dz = reference.silu_backward(dy_LF, z_LF, silu_columns)
+        return dz.to(z_LF.dtype), dz.sum(0)
+    found: tuple[Tensor, Tensor] = _silu_backward(dy_LF, z_LF, silu_columns)
+    return found
+
+
+def silu_columns_of(activation: str, silu_columns: int | None, F: int) -> int:
     """Return how many first columns SiLU is applied to."""
     if activation == "none":
         if silu_columns is not None:
@@ -73,13 +118,20 @@ def _silu_columns(activation: str, silu_columns: int | None, F: int) -> int:
     return silu_columns
 
 
-def _check(
+def check_linear(
     x_LD: Tensor,
     weight_FD: Tensor,
     bias_F: Tensor | None,
     activation: str,
     residual_LF: Tensor | None,
+    *,
+    fp8: bool = False,
 ) -> None:
+    """Refuse arguments of linear that do not fit; in fp8 the weight may be kept in float32.
+
+    Raises:
+        ValueError: naming the argument.
+    """
     if x_LD.dim() != 2 or x_LD.shape[1] == 0 or not x_LD.is_floating_point():
         raise ValueError(f"x must be (L, D) floating with D > 0, got {_describe(x_LD)}")
     if activation not in ("none", "silu"):
@@ -95,6 +147,8 @@ def _check(
     if residual_LF is not None and residual_LF.shape != (L, F):
         raise ValueError(f"residual must be ({L}, {F}), got {_describe(residual_LF)}")
     for name, tensor in (("weight", weight_FD), ("residual", residual_LF)):
+        if fp8 and name == "weight" and weight_FD.dtype == torch.float32:
+            continue
         if tensor is not None and tensor.dtype != x_LD.dtype:
             raise ValueError(f"{name} must be {x_LD.dtype} as x is, got {tensor.dtype}")
     for name, tensor in (("weight", weight_FD), ("bias", bias_F), ("residual", residual_LF)):
@@ -102,11 +156,35 @@ def _check(
             raise ValueError(f"{name} must be on {x_LD.device} as x is, got {tensor.device}")
 
 
+def why_not_hopper(x: Tensor, weight: Tensor, residual: Tensor | None) -> str:
+    """Return why the Hopper kernel cannot take these arguments; empty if it can."""
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"x must be float16 or bfloat16, got {x.dtype}"
+    for name, tensor in {"x": x, "weight": weight, "residual": residual}.items():
+        if tensor is not None and not fits_tma(tensor):
+            return (
+                f"rows of {name} must begin at multiples of 16 bytes, got row stride "
+                f"{tensor.stride(0)} and offset {tensor.storage_offset()} of {tensor.dtype}"
+            )
+    if weight.shape[0] % 8:
+        return f"weight must have a multiple of 8 rows, got {weight.shape[0]}"
+    return ""
+
+
+def fits_tma(tensor: Tensor) -> bool:
+    """Whether the TMA unit can address a tensor, once its columns have been made contiguous."""
+    item = tensor.element_size()
+    if tensor.stride(1) != 1:
+        return tensor.shape[1] * item % 16 == 0
+    aligned = tensor.stride(0) * item % 16 == 0 and tensor.storage_offset() * item % 16 == 0
+    return aligned and tensor.stride(0) > 0
+
+
 def _describe(x: Tensor) -> str:
     return f"{tuple(x.shape)} {x.dtype}"
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """Return x with contiguous columns; any row stride will do."""
     return x if x.stride(1) == 1 else x.contiguous()
 
@@ -119,14 +197,17 @@ def _forward(
     residual: Tensor | None,
     silu_columns: int,
     keep: bool,
+    hopper: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    from kernels.linear._triton import linear_fwd
-
+    if hopper:
+        from kernels.linear._hopper.forward import linear_fwd
+    else:
+        from kernels.linear._triton.linear import linear_fwd
     return linear_fwd(
-        _rows(x),
+        rows_of(x),
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
-        None if residual is None else _rows(residual),
+        None if residual is None else rows_of(residual),
         silu_columns,
         keep,
     )
@@ -140,6 +221,7 @@ def _(
     residual: Tensor | None,
     silu_columns: int,
     keep: bool,
+    hopper: bool = False,
 ) -> tuple[Tensor, Tensor]:
     L, F = x.shape[0], weight.shape[0]
     return x.new_empty(L, F), x.new_empty(L if keep else 0, F)
@@ -147,9 +229,9 @@ def _(
 
 @torch.library.custom_op("gr::silu_bwd", mutates_args=())
 def _silu_backward(dy: Tensor, z: Tensor, silu_columns: int) -> tuple[Tensor, Tensor]:
-    from kernels.linear._triton import silu_bwd
+    from kernels.linear._triton.linear import silu_bwd
 
-    return silu_bwd(_rows(dy), z, silu_columns)
+    return silu_bwd(rows_of(dy), z, silu_columns)
 
 
 @_silu_backward.register_fake
@@ -158,7 +240,7 @@ def _(dy: Tensor, z: Tensor, silu_columns: int) -> tuple[Tensor, Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, _, silu_columns, keep = inputs
+    x, weight, bias, _, silu_columns, keep, _ = inputs
     if silu_columns > 0 and not keep:
         raise ValueError("gr::linear needs keep=True where gradients of silu are wanted")
     ctx.save_for_backward(x, weight, output[1])
@@ -177,6 +259,7 @@ def _gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dz.T @ x if wants_weight else None,
         dbias.to(ctx.bias_dtype) if dbias is not None and wants_bias else None,
         dy if wants_residual else None,
+        None,
         None,
         None,
     )

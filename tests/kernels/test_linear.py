@@ -6,11 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.dispatch import is_hopper
 from kernels.linear import linear
 from tests.checks import assert_within_reference_error
 from tests.kernels.evaluate import double, outputs_and_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_hopper = pytest.mark.skipif(
+    not is_hopper(torch.device(DEVICE)), reason="needs a GPU of compute capability 9.0"
+)
 FORMS = ["plain", "silu", "part_silu", "residual"]
 
 
@@ -106,6 +110,53 @@ def test_large_within_error_budget(shape, dtype, form):
     check(*make(*shape, dtype, form), form)
 
 
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        # Rows of up to 1024 bytes: a tile a warp group, in turns; one tile, two, many, tails.
+        *[(0, 8, 8), (1, 8, 8), (128, 64, 256), (130, 72, 264), (4099, 512, 2048), (900, 8, 136)],
+        # Longer rows: both warp groups share a tile.
+        *[(1, 520, 264), (64, 1024, 256), (65, 600, 400), (4099, 1024, 1000), (20000, 2048, 512)],
+    ],
+    ids=str,
+)
+def test_hopper_within_error_budget(shape, dtype, form):
+    check(*make(*shape, dtype, form), form, "hopper")
+    check(*make(*shape, dtype, form, has_bias=False), form, "hopper")
+
+
+@pytest.mark.gpu
+@needs_hopper
+@settings(deadline=None, max_examples=40)
+@given(
+    L=st.integers(1, 2000),
+    D=st.integers(1, 160),
+    F=st.integers(2, 80),
+    form=st.sampled_from(FORMS),
+    start=st.integers(0, 2),
+)
+def test_hopper_any_shape_and_view(L, D, F, form, start):
+    (x, weight, bias, residual), dout = make(L, 8 * D + 16, 8 * F + 16, torch.bfloat16, form)
+    x, weight = x[:, 8 * start :][:, : 8 * D], weight[: 8 * F, : 8 * D]
+    outputs = slice(8 * start, 8 * start + 8 * F)
+    residual = None if residual is None else residual[:, outputs]
+    check((x, weight, bias[: 8 * F], residual), dout[:, outputs], form, "hopper")
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_auto_takes_hopper_where_it_can():
+    inputs, _ = make(70, 64, 128, torch.bfloat16, "silu")
+    run = partial(call, form="silu")
+    assert torch.equal(run(*inputs, impl="auto"), run(*inputs, impl="hopper"))
+    inputs, _ = make(70, 60, 128, torch.bfloat16, "silu")
+    assert torch.equal(run(*inputs, impl="auto"), run(*inputs, impl="triton"))
+
+
 @pytest.mark.interpret
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("start", [8, 3])
@@ -122,9 +173,17 @@ def test_views_of_wider_buffers(form, start):
 
 @pytest.mark.interpret
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, in the interpreter
-def test_nan_stays_in_its_row():
-    inputs, dout = make(140, 40, 48, torch.float16, "silu")
-    run = partial(call, form="silu", impl="triton")
+@pytest.mark.parametrize(
+    ("impl", "D"),
+    [
+        ("triton", 40),
+        pytest.param("hopper", 40, marks=[pytest.mark.gpu, needs_hopper]),
+        pytest.param("hopper", 600, marks=[pytest.mark.gpu, needs_hopper]),
+    ],
+)
+def test_nan_stays_in_its_row(impl, D):
+    inputs, dout = make(140, D, 48, torch.float16, "silu")
+    run = partial(call, form="silu", impl=impl)
     clean = outputs_and_gradients(run, inputs, dout)
     x = inputs[0].clone()
     x[5, 3], x[70, 0] = torch.nan, torch.inf
@@ -164,7 +223,7 @@ def test_compiles_without_graph_break():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("D", [64, 60])
+@pytest.mark.parametrize("D", [64, 60, 520])
 def test_more_than_int32_elements(D):
     L, F = 2**31 // 1024 + 200, 1024
     x = torch.randn(L, D, device="cuda", dtype=torch.bfloat16)
@@ -174,6 +233,7 @@ def test_more_than_int32_elements(D):
 
 
 X, W = torch.ones(3, 2), torch.ones(4, 2)
+X8 = torch.ones(3, 8).half()
 
 
 @pytest.mark.parametrize(
@@ -190,6 +250,9 @@ X, W = torch.ones(3, 2), torch.ones(4, 2)
         ((X, W.to("meta")), {}, "weight must be on cpu"),
         ((X, W), {"silu_columns": 2}, "silu_columns=2 would be ignored"),
         ((X, W), {"activation": "silu", "silu_columns": 5}, r"silu_columns must be in 1 .. 4"),
+        ((X, W), {"impl": "hopper"}, "x must be float16 or bfloat16"),
+        ((X.half(), W.half()), {"impl": "hopper"}, "rows of x must begin at multiples of 16 bytes"),
+        ((X8, torch.ones(12, 8).half()), {"impl": "hopper"}, "multiple of 8 rows, got 12"),
     ],
 )
 def test_wrong_input(arguments, options, message):

@@ -63,6 +63,8 @@ def _epilogue(
     col,
     bias_ptr,
     residual,
+    x_scale_ptr,
+    weight_scale_ptr,
     y,
     kept,
     L,
@@ -71,6 +73,7 @@ def _epilogue(
     silu_columns,
     BLOCK_L: tl.constexpr,
     COLS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     SILU: tl.constexpr,
@@ -79,6 +82,10 @@ def _epilogue(
     TMA: tl.constexpr,
 ):
     cols = col + tl.arange(0, COLS)
+    if HAS_SCALE:
+        rows = row + tl.arange(0, BLOCK_L)
+        z *= tl.load(x_scale_ptr + rows, mask=rows < L, other=0.0)[:, None]
+        z *= tl.load(weight_scale_ptr + cols, mask=cols < F, other=0.0)[None, :]
     if HAS_BIAS:
         z += tl.load(bias_ptr + cols, mask=cols < F, other=0.0).to(tl.float32)[None, :]
     if KEEP:
@@ -96,6 +103,8 @@ def _linear_fwd_kernel(
     weight,
     bias_ptr,
     residual,
+    x_scale_ptr,
+    weight_scale_ptr,
     y,
     kept,
     L,
@@ -108,6 +117,7 @@ def _linear_fwd_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     SILU: tl.constexpr,
@@ -137,12 +147,14 @@ def _linear_fwd_kernel(
         # Half a tile at a time: the whole one does not fit beside the loads in flight.
         left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_L, 2, HALF)), (0, 2, 1)))
         _epilogue(
-            left, row, col, bias_ptr, residual, y, kept, L, F, stride_residual,
-            silu_columns, BLOCK_L, HALF, HAS_BIAS, HAS_RESIDUAL, SILU, KEEP, FAST, TMA,
+            left, row, col, bias_ptr, residual, x_scale_ptr, weight_scale_ptr, y, kept,
+            L, F, stride_residual, silu_columns, BLOCK_L, HALF,
+            HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, SILU, KEEP, FAST, TMA,
         )  # fmt: skip
         _epilogue(
-            right, row, col + HALF, bias_ptr, residual, y, kept, L, F, stride_residual,
-            silu_columns, BLOCK_L, HALF, HAS_BIAS, HAS_RESIDUAL, SILU, KEEP, FAST, TMA,
+            right, row, col + HALF, bias_ptr, residual, x_scale_ptr, weight_scale_ptr, y, kept,
+            L, F, stride_residual, silu_columns, BLOCK_L, HALF,
+            HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, SILU, KEEP, FAST, TMA,
         )  # fmt: skip
 
 
@@ -183,6 +195,9 @@ def linear_fwd(
     residual: Tensor | None,
     silu_columns: int,
     keep: bool,
+    *,
+    scales: tuple[Tensor, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return y (L, F), and z (L, F) if `keep`, else an empty tensor.
 
@@ -190,19 +205,22 @@ def linear_fwd(
         x: (L, D), columns contiguous.
         weight: (F, D) contiguous, dtype of x.
         bias: (F,) contiguous.
-        residual: (L, F), columns contiguous, dtype of x.
+        residual: (L, F), columns contiguous, dtype of y.
         silu_columns: y = silu(z) in so many first columns.
         keep: whether z is stored.
+        scales: (L,) and (F,) float32, of the rows of x and of weight; for fp8 only.
+        dtype: of y and z; None for that of x.
     """
     if x.dtype == torch.float32:
         return _linear_fwd_float32(x, weight, bias, residual, silu_columns, keep)
     (L, D), F = x.shape, weight.shape[0]
-    y = x.new_empty(L, F)
-    kept = x.new_empty(L if keep else 0, F)
+    y = x.new_empty(L, F, dtype=dtype)
+    kept = x.new_empty(L if keep else 0, F, dtype=dtype)
     if L == 0:
         return y, kept
     tma = all(_fits_tma(tensor) for tensor in (x, weight, residual, y, kept) if tensor is not None)
-    block_l, block_f, block_d, warps, stages = _tile(F, residual is not None, tma)
+    block_l, block_f, block_d, warps, stages = _tile(F, residual is not None, tma, y.dtype)
+    block_d *= 2 // x.element_size()
     half = block_f // 2
 
     def source(tensor: Tensor | None, columns: int, rows: int = block_l) -> object:
@@ -210,12 +228,15 @@ def linear_fwd(
             return tensor
         return TensorDescriptor(tensor, [*tensor.shape], [*tensor.stride()], [rows, columns])
 
+    x_scale, weight_scale = (None, None) if scales is None else scales
     tiles = triton.cdiv(L, block_l) * triton.cdiv(F, block_f)
     _linear_fwd_kernel[(num_programs(x.device, tiles, 1),)](
         source(x, block_d),
         source(weight, block_d, block_f),
         bias,
         source(residual, half),
+        x_scale,
+        weight_scale,
         source(y, half),
         source(kept, half) if keep else None,
         L,
@@ -228,11 +249,12 @@ def linear_fwd(
         BLOCK_F=block_f,
         BLOCK_D=block_d,
         GROUP=GROUP,
+        HAS_SCALE=scales is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         SILU=silu_columns > 0,
         KEEP=keep,
-        FAST=is_fast(x.dtype),
+        FAST=is_fast(y.dtype),
         TMA=tma,
         FLATTEN=tma,
         num_warps=warps,
@@ -289,7 +311,9 @@ def silu_bwd(dy: Tensor, z: Tensor, silu_columns: int) -> tuple[Tensor, Tensor]:
     return dz, dbias.sum(0)
 
 
-def _tile(F: int, has_residual: bool, tma: bool) -> tuple[int, int, int, int, int]:
+def _tile(
+    F: int, has_residual: bool, tma: bool, dtype: torch.dtype
+) -> tuple[int, int, int, int, int]:
     """Return (rows, columns, depth, warps, stages) of a tile.
 
     128 x 256 x 64 was fastest on one H100 at D from 512 to 2048; a residual tile takes the room of
@@ -297,7 +321,7 @@ def _tile(F: int, has_residual: bool, tma: bool) -> tuple[int, int, int, int, in
     """
     if not tma:
         return 64, 128, 32, 8, 2
-    if F <= 128:
+    if F <= 128 or dtype == torch.float32:
         return 128, 128, 64, 8, 3
     return 128, 256, 64, 8, 3 if has_residual else 4
 

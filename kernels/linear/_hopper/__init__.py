@@ -1,0 +1,1 @@
+"""Linear map for Hopper GPUs, in Gluon."""

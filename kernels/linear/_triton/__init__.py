@@ -1,0 +1,1 @@
+"""Linear map in plain Triton, for every GPU and for the interpreter."""
