@@ -372,6 +372,11 @@ def check_consistency(config: TrainConfig) -> None:
             "eval.mode=frozen scores window after window, but data.window=none: use data.window="
             "hour or day, or eval.mode=progressive"
         )
+    if model.encoder == "dlrm" and (data.fill == "flops" or data.stochastic_length.balance):
+        raise ValueError(
+            "model.encoder=dlrm reads no sequence, so it has no cost that data.fill=flops or "
+            "data.stochastic_length.balance could even out: use data.fill=tokens or sessions"
+        )
     if not data.tasks and not model.head.retrieval:
         raise ValueError("nothing to learn: data.tasks is empty and model.head.retrieval is false")
     if (

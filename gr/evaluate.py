@@ -15,6 +15,7 @@ from gr.atomic import write_atomically
 from gr.checkpoint import CheckpointManager
 from gr.config import TrainConfig
 from gr.config_io import load_config
+from gr.flops import sequence_cost
 from gr.metrics import WindowResult
 from gr.parallel import World
 from gr.runlog import CONFIG, RunDir, Value, json_line, readable
@@ -81,7 +82,13 @@ def evaluate(
         world.agree("checkpoint", str(step))
         # Stochastic length is for training: what is served reads whole sequences.
         data = replace(config.data, follow=False, stochastic_length=StochasticLengthConfig())
-        stream = SessionStream(data, seed=config.seed, rank=world.rank, world_size=world.size)
+        stream = SessionStream(
+            data,
+            seed=config.seed,
+            rank=world.rank,
+            world_size=world.size,
+            cost=sequence_cost(config.model),
+        )
         trainer = Trainer(
             config,
             world,

@@ -10,6 +10,7 @@ from gr.config import ModelConfig
 from gr.hstu import attention_mask, tail_index
 from gr.sequence import SequenceInfo, sequence_index
 from kernels.hstu_attention.mask import num_visible
+from pipelines.cost import SequenceCost
 
 # Dense bf16 peak of one device, FLOP/s, by a part of its name (vendor data sheets, no sparsity).
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -31,27 +32,43 @@ def training_flops(model: ModelConfig, info: SequenceInfo) -> float:
         model: the configuration; encoder dlrm has no sequence part and counts 0.
         info: lengths and tails of the batch.
     """
-    if model.encoder == "dlrm":
-        return 0.0
+    per_key, per_query, per_pair = layer_flops(model)
     tokens = int(info.offsets[-1])
     tail = int(info.tail_offsets[-1])
     full_pairs, tail_pairs = visible_pairs(info)
+    full_layer = tokens * (per_key + per_query) + full_pairs * per_pair
+    last_layer = tokens * per_key + tail * per_query + tail_pairs * per_pair
+    return 3.0 * ((model.num_layers - 1) * full_layer + last_layer)
+
+
+def sequence_cost(model: ModelConfig) -> SequenceCost:
+    """Return the training FLOPs of the encoder on one sequence, as the data side reads them."""
+    per_key, per_query, per_pair = layer_flops(model)
+    full_layers = model.num_layers - 1
+    return SequenceCost(
+        per_token=3.0 * (full_layers * (per_key + per_query) + per_key),
+        per_tail_token=3.0 * per_query,
+        per_pair=3.0 * full_layers * per_pair,
+        per_tail_pair=3.0 * per_pair,
+    )
+
+
+def layer_flops(model: ModelConfig) -> tuple[int, int, int]:
+    """Return the forward FLOPs of a layer for each token as key, as query, and for each pair."""
     D = model.dim
+    if model.encoder == "dlrm":
+        return 0, 0, 0
     if model.encoder == "hstu":
         c = model.hstu
         uq = c.num_heads * (c.v_dim + c.qk_dim)
         out = c.num_heads * c.v_dim * (3 if c.concat_ua else 1)
-        per_key, per_query, per_pair = 2 * D * uq, 2 * D * uq + 2 * out * D, 2 * uq
+        return 2 * D * uq, 2 * D * uq + 2 * out * D, 2 * uq
+    t = model.transformer
+    if model.encoder == "sasrec":
+        ffn = 2 * 2 * D * (t.ffn_dim or D)
     else:
-        t = model.transformer
-        if model.encoder == "sasrec":
-            ffn = 2 * 2 * D * (t.ffn_dim or D)
-        else:
-            ffn = 3 * 2 * D * (t.ffn_dim or transformer_ffn_dim(D))
-        per_key, per_query, per_pair = 4 * D * D, 4 * D * D + ffn, 4 * D
-    full_layer = tokens * (per_key + per_query) + full_pairs * per_pair
-    last_layer = tokens * per_key + tail * per_query + tail_pairs * per_pair
-    return 3.0 * ((model.num_layers - 1) * full_layer + last_layer)
+        ffn = 3 * 2 * D * (t.ffn_dim or transformer_ffn_dim(D))
+    return 4 * D * D, 4 * D * D + ffn, 4 * D
 
 
 def transformer_ffn_dim(dim: int) -> int:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from gr import parallel
 from gr.checkpoint import CheckpointManager
 from gr.config import TrainConfig
-from gr.flops import peak_flops
+from gr.flops import peak_flops, sequence_cost
 from gr.parallel import World
 from gr.rejects import RejectFile, cut_rejects
 from gr.runlog import RunDir, RunLog, open_run_dir
@@ -75,6 +75,8 @@ def train(config: TrainConfig, resolved: DictConfig, overrides: Sequence[str] = 
                 frozen=config.eval.mode == "frozen",
                 from_rank_0=world.from_rank_0,
                 on_reject=lambda reject: rejects.write(reject, trainer.progress.step + 1),
+                cost=sequence_cost(config.model),
+                load_target=trainer.load_target,
             )
 
         stream = stream_from(None)

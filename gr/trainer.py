@@ -26,6 +26,7 @@ from gr.parallel import World
 from gr.retrieval_metrics import catalogue_ranks
 from gr.sequence import SequenceInfo, sequence_index, sequence_info
 from gr.tokens import carries_item
+from pipelines.balance import LoadTarget
 from pipelines.batch import SequenceBatch, StreamPosition
 from pipelines.config import ITEM_ID, TARGET_ITEM_ID
 from pipelines.rejects import REASONS
@@ -96,6 +97,8 @@ class Trainer:
             lifetime_auc=config.eval.lifetime_auc,
         )
         self.progress = Progress()
+        lengths = config.data.stochastic_length
+        self.load_target = LoadTarget(lengths.recalibrate_steps) if lengths.balance else None
         self.loss_sums = torch.zeros(2, len(self.objective.names), dtype=torch.float64)
         self.flops = 0.0
         self.has_dropout = any(m.p > 0 for m in self.model.modules() if isinstance(m, nn.Dropout))
@@ -121,7 +124,7 @@ class Trainer:
         self.tables.set_lr(config.embeddings.optimizer.lr * factor)
 
         batch, info, rows = self._prepare(batch)
-        global_weights = world.sum(self.objective.weights(batch))
+        global_weights = self._sum_weights(batch)
         predictions = self._predict(self.dense, batch, info, rows)
         head = self.model.retrieval if isinstance(self.model, SequenceModel) else None
         sums = self.objective(batch, rows, predictions, head, self.tables)
@@ -262,6 +265,15 @@ class Trainer:
             )
             self.evaluation.update_retrieval(ranks, log_probs, batch.retrieval_weights)
 
+    def _sum_weights(self, batch: SequenceBatch) -> Tensor:
+        """Return the weight of each loss over all ranks, and record the load of the step."""
+        weights = self.objective.weights(batch)
+        load = weights.new_tensor([batch.expected_load])
+        sums = self.world.sum(torch.cat([weights, load]))
+        if self.load_target is not None:
+            self.load_target.record(self.progress.step, float(sums[-1]), batch.num_sessions)
+        return sums[:-1]
+
     def _seed_step(self) -> None:
         # Dropout is a function of (seed, step, rank): a resumed run repeats it without saved state.
         mixed = (self.config.seed * 1_000_003 + self.progress.step) * 65_537 + self.world.rank
@@ -295,6 +307,7 @@ class Trainer:
                 "rows": list(position.rows) if position else [],
                 "segments": list(position.segments) if position else [],
                 "skipped": self.progress.skipped,
+                "loads": self.load_target.state() if self.load_target else [],
             },
         }
 
@@ -316,6 +329,8 @@ class Trainer:
             ),
             skipped=list(stored["skipped"]),
         )
+        if self.load_target is not None:
+            self.load_target.load_state(stored["loads"])
         for rank in range(self.world.rank, checkpoints.num_ranks(step), self.world.size):
             stored_evaluation = checkpoints.read(step, f"{EVALUATION}.rank_{rank}")
             self.evaluation.merge_state_dict(stored_evaluation)

@@ -31,6 +31,8 @@ def assemble(
     position: StreamPosition,
     num_rejected: dict[str, int],
     is_frozen: bool = False,
+    expected_load: float = 0.0,
+    num_sessions: int = 0,
 ) -> SequenceBatch:
     """Return the batch of `gathered`, none of whose memory it shares.
 
@@ -42,6 +44,8 @@ def assemble(
         position: after the batch.
         num_rejected: sessions skipped since the last batch, by reason.
         is_frozen: whether the sessions come again to be learnt from.
+        expected_load: before stochastic length was balanced.
+        num_sessions: of the global batch.
     """
     sequences = gathered.sequences
     tokens = lay_out(sequences, gathered.ints, gathered.codes, layout_rules(config))
@@ -82,6 +86,8 @@ def assemble(
         num_rejected=num_rejected,
         is_frozen=is_frozen,
         num_clipped=gathered.num_clipped,
+        expected_load=expected_load,
+        num_sessions=num_sessions,
     )
 
 

@@ -99,6 +99,11 @@ class SequenceBatch:
     num_clipped: int = 0
     """Sequences of this rank's share that lack some history, because more than data.overlap_slack
     events of sessions that overlap with theirs came first."""
+    expected_load: float = 0.0
+    """Cost of this rank's share on average over the draws of stochastic length, if it is balanced
+    (data.stochastic_length.balance)."""
+    num_sessions: int = 0
+    """Sessions of the global batch, over all ranks, skipped ones included."""
 
     @property
     def num_sequences(self) -> int:

@@ -29,8 +29,12 @@ def write_synthetic_log(
     users: int = 25_000,
     mean_events: float = 2.0,
     history: int = 32,
+    skew: float = 0.0,
 ) -> None:
-    """Write a log shaped like KuaiRand-Pure: two weeks, geometric sessions, 32 events before it."""
+    """Write a log shaped like KuaiRand-Pure: two weeks, geometric sessions, 32 events before it.
+
+    skew: exponent of Zipf's law of how often users come.
+    """
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     schema = session_schema(
@@ -88,7 +92,8 @@ def write_synthetic_log(
     parts, histories = [], []
     for p in range(partitions):
         num = sessions // partitions
-        user_id = rng.integers(0, users // partitions, num) * partitions + p
+        weight = np.arange(1, users // partitions + 1) ** -skew
+        user_id = rng.choice(len(weight), num, p=weight / weight.sum()) * partitions + p
         end_ts = np.sort(rng.integers(1_650_000_000, 1_650_000_000 + 14 * 86400, num))
         lengths = rng.geometric(1 / mean_events, num)
         parts.append(write(part_name(p), user_id, np.arange(num), lengths, end_ts))

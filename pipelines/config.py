@@ -181,6 +181,12 @@ class StochasticLengthConfig:
     whole with probability N^alpha / tokens^2."""
     max_length: int = 0
     """N, tokens of the longest sequence; 0 means max_history_tokens."""
+    balance: bool = False
+    """Ranks choose which long sequences stay whole so that each bears the same load
+    (pipelines/balance.py). Batches then depend on the number of ranks."""
+    recalibrate_steps: int = 100
+    """Of `balance`: steps over which the load that ranks aim at is measured; it holds two such
+    periods later. More than data.prefetch + 2."""
 
     def __post_init__(self) -> None:
         if not 1 < self.alpha <= 2:
@@ -192,10 +198,12 @@ class StochasticLengthConfig:
                 "data.stochastic_length.max_length must be 0 (max_history_tokens) or more, got "
                 f"{self.max_length}"
             )
-        if self.selection == "none" and (self.alpha, self.max_length) != (1.6, 0):
+        others = (self.alpha, self.max_length, self.balance)
+        if self.selection == "none" and others != (1.6, 0, False):
             raise ValueError(
-                f"data.stochastic_length has alpha={self.alpha} and max_length={self.max_length}, "
-                "but selection=none cuts nothing: say selection=greedy, random or weighted"
+                f"data.stochastic_length has alpha={self.alpha}, max_length={self.max_length} and "
+                f"balance={self.balance}, but selection=none cuts nothing: say selection=greedy, "
+                "random or weighted"
             )
 
 
@@ -261,6 +269,12 @@ class DataConfig:
     sessions_per_partition: int = 8
     """Sessions of each partition in a global batch: the batch does not depend on the number of
     ranks."""
+    fill: Literal["sessions", "tokens", "flops"] = "sessions"
+    """What ends a batch. sessions: sessions_per_partition; tokens, flops: `budget`, by a plan made
+    before the pass (pipelines/budget.py). Such batches depend on the number of ranks."""
+    budget: float = 0.0
+    """Of `fill`: tokens, or FLOPs of the encoder's training, of one rank in one step. Only a single
+    session that is larger goes beyond it."""
     window: Literal["none", "hour", "day"] = "day"
     """Barrier across partitions: no session of a window is read before all of the last one are."""
     window_offset_seconds: int = 0
@@ -273,6 +287,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_supervision(self)
         check_ranges(self)
+        check_balance(self)
         if self.context == "prefix" and not self.context_features:
             raise ValueError(
                 "data.context=prefix has no token to put in front: name data.context_features, or "
@@ -320,6 +335,35 @@ def check_supervision(data: DataConfig) -> None:
         raise ValueError(
             f"data.sampled_rate={data.sampled_rate} works with data.supervise=sampled only; "
             f"data.supervise={data.supervise}. Leave it out, or use data.supervise=sampled."
+        )
+
+
+def check_balance(data: DataConfig) -> None:
+    """Refuse settings of `fill` and of balanced stochastic length that contradict each other.
+
+    Raises:
+        ValueError: naming the settings and what to change.
+    """
+    if (data.budget > 0) != (data.fill != "sessions"):
+        raise ValueError(
+            f"data.fill={data.fill} with data.budget={data.budget}: fill=tokens and fill=flops "
+            "need a positive budget, fill=sessions reads none"
+        )
+    if data.fill != "sessions" and data.sessions_per_partition != 8:
+        raise ValueError(
+            f"data.sessions_per_partition={data.sessions_per_partition} is not read with "
+            f"data.fill={data.fill}, which fills batches to data.budget: leave it out"
+        )
+    lengths = data.stochastic_length
+    if lengths.balance and data.fill != "sessions":
+        raise ValueError(
+            "data.stochastic_length.balance evens out batches of equally many sessions, but "
+            f"data.fill={data.fill} makes them even already: use one of them"
+        )
+    if lengths.balance and lengths.recalibrate_steps <= data.prefetch + 2:
+        raise ValueError(
+            "data.stochastic_length.recalibrate_steps must be above data.prefetch + 2 = "
+            f"{data.prefetch + 2}, got {lengths.recalibrate_steps}"
         )
 
 

@@ -16,6 +16,8 @@ class Purpose(IntEnum):
     SAMPLED = 2
     STOCHASTIC_LENGTH = 3
     SELECTION = 4
+    BALANCE = 5
+    BALANCE_LAST = 6
     SYNTHETIC = 101
     SYNTHETIC_ITEM = 102
     SYNTHETIC_USER = 103

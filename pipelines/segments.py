@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.batch import StreamPosition
+from pipelines.budget import Planner
 from pipelines.config import DataConfig
 from pipelines.features import EventEncoder
 from pipelines.history import Ints
@@ -71,7 +72,11 @@ class LogSegments:
     """The segments known so far, in the order in which they are read."""
 
     def __init__(
-        self, config: DataConfig, encoder: EventEncoder, begun: Sequence[str] = ()
+        self,
+        config: DataConfig,
+        encoder: EventEncoder,
+        begun: Sequence[str] = (),
+        planner: Planner | None = None,
     ) -> None:
         """Read the order of all segments that are there.
 
@@ -79,13 +84,14 @@ class LogSegments:
             config: says where the log is and how it is cut into steps.
             encoder: names the columns that are needed.
             begun: names of segments that come first, in this order.
+            planner: cuts segments into steps by cost; None: by numbers of sessions.
 
         Raises:
             ValueError: if there is no log, none of its files can be used, a segment of `begun` is
                 missing, or segments do not fit each other.
         """
         self.folder = Path(config.log)
-        self._config, self._encoder = config, encoder
+        self._config, self._encoder, self._planner = config, encoder, planner
         self._segments: list[Segment] = []
         there = segment_names(self.folder)
         missing = [name for name in begun if name not in there]
@@ -148,17 +154,26 @@ class LogSegments:
             part, times = self._open(manifest, file, before.last_end_ts if before else 0)
             parts.append(part)
             end_ts.append(times)
+        histories = tuple(self._open(manifest, file, 0)[0] for file in manifest.histories)
+        schedule = make_schedule(
+            end_ts,
+            window=config.window,
+            offset_seconds=config.window_offset_seconds,
+            sessions_per_partition=config.sessions_per_partition,
+        )
+        if self._planner is not None:
+            schedule = self._planner.plan(
+                schedule,
+                end_ts,
+                [None if part.fault else part.path for part in parts],
+                [None if file.fault else file.path for file in histories],
+            )
         segment = Segment(
             name=name,
             manifest=manifest,
             parts=tuple(parts),
-            histories=tuple(self._open(manifest, file, 0)[0] for file in manifest.histories),
-            schedule=make_schedule(
-                end_ts,
-                window=config.window,
-                offset_seconds=config.window_offset_seconds,
-                sessions_per_partition=config.sessions_per_partition,
-            ),
+            histories=histories,
+            schedule=schedule,
             first_step=self.num_steps if before else 0,
             first_rows=before.first_rows + before.schedule.rows_before[-1]
             if before

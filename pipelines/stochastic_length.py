@@ -148,33 +148,43 @@ def shorten(gathered: Gathered, kept_B: Ints, rules: LengthRules) -> Gathered:
 
 
 @njit(inline="always")
-def num_tokens(row: Any, tokens: Any) -> Any:
-    """Return the tokens of a whole sequence, given its row of the sequences."""
-    return (
-        tokens.context
-        + row[NUM_HISTORY] * tokens.per_history_event
-        + row[NUM_EVENTS] * tokens.per_session_event
-    )
+def num_tokens(n: Any, m: Any, tokens: Any) -> Any:
+    """Return the tokens of a sequence with n events of history and m of the session."""
+    return tokens.context + n * tokens.per_history_event + m * tokens.per_session_event
 
 
 @njit(inline="always")
-def num_kept_if_cut(row: Any, rules: Any) -> Any:
-    """Return the events of history of a sequence of more than T tokens once it is cut."""
-    room = rules.threshold - rules.tokens.context
-    room -= row[NUM_EVENTS] * rules.tokens.per_session_event
-    return max(room, 0) // rules.tokens.per_history_event
+def num_kept_if_cut(n: Any, m: Any, rules: Any) -> Any:
+    """Return the events of history that a sequence keeps if it is cut."""
+    room = rules.threshold - num_tokens(0, m, rules.tokens)
+    return min(n, max(room, 0) // rules.tokens.per_history_event)
+
+
+@njit(inline="always")
+def probability_whole(n: Any, m: Any, rules: Any) -> Any:
+    """Return the probability with which a sequence stays whole."""
+    length = num_tokens(n, m, rules.tokens)
+    return 1.0 if length <= rules.threshold else rules.whole_weight / (length * length)
+
+
+@njit(inline="always")
+def draw_kept(n: Any, m: Any, user_id: Any, session_id: Any, piece: Any, rules: Any) -> Any:
+    """Return the events of history that a sequence keeps."""
+    probability = probability_whole(n, m, rules)
+    if probability < 1.0:
+        key = sequence_key(rules.seed, _KEEP, user_id, session_id, piece)
+        if uniform(key) >= probability:
+            return num_kept_if_cut(n, m, rules)
+    return n
 
 
 @njit(nogil=True, cache=True)
 def _draw_lengths(sequences: Any, rules: Any, kept: NDArray[np.int64]) -> None:
     for b in range(len(sequences)):
         row = sequences[b]
-        length = num_tokens(row, rules.tokens)
-        kept[b] = row[NUM_HISTORY]
-        if length > rules.threshold:
-            key = sequence_key(rules.seed, _KEEP, row[USER], row[SESSION], row[PIECE])
-            if uniform(key) * length * length >= rules.whole_weight:
-                kept[b] = num_kept_if_cut(row, rules)
+        kept[b] = draw_kept(
+            row[NUM_HISTORY], row[NUM_EVENTS], row[USER], row[SESSION], row[PIECE], rules
+        )
 
 
 @njit(nogil=True, cache=True)

@@ -1,16 +1,19 @@
 """The pass over a session-end log: sessions in order, each once, as batches of token sequences."""
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.assemble import assemble
+from pipelines.balance import LoadTarget, balance_lengths
 from pipelines.batch import SequenceBatch, StreamPosition
+from pipelines.budget import Planner
 from pipelines.config import DataConfig
+from pipelines.cost import TOKENS, SequenceCost, cost_rules
 from pipelines.event_memory import spill_of
 from pipelines.features import EventEncoder
-from pipelines.gather import SequenceBuffer, Span
+from pipelines.gather import Gathered, SequenceBuffer, Span
 from pipelines.history import Rules
 from pipelines.keyed_random import Purpose
 from pipelines.partition import PartitionReader
@@ -48,6 +51,7 @@ class SessionStream:
     Rank r owns the partitions p with p % world_size == r. A global step takes
     `sessions_per_partition` sessions of every partition, so that its sequences do not depend on the
     number of ranks. Every rank yields a batch at every global step, an empty one if it has none.
+    With data.fill=tokens or flops, partitions and steps are those of a plan (pipelines/budget.py).
 
     Iterating starts at `position`, each time anew: histories come from a snapshot, or are rebuilt
     by replaying the log up to there. The batches that follow are those of an uninterrupted pass,
@@ -67,6 +71,8 @@ class SessionStream:
         frozen: bool = False,
         on_reject: OnReject | None = None,
         from_rank_0: Callable[[str], str] = str,
+        cost: SequenceCost = TOKENS,
+        load_target: LoadTarget | None = None,
     ) -> None:
         """Read the order of the log and check all its files against the configuration.
 
@@ -85,6 +91,9 @@ class SessionStream:
                 batch that it would have been part of is yielded.
             from_rank_0: returns rank 0's argument on every rank; called in the consumer's thread,
                 where data.follow waits for the log to grow.
+            cost: of a sequence, where data.fill=flops or data.stochastic_length.balance reads it.
+            load_target: of data.stochastic_length.balance; whoever consumes the batches records
+                their loads in it. None: batches are balanced about their own expected loads.
 
         Raises:
             ValueError: if the log is missing or empty or lacks a column, none of its files can be
@@ -99,7 +108,21 @@ class SessionStream:
         self._on_reject, self._from_rank_0 = on_reject, from_rank_0
         self._is_main = rank == 0
         self._encoding = encoding_of(config)
-        self._segments = LogSegments(config, self._encoder, position.segments if position else ())
+        self._costs = cost_rules(config, cost)
+        self._load_target = load_target
+        self._world_size = world_size
+        planner = None
+        if config.fill != "sessions":
+            planner = Planner(
+                config,
+                self._rules,
+                self._lengths,
+                self._costs if config.fill == "flops" else cost_rules(config, TOKENS),
+                world_size=world_size,
+                start=position,
+            )
+        begun = position.segments if position else ()
+        self._segments = LogSegments(config, self._encoder, begun, planner)
         num_partitions = self._segments.num_partitions
         if not 0 <= rank < world_size <= num_partitions:
             raise ValueError(
@@ -107,7 +130,9 @@ class SessionStream:
                 f"{num_partitions}, the partitions of {config.log}, got rank {rank} of "
                 f"{world_size}. Use fewer ranks, or write the log with more partitions."
             )
-        self._owned = range(rank, num_partitions, world_size)
+        self._owned: Sequence[int] = range(rank, num_partitions, world_size)
+        if planner is not None:
+            self._owned = planner.owned[rank]
         if self.num_steps == 0 and not config.follow:
             raise ValueError(f"the log {config.log} holds no sessions: nothing to read")
         if frozen:
@@ -197,10 +222,11 @@ class SessionStream:
     ) -> tuple[SequenceBatch, list[Reject]]:
         segment, within = self._segments.at(step)
         gathered = buffer.gather(spans, extend=not is_frozen)
+        taken = self._segments.rows_at(step + 1) - self._segments.rows_at(step)
+        num_sessions, expected_load = int(taken.sum()), 0.0
         # Stochastic length is for training: what is only scored is whole, as it is where it serves.
-        if self._lengths is not None and not is_frozen:
-            kept = draw_lengths(gathered.sequences, self._lengths)
-            gathered = shorten(gathered, kept, self._lengths)
+        if not is_frozen:
+            gathered, expected_load = self._shorten(gathered, step, num_sessions)
         batch = assemble(
             gathered,
             self.config,
@@ -209,8 +235,22 @@ class SessionStream:
             position=self._segments.position(num_done),
             num_rejected=count_sessions(new_rejects),
             is_frozen=is_frozen,
+            expected_load=expected_load,
+            num_sessions=num_sessions,
         )
         return batch, new_rejects
+
+    def _shorten(self, gathered: Gathered, step: int, num_sessions: int) -> tuple[Gathered, float]:
+        """Apply stochastic length; return the sequences and their expected load."""
+        lengths, settings = self._lengths, self.config.stochastic_length
+        if lengths is None:
+            return gathered, 0.0
+        if not settings.balance:
+            return shorten(gathered, draw_lengths(gathered.sequences, lengths), lengths), 0.0
+        of_session = self._load_target.at(step) if self._load_target else None
+        target = None if of_session is None else of_session * num_sessions / self._world_size
+        kept, load = balance_lengths(gathered.sequences, lengths, self._costs, target)
+        return shorten(gathered, kept, lengths), load
 
     def _restore(self, rejects: RejectLog) -> dict[int, PartitionReader]:
         """Return a reader of each owned partition, with the histories as they are at `position`."""

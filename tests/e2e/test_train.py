@@ -166,10 +166,32 @@ VARIANTS = {
 }
 
 
+BALANCED = {
+    "tokens": ("data.fill=tokens", "data.budget=300", "data.sessions_per_partition=8"),
+    "flops": ("data.fill=flops", "data.budget=3e7", "data.sessions_per_partition=8"),
+    "one-batch": (
+        "data.fill=tokens",
+        "data.budget=1e9",
+        "data.sessions_per_partition=8",
+        "data.window=none",
+        "checkpoint.every_steps=0",
+    ),
+    "lengths": (
+        "data.stochastic_length.selection=weighted",
+        "data.stochastic_length.alpha=1.3",
+        "data.stochastic_length.balance=true",
+        "data.stochastic_length.recalibrate_steps=3",
+        "data.prefetch=0",
+    ),
+}
+
+
 def train_variants(config: str, folder: str) -> str:
     for name, overrides in VARIANTS.items():
         run(Path(config), f"run_dir={folder}/{name}", *overrides)
     run(Path(config), f"run_dir={folder}/half", "max_steps=12")
+    for name, overrides in BALANCED.items():
+        run(Path(config), f"run_dir={folder}/{name}", "max_steps=6", *overrides)
     for overrides in (("max_steps=8",), ("resume=true",)):
         run(Path(config), f"run_dir={folder}/cut", *VARIANTS["sharded"], *overrides)
     try:
@@ -213,6 +235,28 @@ def test_one_rank_goes_on_where_two_stopped(on_two_ranks, finished, tmp_path):
     np.testing.assert_allclose(losses(finished), losses(resumed), rtol=2e-3)
     assert lifetime(resumed)["num_examples-click"] == lifetime(finished)["num_examples-click"]
     assert lifetime(resumed)["ne-click"] == pytest.approx(lifetime(finished)["ne-click"], rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ["tokens", "flops", "lengths"])
+def test_one_rank_goes_on_with_balanced_batches(on_two_ranks, finished, tmp_path, name):
+    shutil.copytree(on_two_ranks / name, tmp_path / name)
+    overrides = (f"run_dir={tmp_path / name}", "resume=true", "max_steps=0", *BALANCED[name])
+    resumed = run(on_two_ranks / "run.yaml", *overrides)
+    for key in ("num_examples-click", "num_examples-watch"):
+        assert lifetime(resumed)[key] == lifetime(finished)[key]
+    assert lifetime(resumed)["ne-click"] == pytest.approx(lifetime(finished)["ne-click"], rel=0.2)
+
+
+def test_unequal_batches_of_two_ranks_learn_as_one(on_two_ranks, tmp_path):
+    """All sessions are one batch; the ranks' parts of it differ in tokens and targets."""
+    one = run(on_two_ranks / "run.yaml", f"run_dir={tmp_path / 'one'}", *BALANCED["one-batch"])
+    np.testing.assert_allclose(losses(one), losses(on_two_ranks / "one-batch"), rtol=1e-5)
+    assert len(losses(one)) == 1
+    weights = [
+        CheckpointManager(folder / "checkpoints").read(1, "dense.tokens.action")["weight"]
+        for folder in (one, on_two_ranks / "one-batch")
+    ]
+    np.testing.assert_allclose(weights[0], weights[1], atol=1e-6)
 
 
 def test_a_resumed_sharded_run_repeats_bit_for_bit(on_two_ranks):

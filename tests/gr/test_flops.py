@@ -4,12 +4,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 from torch.utils.flop_counter import FlopCounterMode
 
 from gr.config import HeadConfig, HSTUConfig, ModelConfig, TransformerConfig
-from gr.flops import peak_flops, training_flops, visible_pairs
+from gr.flops import peak_flops, sequence_cost, training_flops, visible_pairs
 from gr.model import ENCODERS
+from gr.sequence import sequence_info
+from pipelines.cost import cost_rules
+from pipelines.cost import sequence_cost as sequence_cost_of
+from tests.gr.batches import batches as batches_of
+from tests.gr.batches import data_config, random_log
 from tests.gr.hstu_oracle import make_info, make_sequences, sees
+from tests.pipelines.logs import MODES
 
 MODELS = {
     "hstu": ModelConfig(
@@ -105,3 +112,30 @@ def test_only_a_known_device_has_a_peak(monkeypatch):
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(torch.device("cuda", 0)) == peak
+
+
+@pytest.mark.parametrize("mode", MODES, ids="-".join)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_data_side_counts_what_the_encoder_does(tmp_path_factory, mode, name):
+    log = random_log(tmp_path_factory.mktemp("log") / "log")
+    data = data_config(log, mode, positive=())
+    rules = cost_rules(data, sequence_cost(MODELS[name]))
+    counted = expected = 0.0
+    for batch in batches_of(data):
+        expected += training_flops(MODELS[name], sequence_info(batch))
+        session = batch.lengths - batch.session_start
+        history = batch.session_start - batch.num_context
+        for n, m in zip(history.tolist(), session.tolist(), strict=True):
+            per_event = rules.tokens
+            counted += cost_of(
+                n // per_event.per_history_event, m // per_event.per_session_event, rules
+            )
+    if mode[:2] == ("merged", "event"):  # a single event without history is read nowhere
+        assert expected <= counted < 1.03 * expected
+    else:
+        assert counted == pytest.approx(expected, rel=1e-12)
+
+
+@njit
+def cost_of(n, m, rules):
+    return sequence_cost_of(n, m, rules)
