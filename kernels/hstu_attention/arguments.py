@@ -186,10 +186,5 @@ def not_hopper(q: Tensor, v: Tensor, *, softmax: bool) -> str:
     return ""
 
 
-def has_hopper_backward(q: Tensor, v: Tensor) -> bool:
-    """Return whether the kernels for Hopper take these dims in the backward pass too."""
-    return all(dim in (64, 128) for dim in (q.shape[2], v.shape[2]))
-
-
 def _describe(x: Tensor) -> str:
     return f"{tuple(x.shape)} {x.dtype} on {x.device}"

@@ -8,7 +8,8 @@ transposed, keys by queries, so that P^T and dS^T multiply dO and Q out of regis
 dV stay there too. For dQ both groups write dS^T to shared memory; one step later each multiplies it
 with half of the columns of K and has the copy engine add the result, in float32, to a buffer in
 global memory. These sums have no fixed order: where the same bits are wanted, QUERY_GRAD is False
-and query_backward.py computes dQ in a pass of its own.
+and query_backward.py computes dQ in a pass of its own. Sums of dK and dV of 256 columns do not fit
+the registers together: KEY_GRAD and VALUE_GRAD then come in a pass each, and dQ in its own.
 
 Letters: B sequences, L keys, R queries, H heads, K dim of q and k, V dim of v.
 """
@@ -27,54 +28,62 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.hstu_attention._hopper.launch import descriptor, kernel_constants, table_inputs
+from kernels.hstu_attention._hopper.launch import kernel_constants, launch, table_inputs, tiles
 from kernels.hstu_attention._hopper.prepare import Tails, prepare
+from kernels.hstu_attention._hopper.query_backward import TAIL, query_gradient
 from kernels.hstu_attention._hopper.reduce_add import async_reduce_add
 from kernels.hstu_attention._hopper.tile import (
     full_block,
     half_score,
+    load_thresholds,
     load_times,
     part_block,
     sequence,
     store_rows,
     tanh,
+    time_bias,
     visiting_queries,
 )
 from kernels.hstu_attention._triton.mask import visible
 from kernels.hstu_attention.structure import Structure
 
 BLOCK_M = 64
-BLOCK_N = 128
-STAGES = 2
+BLOCK_N = TAIL.value
 
 
 @gluon.jit
 def _produce(
     q_desc, q_tail_desc, dout_desc, dout_tail_desc, k_desc, k_tail_desc, v_desc, v_tail_desc,
-    q_s, dout_s, k_s, v_s, kv_full, q_full, dout_full, empty,
+    q_s, dout_s, k_s, v_s, kv_full, q_full, dout_full, q_empty, dout_empty,
     order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
-    H: gl.constexpr, NUM_CONTEXT: gl.constexpr, CONTEXT: gl.constexpr, WINDOW: gl.constexpr,
+    KEY_GRAD: gl.constexpr, H: gl.constexpr,
+    NUM_CONTEXT: gl.constexpr, CONTEXT: gl.constexpr, WINDOW: gl.constexpr,
     GLOBAL_ROWS: gl.constexpr, GLOBAL_COLUMNS: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = q_s.shape[1]
     BLOCK_N: gl.constexpr = k_s.shape[0]
     K: gl.constexpr = k_s.shape[1]
-    V: gl.constexpr = v_s.shape[1]
+    V: gl.constexpr = dout_s.shape[2]
     STAGES: gl.constexpr = q_s.shape[0]
+    DOUT_STAGES: gl.constexpr = dout_s.shape[0]
     block, head, b, key_start, length, history, q_start, q_len = sequence(
-        gl.program_id(0), num_blocks,
-        order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, H,
+        num_blocks, order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, H, False,
     )  # fmt: skip
     key_first = block * BLOCK_N
     if key_first < length:
-        mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+        if KEY_GRAD:
+            mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+        else:
+            mbarrier.expect(kv_full, k_desc.block_type.nbytes)
         if key_first + BLOCK_N > length:
             tma.async_copy_global_to_shared(k_tail_desc, [b * BLOCK_N, head * K], kv_full, k_s)
-            tma.async_copy_global_to_shared(v_tail_desc, [b * BLOCK_N, head * V], kv_full, v_s)
+            if KEY_GRAD:
+                tma.async_copy_global_to_shared(v_tail_desc, [b * BLOCK_N, head * V], kv_full, v_s)
         else:
             at = key_start + key_first
             tma.async_copy_global_to_shared(k_desc, [at, head * K], kv_full, k_s)
-            tma.async_copy_global_to_shared(v_desc, [at, head * V], kv_full, v_s)
+            if KEY_GRAD:
+                tma.async_copy_global_to_shared(v_desc, [at, head * V], kv_full, v_s)
         num_part, num_full, full0, n0, full1, part0, m0, part1, m1, part2, m2, part3 = (
             visiting_queries(
                 key_first, gl.minimum(key_first + BLOCK_N, length), length, history, length - q_len,
@@ -86,25 +95,31 @@ def _produce(
             if i < num_full:
                 j = full_block(i, full0, n0, full1)
             stage = i % STAGES
-            mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
+            dout_stage = i % DOUT_STAGES
+            mbarrier.wait(q_empty.index(stage), ((i // STAGES) & 1) ^ 1)
             mbarrier.expect(q_full.index(stage), q_desc.block_type.nbytes)
-            mbarrier.expect(dout_full.index(stage), dout_desc.block_type.nbytes)
+            at = q_start + j * BLOCK_M
             if (j + 1) * BLOCK_M > q_len:
                 tma.async_copy_global_to_shared(
                     q_tail_desc, [b * BLOCK_M, head * K], q_full.index(stage), q_s.index(stage)
                 )
-                tma.async_copy_global_to_shared(
-                    dout_tail_desc, [b * BLOCK_M, head * V],
-                    dout_full.index(stage), dout_s.index(stage),
-                )  # fmt: skip
             else:
-                at = q_start + j * BLOCK_M
                 tma.async_copy_global_to_shared(
                     q_desc, [at, head * K], q_full.index(stage), q_s.index(stage)
                 )
+            if DOUT_STAGES != STAGES:  # else freed with q
+                mbarrier.wait(dout_empty.index(dout_stage), ((i // DOUT_STAGES) & 1) ^ 1)
+            mbarrier.expect(dout_full.index(dout_stage), dout_desc.block_type.nbytes)
+            if (j + 1) * BLOCK_M > q_len:
                 tma.async_copy_global_to_shared(
-                    dout_desc, [at, head * V], dout_full.index(stage), dout_s.index(stage)
-                )
+                    dout_tail_desc, [b * BLOCK_M, head * V],
+                    dout_full.index(dout_stage), dout_s.index(dout_stage),
+                )  # fmt: skip
+            else:
+                tma.async_copy_global_to_shared(
+                    dout_desc, [at, head * V],
+                    dout_full.index(dout_stage), dout_s.index(dout_stage),
+                )  # fmt: skip
 
 
 @gluon.jit
@@ -129,11 +144,12 @@ def _add_query_grad(
 @gluon.jit
 def _step(
     HALF: gl.constexpr, it, k_w, v_w, k_columns, q_s, dout_s, ds_s, dq_s, dq_desc,
-    q_full, dout_full, empty, ds_full, ds_empty, dk, dv, no_score, no_dq,
-    query_first, last_first, q_start, q_len, length, history, key_first, key_time, newest, column,
+    q_full, dout_full, q_empty, dout_empty, ds_full, ds_empty, dk, dv, no_score, no_dq,
+    query_first, last_first, q_start, q_len, length, history,
+    key_first, key_time, time_first, time_last, thresholds, column,
     position_ptr, time_ptr, threshold_ptr, query_time_ptr, half_alpha,
-    REACH: gl.constexpr, NUM_BUCKETS: gl.constexpr,
-    FIRST: gl.constexpr, MASKED: gl.constexpr, QUERY_GRAD: gl.constexpr,
+    REACH: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
+    QUERY_GRAD: gl.constexpr, KEY_GRAD: gl.constexpr, VALUE_GRAD: gl.constexpr,
     NUM_CONTEXT: gl.constexpr, CONTEXT: gl.constexpr, WINDOW: gl.constexpr,
     GLOBAL_ROWS: gl.constexpr, GLOBAL_COLUMNS: gl.constexpr,
 ):  # fmt: skip
@@ -145,29 +161,33 @@ def _step(
     score_layout: gl.constexpr = no_score.type.layout
     key_operand: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
     value_operand: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, 2)
+    DOUT_STAGES: gl.constexpr = dout_s.shape[0]
     stage = it % STAGES
-    phase = (it // STAGES) & 1
-    mbarrier.wait(q_full.index(stage), phase)
+    dout_stage = it % DOUT_STAGES
+    dout = dout_s.index(dout_stage)
+    # Before the products are issued: none may be in flight when the loop in time_bias turns.
+    bias = 0.0
+    if time_ptr is not None:
+        query_time = load_times(
+            query_time_ptr, q_start, query_first, q_len, BLOCK_M,
+            gl.SliceLayout(0, score_layout),
+        )  # fmt: skip
+        bias = time_bias(
+            key_time, time_first, time_last, query_time, thresholds, time_ptr, threshold_ptr
+        )
+    mbarrier.wait(q_full.index(stage), (it // STAGES) & 1)
     product = warpgroup_mma(
         k_w, q_s.index(stage).permute((1, 0)), no_score, use_acc=False, is_async=True
     )
-    mbarrier.wait(dout_full.index(stage), phase)
-    dweight = warpgroup_mma(
-        v_w, dout_s.index(stage).permute((1, 0)), no_score, use_acc=False, is_async=True
-    )
+    mbarrier.wait(dout_full.index(dout_stage), (it // DOUT_STAGES) & 1)
+    if KEY_GRAD:
+        dweight = warpgroup_mma(v_w, dout.permute((1, 0)), no_score, use_acc=False, is_async=True)
     row = length - q_len + query_first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, score_layout))
     col = key_first + gl.arange(0, ROWS, gl.SliceLayout(1, score_layout))
-    query_time = row
-    if time_ptr is not None:
-        query_time = load_times(
-            query_time_ptr, q_start, query_first, q_len, newest, BLOCK_M,
-            gl.SliceLayout(0, score_layout),
-        )  # fmt: skip
-    product = warpgroup_mma_wait(1, deps=[product])
+    product = warpgroup_mma_wait(1 if KEY_GRAD else 0, deps=[product])
     half = half_score(
         product, half_alpha, row[None, :], col[:, None], history,
-        query_time[None, :], key_time[:, None],
-        position_ptr, time_ptr, threshold_ptr, REACH, NUM_BUCKETS,
+        bias, position_ptr, time_ptr is not None, REACH,
     )  # fmt: skip
     t = tanh(half)
     weight = gl.fma(half, t, half)
@@ -178,19 +198,28 @@ def _step(
             NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
         )  # fmt: skip
         weight = gl.where(seen, weight, 0.0)
-    weight = gl.convert_layout(weight.to(dtype), value_operand)
-    dv_sum = warpgroup_mma(weight, dout_s.index(stage), dv, is_async=True)
-    dweight = warpgroup_mma_wait(1, deps=[dweight])
-    dscore = dweight * slope
-    if MASKED:
-        dscore = gl.where(seen, dscore, 0.0)
-    dscore = dscore.to(dtype)
-    dk_sum = warpgroup_mma(
-        gl.convert_layout(dscore, key_operand), q_s.index(stage), dk, is_async=True
-    )
+    if VALUE_GRAD:
+        weight = gl.convert_layout(weight.to(dtype), value_operand)
+        dv_sum = warpgroup_mma(weight, dout, dv, is_async=True)
+    if KEY_GRAD:
+        dweight = warpgroup_mma_wait(1 if VALUE_GRAD else 0, deps=[dweight])
+        if DOUT_STAGES != STAGES:
+            mbarrier.arrive(dout_empty.index(dout_stage))
+        dscore = dweight * slope
+        if MASKED:
+            dscore = gl.where(seen, dscore, 0.0)
+        dscore = dscore.to(dtype)
+        dk_sum = warpgroup_mma(
+            gl.convert_layout(dscore, key_operand), q_s.index(stage), dk, is_async=True
+        )
     if not QUERY_GRAD:
-        dv, dk = warpgroup_mma_wait(0, deps=[dv_sum, dk_sum])
-        mbarrier.arrive(empty.index(stage))
+        if KEY_GRAD and VALUE_GRAD:
+            dv, dk = warpgroup_mma_wait(0, deps=[dv_sum, dk_sum])
+        elif KEY_GRAD:
+            dk = warpgroup_mma_wait(0, deps=[dk_sum])
+        else:
+            dv = warpgroup_mma_wait(0, deps=[dv_sum])
+        mbarrier.arrive(q_empty.index(stage))
     else:
         new = it & 1
         old = 1 - new
@@ -202,14 +231,14 @@ def _step(
         mbarrier.arrive(ds_full.index(new), count=1)
         if FIRST:
             dv, dk = warpgroup_mma_wait(0, deps=[dv_sum, dk_sum])
-            mbarrier.arrive(empty.index(stage))
+            mbarrier.arrive(q_empty.index(stage))
         else:
             mbarrier.wait(ds_full.index(old), ((it - 1) >> 1) & 1)
             dq_sum = warpgroup_mma(
                 ds_s.index(old).permute((1, 0)), k_columns, no_dq, use_acc=False, is_async=True
             )
             dv, dk = warpgroup_mma_wait(1, deps=[dv_sum, dk_sum])
-            mbarrier.arrive(empty.index(stage))
+            mbarrier.arrive(q_empty.index(stage))
             dq = warpgroup_mma_wait(0, deps=[dq_sum])
             mbarrier.arrive(ds_empty.index(old))
             _add_query_grad(
@@ -221,11 +250,13 @@ def _step(
 @gluon.jit
 def _consume(
     HALF: gl.constexpr, dq_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, stride_dk, stride_dv,
-    q_s, dout_s, k_s, v_s, ds_s, dq_s, kv_full, q_full, dout_full, empty, ds_full, ds_empty,
+    q_s, dout_s, k_s, v_s, ds_s, dq_s,
+    kv_full, q_full, dout_full, q_empty, dout_empty, ds_full, ds_empty,
     order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
     position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr,
     half_alpha, key_scale, value_scale,
-    REACH: gl.constexpr, NUM_BUCKETS: gl.constexpr, QUERY_GRAD: gl.constexpr, H: gl.constexpr,
+    REACH: gl.constexpr, NUM_BUCKETS: gl.constexpr, PADDED_BUCKETS: gl.constexpr,
+    QUERY_GRAD: gl.constexpr, KEY_GRAD: gl.constexpr, VALUE_GRAD: gl.constexpr, H: gl.constexpr,
     NUM_CONTEXT: gl.constexpr, CONTEXT: gl.constexpr, WINDOW: gl.constexpr,
     GLOBAL_ROWS: gl.constexpr, GLOBAL_COLUMNS: gl.constexpr,
 ):  # fmt: skip
@@ -235,15 +266,14 @@ def _consume(
     BLOCK_N: gl.constexpr = k_s.shape[0]
     ROWS: gl.constexpr = BLOCK_N // 2
     K: gl.constexpr = k_s.shape[1]
-    V: gl.constexpr = v_s.shape[1]
+    V: gl.constexpr = dout_s.shape[2]
     STAGES: gl.constexpr = q_s.shape[0]
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     key_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     value_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K // 2, 16])
     block, head, _, key_start, length, history, q_start, q_len = sequence(
-        gl.program_id(0), num_blocks,
-        order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, H,
+        num_blocks, order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, H, False,
     )  # fmt: skip
     key_first = block * BLOCK_N
     if key_first < length:
@@ -256,21 +286,28 @@ def _consume(
         total = num_full + num_part
         no_score = gl.zeros([ROWS, BLOCK_M], gl.float32, score_layout)
         no_dq = gl.zeros([BLOCK_M, K // 2], gl.float32, dq_layout)
-        dk = gl.zeros([ROWS, K], gl.float32, key_layout)
-        dv = gl.zeros([ROWS, V], gl.float32, value_layout)
+        # One row where a sum is not wanted: it costs no registers.
+        dk = gl.zeros([ROWS if KEY_GRAD else 1, K], gl.float32, key_layout)
+        dv = gl.zeros([ROWS if VALUE_GRAD else 1, V], gl.float32, value_layout)
         k_w = k_s.slice(HALF * ROWS, ROWS, dim=0)
-        v_w = v_s.slice(HALF * ROWS, ROWS, dim=0)
+        v_w = k_w
+        if KEY_GRAD:
+            v_w = v_s.slice(HALF * ROWS, ROWS, dim=0)
         k_columns = k_s.slice(HALF * (K // 2), K // 2, dim=1)
         column = head * K + HALF * (K // 2)
         key_first += HALF * ROWS
         key_time = key_first + gl.arange(0, ROWS, gl.SliceLayout(1, score_layout))
-        newest = 0
+        time_first = 0
+        time_last = 0
+        thresholds = 0
         if time_ptr is not None:
-            newest = gl.load(key_time_ptr + key_start + length - 1)
             key_time = load_times(
-                key_time_ptr, key_start, key_first, length, newest, ROWS,
+                key_time_ptr, key_start, key_first, length, ROWS,
                 gl.SliceLayout(1, score_layout),
             )  # fmt: skip
+            time_first = gl.min(key_time, 0)
+            time_last = gl.max(key_time, 0)
+            thresholds = load_thresholds(threshold_ptr, NUM_BUCKETS, PADDED_BUCKETS)
         mbarrier.wait(kv_full, 0)
         if total > 0:
             # Wholly visible blocks, oldest first, then the others. The first is masked in any case:
@@ -280,10 +317,12 @@ def _consume(
                 query_first = full_block(0, full0, n0, full1) * BLOCK_M
             dk, dv = _step(
                 HALF, 0, k_w, v_w, k_columns, q_s, dout_s, ds_s, dq_s, dq_desc,
-                q_full, dout_full, empty, ds_full, ds_empty, dk, dv, no_score, no_dq,
-                query_first, 0, q_start, q_len, length, history, key_first, key_time, newest,
-                column, position_ptr, time_ptr, threshold_ptr, query_time_ptr, half_alpha,
-                REACH, NUM_BUCKETS, True, True, QUERY_GRAD,
+                q_full, dout_full, q_empty, dout_empty, ds_full, ds_empty,
+                dk, dv, no_score, no_dq,
+                query_first, 0, q_start, q_len, length, history,
+                key_first, key_time, time_first, time_last, thresholds, column,
+                position_ptr, time_ptr, threshold_ptr, query_time_ptr, half_alpha,
+                REACH, True, True, QUERY_GRAD, KEY_GRAD, VALUE_GRAD,
                 NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )  # fmt: skip
             last_first = query_first
@@ -291,10 +330,12 @@ def _consume(
                 query_first = full_block(it, full0, n0, full1) * BLOCK_M
                 dk, dv = _step(
                     HALF, it, k_w, v_w, k_columns, q_s, dout_s, ds_s, dq_s, dq_desc,
-                    q_full, dout_full, empty, ds_full, ds_empty, dk, dv, no_score, no_dq,
-                    query_first, last_first, q_start, q_len, length, history, key_first, key_time,
-                    newest, column, position_ptr, time_ptr, threshold_ptr, query_time_ptr,
-                    half_alpha, REACH, NUM_BUCKETS, False, False, QUERY_GRAD,
+                    q_full, dout_full, q_empty, dout_empty, ds_full, ds_empty,
+                dk, dv, no_score, no_dq,
+                    query_first, last_first, q_start, q_len, length, history,
+                    key_first, key_time, time_first, time_last, thresholds, column,
+                    position_ptr, time_ptr, threshold_ptr, query_time_ptr,
+                    half_alpha, REACH, False, False, QUERY_GRAD, KEY_GRAD, VALUE_GRAD,
                     NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
                 )  # fmt: skip
                 last_first = query_first
@@ -303,10 +344,12 @@ def _consume(
                 query_first = part_block(i, part0, m0, part1, m1, part2, m2, part3) * BLOCK_M
                 dk, dv = _step(
                     HALF, it, k_w, v_w, k_columns, q_s, dout_s, ds_s, dq_s, dq_desc,
-                    q_full, dout_full, empty, ds_full, ds_empty, dk, dv, no_score, no_dq,
-                    query_first, last_first, q_start, q_len, length, history, key_first, key_time,
-                    newest, column, position_ptr, time_ptr, threshold_ptr, query_time_ptr,
-                    half_alpha, REACH, NUM_BUCKETS, False, True, QUERY_GRAD,
+                    q_full, dout_full, q_empty, dout_empty, ds_full, ds_empty,
+                dk, dv, no_score, no_dq,
+                    query_first, last_first, q_start, q_len, length, history,
+                    key_first, key_time, time_first, time_last, thresholds, column,
+                    position_ptr, time_ptr, threshold_ptr, query_time_ptr,
+                    half_alpha, REACH, False, True, QUERY_GRAD, KEY_GRAD, VALUE_GRAD,
                     NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
                 )  # fmt: skip
                 last_first = query_first
@@ -325,42 +368,53 @@ def _consume(
         # Both groups have released every stage of the ring: it stages dK and dV.
         for stage in gl.static_range(STAGES):
             uses = (total + STAGES - 1 - stage) // STAGES
-            mbarrier.wait(empty.index(stage), (uses - 1) & 1)
+            mbarrier.wait(q_empty.index(stage), (uses - 1) & 1)
+        at = key_start + key_first
         dk = (dk * key_scale).to(dtype)
         dv = (dv * value_scale).to(dtype)
         if key_first + ROWS <= length:
-            q_s.index(HALF).store(dk)
-            dout_s.index(HALF).store(dv)
+            if KEY_GRAD:
+                q_s.index(HALF).store(dk)
+            if VALUE_GRAD:
+                dout_s.index(HALF).store(dv)
             fence_async_shared()
             gl.thread_barrier()
-            at = key_start + key_first
-            tma.async_copy_shared_to_global(dk_desc, [at, head * K], q_s.index(HALF))
-            tma.async_copy_shared_to_global(dv_desc, [at, head * V], dout_s.index(HALF))
+            if KEY_GRAD:
+                tma.async_copy_shared_to_global(dk_desc, [at, head * K], q_s.index(HALF))
+            if VALUE_GRAD:
+                tma.async_copy_shared_to_global(dv_desc, [at, head * V], dout_s.index(HALF))
         else:
-            store_rows(dk_ptr, dk, key_start, key_first, length, stride_dk, head * K)
-            store_rows(dv_ptr, dv, key_start, key_first, length, stride_dv, head * V)
+            if KEY_GRAD:
+                store_rows(dk_ptr, dk, key_start, key_first, length, stride_dk, head * K)
+            if VALUE_GRAD:
+                store_rows(dv_ptr, dv, key_start, key_first, length, stride_dv, head * V)
         tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_blocks"])
+@gluon.jit(do_not_specialize=["stride_dk", "stride_dv", "num_blocks"])
 def backward_kernel(
     q_desc, q_tail_desc, dout_desc, dout_tail_desc, k_desc, k_tail_desc, v_desc, v_tail_desc,
     dq_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, stride_dk, stride_dv,
     order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
     position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr,
     num_blocks, half_alpha, key_scale, value_scale,
-    REACH: gl.constexpr, NUM_BUCKETS: gl.constexpr, H: gl.constexpr,
+    REACH: gl.constexpr, NUM_BUCKETS: gl.constexpr, PADDED_BUCKETS: gl.constexpr, H: gl.constexpr,
     NUM_CONTEXT: gl.constexpr, CONTEXT: gl.constexpr, WINDOW: gl.constexpr,
     GLOBAL_ROWS: gl.constexpr, GLOBAL_COLUMNS: gl.constexpr,
-    STAGES: gl.constexpr, QUERY_GRAD: gl.constexpr,
+    STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
+    QUERY_GRAD: gl.constexpr, KEY_GRAD: gl.constexpr, VALUE_GRAD: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     BLOCK_M: gl.constexpr = q_desc.block_shape[0]
     BLOCK_N: gl.constexpr = k_desc.block_shape[0]
     k_s = gl.allocate_shared_memory(dtype, k_desc.block_shape, k_desc.layout)
-    v_s = gl.allocate_shared_memory(dtype, v_desc.block_shape, v_desc.layout)
+    v_s = k_s
+    if KEY_GRAD:
+        v_s = gl.allocate_shared_memory(dtype, v_desc.block_shape, v_desc.layout)
     q_s = gl.allocate_shared_memory(dtype, [STAGES] + q_desc.block_shape, q_desc.layout)
-    dout_s = gl.allocate_shared_memory(dtype, [STAGES] + dout_desc.block_shape, dout_desc.layout)
+    dout_s = gl.allocate_shared_memory(
+        dtype, [DOUT_STAGES] + dout_desc.block_shape, dout_desc.layout
+    )
     if QUERY_GRAD:
         ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], dtype)
         ds_s = gl.allocate_shared_memory(dtype, [2, BLOCK_N, BLOCK_M], ds_layout)
@@ -371,15 +425,18 @@ def backward_kernel(
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     kv_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    dout_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    dout_full = gl.allocate_shared_memory(gl.int64, [DOUT_STAGES, 1], barrier)
+    dout_empty = gl.allocate_shared_memory(gl.int64, [DOUT_STAGES, 1], barrier)
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     mbarrier.init(kv_full, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=2)
+    for i in gl.static_range(DOUT_STAGES):
         mbarrier.init(dout_full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(dout_empty.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(ds_full.index(i), count=2)
         mbarrier.init(ds_empty.index(i), count=2)
@@ -389,34 +446,36 @@ def backward_kernel(
             (_consume, (
                 0, dq_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, stride_dk, stride_dv,
                 q_s, dout_s, k_s, v_s, ds_s, dq_s,
-                kv_full, q_full, dout_full, empty, ds_full, ds_empty,
+                kv_full, q_full, dout_full, q_empty, dout_empty, ds_full, ds_empty,
                 order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
                 position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr,
-                half_alpha, key_scale, value_scale, REACH, NUM_BUCKETS, QUERY_GRAD,
+                half_alpha, key_scale, value_scale, REACH, NUM_BUCKETS, PADDED_BUCKETS,
+                QUERY_GRAD, KEY_GRAD, VALUE_GRAD,
                 H, NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )),
             (_consume, (
                 1, dq_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, stride_dk, stride_dv,
                 q_s, dout_s, k_s, v_s, ds_s, dq_s,
-                kv_full, q_full, dout_full, empty, ds_full, ds_empty,
+                kv_full, q_full, dout_full, q_empty, dout_empty, ds_full, ds_empty,
                 order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
                 position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr,
-                half_alpha, key_scale, value_scale, REACH, NUM_BUCKETS, QUERY_GRAD,
+                half_alpha, key_scale, value_scale, REACH, NUM_BUCKETS, PADDED_BUCKETS,
+                QUERY_GRAD, KEY_GRAD, VALUE_GRAD,
                 H, NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )),
             (_produce, (
                 q_desc, q_tail_desc, dout_desc, dout_tail_desc,
                 k_desc, k_tail_desc, v_desc, v_tail_desc,
-                q_s, dout_s, k_s, v_s, kv_full, q_full, dout_full, empty,
+                q_s, dout_s, k_s, v_s, kv_full, q_full, dout_full, q_empty, dout_empty,
                 order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
-                H, NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
+                KEY_GRAD, H, NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )),
         ],
         [4, 1], [240, 24],
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "stride"])
 def _round_kernel(
     x_ptr, y_ptr, scale, num_rows, stride, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -443,15 +502,13 @@ def hstu_attention_bwd(
 
     Args:
         dout: (R, H, V) contiguous.
-        q: as `descriptor` takes it, like k and v.
+        q: as `tiles` takes it, like k and v.
         k: likewise.
         v: likewise.
         structure: as in the forward pass.
-        gradients: where dq, dk and dv go; shapes of q, k and v, strides as `descriptor` takes them.
+        gradients: where dq, dk and dv go; shapes of q, k and v, strides as `tiles` takes them.
         deterministic: the same bits for the same input.
     """
-    from kernels.hstu_attention._hopper.query_backward import query_gradient
-
     dq, dk, dv = gradients
     order, (k_tail, v_tail, q_tail, dout_tail) = prepare(
         structure.offsets,
@@ -460,34 +517,45 @@ def hstu_attention_bwd(
     )
     K, H = q.shape[2], q.shape[1]
     dq_sum = q
-    if not deterministic:
+    wide = max(K, v.shape[2]) > 128
+    fused = not (deterministic or wide or K == 32)  # halves of 16 columns are no operands
+    if fused:
         dq_sum = torch.zeros(q.shape, device=q.device, dtype=torch.float32)
     key_scale = 0.5 * structure.alpha * structure.scale
     num_blocks = triton.cdiv(structure.max_len, BLOCK_N)
     programs = num_blocks * structure.num_sequences * H
     if programs:
-        backward_kernel[(programs,)](
-            descriptor(q, BLOCK_M), descriptor(q_tail, BLOCK_M),
-            descriptor(dout, BLOCK_M), descriptor(dout_tail, BLOCK_M),
-            descriptor(k, BLOCK_N), descriptor(k_tail, BLOCK_N),
-            descriptor(v, BLOCK_N), descriptor(v_tail, BLOCK_N),
-            descriptor(dq_sum, BLOCK_M, K // 2),
-            descriptor(dk, BLOCK_N // 2), descriptor(dv, BLOCK_N // 2),
+        arguments = [
+            tiles(q, BLOCK_M), tiles(q_tail, BLOCK_M), tiles(dout, BLOCK_M),
+            tiles(dout_tail, BLOCK_M), tiles(k, BLOCK_N), tiles(k_tail, BLOCK_N),
+            tiles(v, BLOCK_N), tiles(v_tail, BLOCK_N), tiles(dq_sum, BLOCK_M, K // 2),
+            tiles(dk, BLOCK_N // 2), tiles(dv, BLOCK_N // 2),
             dk, dv, dk.stride(0), dv.stride(0),
             order, structure.offsets, structure.q_offsets, structure.num_candidates,
             *table_inputs(structure), num_blocks,
             structure.alpha * 0.5, key_scale, structure.scale,
-            **kernel_constants(q, structure), STAGES=STAGES, QUERY_GRAD=not deterministic,
-            num_warps=4,
-        )  # fmt: skip
-    if deterministic:
+        ]  # fmt: skip
+        wanted = [(False, True), (True, False)] if wide else [(True, True)]
+        for key_grad, value_grad in wanted:
+            constants = {
+                **kernel_constants(q, structure),
+                "STAGES": 2,
+                "DOUT_STAGES": 2 if value_grad else 1,
+                "QUERY_GRAD": fused,
+                "KEY_GRAD": key_grad,
+                "VALUE_GRAD": value_grad,
+            }
+            launch(backward_kernel, (programs, 1, 1), arguments, constants)
+    if not fused:
         query_gradient(dout, q, k, v, k_tail, order, structure, dq)
     elif q.shape[0]:
         columns = H * K
         block_c = min(1024, triton.next_power_of_2(columns))
-        rows = 4096 // block_c
-        grid = (triton.cdiv(q.shape[0], rows), triton.cdiv(columns, block_c))
-        _round_kernel[grid](
-            dq_sum, dq, key_scale, q.shape[0], dq.stride(0),
-            COLUMNS=columns, ROWS=rows, BLOCK_C=block_c, num_warps=8,
-        )  # fmt: skip
+        rows = 2048 // block_c
+        grid = (triton.cdiv(q.shape[0], rows), triton.cdiv(columns, block_c), 1)
+        launch(
+            _round_kernel,
+            grid,
+            (dq_sum, dq, key_scale, q.shape[0], dq.stride(0)),
+            {"COLUMNS": columns, "ROWS": rows, "BLOCK_C": block_c},
+        )

@@ -23,19 +23,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.hstu_attention._hopper.launch import (
-    descriptor,
     forward_blocks,
     kernel_constants,
+    launch,
     table_inputs,
+    tiles,
 )
 from kernels.hstu_attention._hopper.prepare import Tails, prepare
 from kernels.hstu_attention._hopper.tile import (
     full_block,
     half_score,
+    load_thresholds,
     load_times,
     part_block,
     sequence,
     tanh,
+    time_bias,
     visited_keys,
 )
 from kernels.hstu_attention._triton.mask import visible
@@ -57,8 +60,8 @@ def _produce(
     BLOCK_N: gl.constexpr = k_s.shape[1]
     V: gl.constexpr = v_s.shape[2]
     block, head, b, key_start, length, history, q_start, q_len = sequence(
-        gl.program_id(0), num_blocks,
-        order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, H,
+        num_blocks, order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
+        H, WINDOW >= 0 and GLOBAL_ROWS > 0,
     )  # fmt: skip
     query_first = (num_blocks - 1 - block) * BLOCK_M
     if query_first < q_len:
@@ -101,7 +104,7 @@ def _consume(
     q_full, k_full, k_empty, v_full, v_empty, turn,
     order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
     position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr, half_alpha, scale,
-    REACH: gl.constexpr, NUM_BUCKETS: gl.constexpr,
+    REACH: gl.constexpr, NUM_BUCKETS: gl.constexpr, PADDED_BUCKETS: gl.constexpr,
     H: gl.constexpr, NUM_CONTEXT: gl.constexpr, CONTEXT: gl.constexpr, WINDOW: gl.constexpr,
     GLOBAL_ROWS: gl.constexpr, GLOBAL_COLUMNS: gl.constexpr,
 ):  # fmt: skip
@@ -119,8 +122,8 @@ def _consume(
     col_layout: gl.constexpr = gl.SliceLayout(0, score_layout)
     OTHER: gl.constexpr = 1 - HALF
     block, head, _, key_start, length, history, q_start, q_len = sequence(
-        gl.program_id(0), num_blocks,
-        order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, H,
+        num_blocks, order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
+        H, WINDOW >= 0 and GLOBAL_ROWS > 0,
     )  # fmt: skip
     query_first = (num_blocks - 1 - block) * BLOCK_M
     if query_first < q_len:
@@ -133,10 +136,11 @@ def _consume(
         row = row_begin + HALF * ROWS + gl.arange(0, ROWS, row_layout)
         step = gl.arange(0, BLOCK_N, col_layout)
         query_time = row
-        newest = 0
         if time_ptr is not None:
-            newest = gl.load(key_time_ptr + key_start + length - 1)
-            query_time = load_times(query_time_ptr, q_start, first, q_len, newest, ROWS, row_layout)
+            query_time = load_times(query_time_ptr, q_start, first, q_len, ROWS, row_layout)
+            time_first = gl.min(query_time, 0)
+            time_last = gl.max(query_time, 0)
+            thresholds = load_thresholds(threshold_ptr, NUM_BUCKETS, PADDED_BUCKETS)
         no_score = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
         acc = warpgroup_mma_init(gl.zeros([ROWS, V], gl.float32, out_layout))
         q = q_s.index(HALF)
@@ -147,6 +151,14 @@ def _consume(
             col = key_first + step
             stage = i % STAGES
             phase = (i // STAGES) & 1
+            bias = 0.0
+            if time_ptr is not None:
+                key_time = load_times(
+                    key_time_ptr, key_start, key_first, length, BLOCK_N, col_layout
+                )
+                bias = time_bias(
+                    query_time, time_first, time_last, key_time, thresholds, time_ptr, threshold_ptr
+                )
             mbarrier.wait(k_full.index(stage), phase)
             product = warpgroup_mma(
                 q, k_s.index(stage).permute((1, 0)), no_score, use_acc=False, is_async=True
@@ -155,17 +167,11 @@ def _consume(
                 row[:, None], col[None, :], length, history,
                 NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )  # fmt: skip
-            key_time = col
-            if time_ptr is not None:
-                key_time = load_times(
-                    key_time_ptr, key_start, key_first, length, newest, BLOCK_N, col_layout
-                )
             product = warpgroup_mma_wait(0, deps=[product])
             mbarrier.arrive(k_empty.index(stage))
             half = half_score(
                 product, half_alpha, row[:, None], col[None, :], history,
-                query_time[:, None], key_time[None, :],
-                position_ptr, time_ptr, threshold_ptr, REACH, NUM_BUCKETS,
+                bias, position_ptr, time_ptr is not None, REACH,
             )  # fmt: skip
             weight = gl.where(seen, gl.fma(half, tanh(half), half), 0.0).to(dtype)
             weight = gl.convert_layout(weight, weight_layout)
@@ -177,29 +183,48 @@ def _consume(
         if num_full > 0:
             i = num_part
             stage = i % STAGES
+            col = full_block(0, full0, n0, full1) * BLOCK_N + step
+            bias = 0.0
+            if time_ptr is not None:
+                key_time = load_times(
+                    key_time_ptr, key_start, full_block(0, full0, n0, full1) * BLOCK_N, length,
+                    BLOCK_N, col_layout,
+                )  # fmt: skip
+                bias = time_bias(
+                    query_time, time_first, time_last, key_time, thresholds, time_ptr, threshold_ptr
+                )
             mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
             product = warpgroup_mma(
                 q, k_s.index(stage).permute((1, 0)), no_score, use_acc=False, is_async=True
             )
             product = warpgroup_mma_wait(0, deps=[product])
             mbarrier.arrive(k_empty.index(stage))
-            key_first = full_block(0, full0, n0, full1) * BLOCK_N
-            col = key_first + step
-            key_time = col
-            if time_ptr is not None:
-                key_time = load_times(
-                    key_time_ptr, key_start, key_first, length, newest, BLOCK_N, col_layout
-                )
             half = half_score(
                 product, half_alpha, row[:, None], col[None, :], history,
-                query_time[:, None], key_time[None, :],
-                position_ptr, time_ptr, threshold_ptr, REACH, NUM_BUCKETS,
+                bias, position_ptr, time_ptr is not None, REACH,
             )  # fmt: skip
             weight = gl.convert_layout(gl.fma(half, tanh(half), half).to(dtype), weight_layout)
             for f in range(1, num_full):
                 i = num_part + f
                 stage = i % STAGES
                 last = (i - 1) % STAGES
+                key_first = full_block(f, full0, n0, full1) * BLOCK_N
+                col = key_first + step
+                # Before the products are issued: none may be in flight when its loop turns.
+                bias = 0.0
+                if time_ptr is not None:
+                    key_time = load_times(
+                        key_time_ptr, key_start, key_first, length, BLOCK_N, col_layout
+                    )
+                    bias = time_bias(
+                        query_time,
+                        time_first,
+                        time_last,
+                        key_time,
+                        thresholds,
+                        time_ptr,
+                        threshold_ptr,
+                    )
                 mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
                 mbarrier.wait(turn.index(HALF), ((f - 1) & 1) ^ OTHER)
                 product = warpgroup_mma(
@@ -210,17 +235,9 @@ def _consume(
                 mbarrier.arrive(turn.index(OTHER))
                 product = warpgroup_mma_wait(1, deps=[product])
                 mbarrier.arrive(k_empty.index(stage))
-                key_first = full_block(f, full0, n0, full1) * BLOCK_N
-                col = key_first + step
-                key_time = col
-                if time_ptr is not None:
-                    key_time = load_times(
-                        key_time_ptr, key_start, key_first, length, newest, BLOCK_N, col_layout
-                    )
                 half = half_score(
                     product, half_alpha, row[:, None], col[None, :], history,
-                    query_time[:, None], key_time[None, :],
-                    position_ptr, time_ptr, threshold_ptr, REACH, NUM_BUCKETS,
+                    bias, position_ptr, time_ptr is not None, REACH,
                 )  # fmt: skip
                 made = gl.convert_layout(gl.fma(half, tanh(half), half).to(dtype), weight_layout)
                 # Finished before the loop turns: ptxas runs products one by one otherwise (C7514).
@@ -253,7 +270,7 @@ def forward_kernel(
     order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
     position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr,
     num_blocks, half_alpha, scale,
-    REACH: gl.constexpr, NUM_BUCKETS: gl.constexpr, H: gl.constexpr,
+    REACH: gl.constexpr, NUM_BUCKETS: gl.constexpr, PADDED_BUCKETS: gl.constexpr, H: gl.constexpr,
     NUM_CONTEXT: gl.constexpr, CONTEXT: gl.constexpr, WINDOW: gl.constexpr,
     GLOBAL_ROWS: gl.constexpr, GLOBAL_COLUMNS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -288,7 +305,7 @@ def forward_kernel(
                 q_full, k_full, k_empty, v_full, v_empty, turn,
                 order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
                 position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr,
-                half_alpha, scale, REACH, NUM_BUCKETS,
+                half_alpha, scale, REACH, NUM_BUCKETS, PADDED_BUCKETS,
                 H, NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )),
             (_consume, (
@@ -296,7 +313,7 @@ def forward_kernel(
                 q_full, k_full, k_empty, v_full, v_empty, turn,
                 order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
                 position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr,
-                half_alpha, scale, REACH, NUM_BUCKETS,
+                half_alpha, scale, REACH, NUM_BUCKETS, PADDED_BUCKETS,
                 H, NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )),
             (_produce, (
@@ -311,7 +328,7 @@ def forward_kernel(
 
 
 def hstu_attention_fwd(q: Tensor, k: Tensor, v: Tensor, structure: Structure) -> Tensor:
-    """Return (R, H, V). q, k and v as `descriptor` takes them; SiLU only."""
+    """Return (R, H, V). q, k and v as `tiles` takes them; SiLU only."""
     bias = structure.position_table is not None
     blocks = forward_blocks(q.shape[2], v.shape[2], bias=bias)
     block_n = blocks["BLOCK_N"]
@@ -320,11 +337,12 @@ def hstu_attention_fwd(q: Tensor, k: Tensor, v: Tensor, structure: Structure) ->
     num_blocks = triton.cdiv(structure.max_q_len, BLOCK_M)
     programs = num_blocks * structure.num_sequences * q.shape[1]
     if programs:
-        forward_kernel[(programs,)](
-            descriptor(q, BLOCK_M // 2), descriptor(k, block_n), descriptor(v, block_n),
-            descriptor(v_tail, block_n), descriptor(out, BLOCK_M // 2), out,
+        arguments = [
+            tiles(q, BLOCK_M // 2), tiles(k, block_n), tiles(v, block_n),
+            tiles(v_tail, block_n), tiles(out, BLOCK_M // 2), out,
             order, structure.offsets, structure.q_offsets, structure.num_candidates,
             *table_inputs(structure), num_blocks, structure.alpha * 0.5, structure.scale,
-            **kernel_constants(q, structure), STAGES=blocks["STAGES"], num_warps=4,
-        )  # fmt: skip
+        ]  # fmt: skip
+        constants = {**kernel_constants(q, structure), "STAGES": blocks["STAGES"]}
+        launch(forward_kernel, (programs, 1, 1), arguments, constants)
     return out

@@ -13,8 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.hstu_attention._hopper.launch import launch
+
 ROWS = 16
 """Rows that one program copies."""
+BLOCKS = {"ROWS": ROWS, "BLOCK_C": 256, "BLOCK_B": 1024}
 
 
 class Tails(NamedTuple):
@@ -42,7 +45,7 @@ def _copy_tail(
         tl.store(to, x, mask=(cols < COLUMNS)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences", "a_stride", "b_stride", "c_stride", "d_stride"])
 def _prepare_kernel(
     offsets_ptr, order_ptr, num_sequences,
     a_ptr, a_tail_ptr, a_stride, b_ptr, b_tail_ptr, b_stride, ab_offsets_ptr,
@@ -117,8 +120,11 @@ def prepare(offsets: Tensor, *tails: Tails) -> tuple[Tensor, list[Tensor | None]
         arguments.append(None if pair is None else pair.offsets)
     if num_sequences:
         rows = max((pair.block for pair in tails), default=ROWS)
-        _prepare_kernel[(num_sequences, triton.cdiv(rows, ROWS))](
-            offsets, order, num_sequences, *arguments, *constants,
-            ROWS=ROWS, BLOCK_C=256, BLOCK_B=1024, num_warps=4,
-        )  # fmt: skip
+        names = ("AB_BLOCK", "A_COLUMNS", "B_COLUMNS", "CD_BLOCK", "C_COLUMNS", "D_COLUMNS")
+        launch(
+            _prepare_kernel,
+            (num_sequences, triton.cdiv(rows, ROWS), 1),
+            (offsets, order, num_sequences, *arguments),
+            {**dict(zip(names, constants, strict=True)), **BLOCKS},
+        )
     return order, buffers

@@ -17,22 +17,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.hstu_attention._hopper.launch import descriptor, kernel_constants, table_inputs
+from kernels.hstu_attention._hopper.launch import kernel_constants, launch, table_inputs, tiles
 from kernels.hstu_attention._hopper.tile import (
     full_block,
     half_score,
+    load_thresholds,
     load_times,
     part_block,
     sequence,
     store_rows,
     tanh,
+    time_bias,
     visited_keys,
 )
 from kernels.hstu_attention._triton.mask import visible
 from kernels.hstu_attention.structure import Structure
 
 BLOCK_M = 128
-BLOCK_N = 128
+TAIL = gl.constexpr(128)
+"""Rows of a sequence's block in k_tail: a multiple of the keys of a block here."""
 
 
 @gluon.jit
@@ -48,10 +51,11 @@ def _produce(
     K: gl.constexpr = q_s.shape[2]
     V: gl.constexpr = v_s.shape[2]
     STAGES: gl.constexpr = k_s.shape[0]
+    V_STAGES: gl.constexpr = v_s.shape[0]
     BLOCK_N: gl.constexpr = k_s.shape[1]
     block, head, b, key_start, length, history, q_start, q_len = sequence(
-        gl.program_id(0), num_blocks,
-        order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, H,
+        num_blocks, order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
+        H, WINDOW >= 0 and GLOBAL_ROWS > 0,
     )  # fmt: skip
     query_first = (num_blocks - 1 - block) * BLOCK_M
     if query_first < q_len:
@@ -70,31 +74,33 @@ def _produce(
             if i < num_full:
                 j = full_block(i, full0, n0, full1)
             stage = i % STAGES
-            phase = ((i // STAGES) & 1) ^ 1
-            mbarrier.wait(k_empty.index(stage), phase)
+            mbarrier.wait(k_empty.index(stage), ((i // STAGES) & 1) ^ 1)
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
             if (j + 1) * BLOCK_N > length:
+                at = b * TAIL + j * BLOCK_N % TAIL
                 tma.async_copy_global_to_shared(
-                    k_tail_desc, [b * BLOCK_N, head * K], k_full.index(stage), k_s.index(stage)
+                    k_tail_desc, [at, head * K], k_full.index(stage), k_s.index(stage)
                 )
             else:
                 tma.async_copy_global_to_shared(
                     k_desc, [key_start + j * BLOCK_N, head * K],
                     k_full.index(stage), k_s.index(stage),
                 )  # fmt: skip
-            mbarrier.wait(v_empty.index(stage), phase)
-            mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+            v_stage = i % V_STAGES
+            mbarrier.wait(v_empty.index(v_stage), ((i // V_STAGES) & 1) ^ 1)
+            mbarrier.expect(v_full.index(v_stage), v_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(
-                v_desc, [key_start + j * BLOCK_N, head * V], v_full.index(stage), v_s.index(stage)
-            )
+                v_desc, [key_start + j * BLOCK_N, head * V],
+                v_full.index(v_stage), v_s.index(v_stage),
+            )  # fmt: skip
 
 
 @gluon.jit
 def _step(
     it, key_first, q, dout, k_s, v_s, k_full, k_empty, v_full, v_empty, dq, no_score,
-    row, query_time, key_start, length, history, newest,
+    row, query_time, time_first, time_last, key_start, length, history, thresholds,
     position_ptr, time_ptr, threshold_ptr, key_time_ptr, half_alpha,
-    REACH: gl.constexpr, NUM_BUCKETS: gl.constexpr, MASKED: gl.constexpr,
+    REACH: gl.constexpr, MASKED: gl.constexpr,
     NUM_CONTEXT: gl.constexpr, CONTEXT: gl.constexpr, WINDOW: gl.constexpr,
     GLOBAL_ROWS: gl.constexpr, GLOBAL_COLUMNS: gl.constexpr,
 ):  # fmt: skip
@@ -103,33 +109,35 @@ def _step(
     STAGES: gl.constexpr = k_s.shape[0]
     BLOCK_N: gl.constexpr = k_s.shape[1]
     col_layout: gl.constexpr = gl.SliceLayout(0, no_score.type.layout)
+    V_STAGES: gl.constexpr = v_s.shape[0]
     stage = it % STAGES
-    phase = (it // STAGES) & 1
-    mbarrier.wait(k_full.index(stage), phase)
+    v_stage = it % V_STAGES
+    col = key_first + gl.arange(0, BLOCK_N, col_layout)
+    # Before the products are issued: none may be in flight when the loop in time_bias turns.
+    bias = 0.0
+    if time_ptr is not None:
+        key_time = load_times(key_time_ptr, key_start, key_first, length, BLOCK_N, col_layout)
+        bias = time_bias(
+            query_time, time_first, time_last, key_time, thresholds, time_ptr, threshold_ptr
+        )
+    mbarrier.wait(k_full.index(stage), (it // STAGES) & 1)
     product = warpgroup_mma(
         q, k_s.index(stage).permute((1, 0)), no_score, use_acc=False, is_async=True
     )
-    mbarrier.wait(v_full.index(stage), phase)
+    mbarrier.wait(v_full.index(v_stage), (it // V_STAGES) & 1)
     dweight = warpgroup_mma(
-        dout, v_s.index(stage).permute((1, 0)), no_score, use_acc=False, is_async=True
+        dout, v_s.index(v_stage).permute((1, 0)), no_score, use_acc=False, is_async=True
     )
-    col = key_first + gl.arange(0, BLOCK_N, col_layout)
-    key_time = col
-    if time_ptr is not None:
-        key_time = load_times(
-            key_time_ptr, key_start, key_first, length, newest, BLOCK_N, col_layout
-        )
     product = warpgroup_mma_wait(1, deps=[product])
     half = half_score(
         product, half_alpha, row[:, None], col[None, :], history,
-        query_time[:, None], key_time[None, :],
-        position_ptr, time_ptr, threshold_ptr, REACH, NUM_BUCKETS,
+        bias, position_ptr, time_ptr is not None, REACH,
     )  # fmt: skip
     t = tanh(half)
     weight = gl.fma(half, t, half)
     slope = gl.fma(t, 1.0 - weight, 1.0 + weight)  # twice the derivative of silu
     dweight = warpgroup_mma_wait(0, deps=[dweight])
-    mbarrier.arrive(v_empty.index(stage))
+    mbarrier.arrive(v_empty.index(v_stage))
     dscore = dweight * slope
     if MASKED:
         seen = visible(
@@ -152,7 +160,7 @@ def _consume(
     q_s, dout_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
     order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
     position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr, half_alpha, scale,
-    REACH: gl.constexpr, NUM_BUCKETS: gl.constexpr, H: gl.constexpr,
+    REACH: gl.constexpr, NUM_BUCKETS: gl.constexpr, PADDED_BUCKETS: gl.constexpr, H: gl.constexpr,
     NUM_CONTEXT: gl.constexpr, CONTEXT: gl.constexpr, WINDOW: gl.constexpr,
     GLOBAL_ROWS: gl.constexpr, GLOBAL_COLUMNS: gl.constexpr,
 ):  # fmt: skip
@@ -165,8 +173,8 @@ def _consume(
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
     block, head, _, key_start, length, history, q_start, q_len = sequence(
-        gl.program_id(0), num_blocks,
-        order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, H,
+        num_blocks, order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
+        H, WINDOW >= 0 and GLOBAL_ROWS > 0,
     )  # fmt: skip
     query_first = (num_blocks - 1 - block) * BLOCK_M
     if query_first < q_len:
@@ -178,10 +186,14 @@ def _consume(
         first = query_first + HALF * ROWS
         row = row_begin + HALF * ROWS + gl.arange(0, ROWS, row_layout)
         query_time = row
-        newest = 0
+        time_first = 0
+        time_last = 0
+        thresholds = 0
         if time_ptr is not None:
-            newest = gl.load(key_time_ptr + key_start + length - 1)
-            query_time = load_times(query_time_ptr, q_start, first, q_len, newest, ROWS, row_layout)
+            query_time = load_times(query_time_ptr, q_start, first, q_len, ROWS, row_layout)
+            time_first = gl.min(query_time, 0)
+            time_last = gl.max(query_time, 0)
+            thresholds = load_thresholds(threshold_ptr, NUM_BUCKETS, PADDED_BUCKETS)
         no_score = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
         dq = gl.zeros([ROWS, K], gl.float32, dq_layout)
         q = q_s.index(HALF)
@@ -191,9 +203,9 @@ def _consume(
             dq = _step(
                 it, full_block(it, full0, n0, full1) * BLOCK_N, q, dout, k_s, v_s,
                 k_full, k_empty, v_full, v_empty, dq, no_score,
-                row, query_time, key_start, length, history, newest,
+                row, query_time, time_first, time_last, key_start, length, history, thresholds,
                 position_ptr, time_ptr, threshold_ptr, key_time_ptr, half_alpha,
-                REACH, NUM_BUCKETS, False,
+                REACH, False,
                 NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )  # fmt: skip
         for it in range(num_full, num_full + num_part):
@@ -201,41 +213,43 @@ def _consume(
             dq = _step(
                 it, part_block(i, part0, m0, part1, m1, part2, m2, part3) * BLOCK_N, q, dout,
                 k_s, v_s, k_full, k_empty, v_full, v_empty, dq, no_score,
-                row, query_time, key_start, length, history, newest,
+                row, query_time, time_first, time_last, key_start, length, history, thresholds,
                 position_ptr, time_ptr, threshold_ptr, key_time_ptr, half_alpha,
-                REACH, NUM_BUCKETS, True,
+                REACH, True,
                 NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )  # fmt: skip
         dq = (dq * scale).to(q_s.dtype)
         store_rows(dq_ptr, dq, q_start, first, q_len, stride_dq, head * K)
 
 
-@gluon.jit(do_not_specialize=["num_blocks"])
+@gluon.jit(do_not_specialize=["stride_dq", "num_blocks"])
 def query_backward_kernel(
     q_desc, dout_desc, k_desc, k_tail_desc, v_desc, dq_ptr, stride_dq,
     order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
     position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr,
     num_blocks, half_alpha, scale,
-    REACH: gl.constexpr, NUM_BUCKETS: gl.constexpr, H: gl.constexpr,
+    REACH: gl.constexpr, NUM_BUCKETS: gl.constexpr, PADDED_BUCKETS: gl.constexpr, H: gl.constexpr,
     NUM_CONTEXT: gl.constexpr, CONTEXT: gl.constexpr, WINDOW: gl.constexpr,
     GLOBAL_ROWS: gl.constexpr, GLOBAL_COLUMNS: gl.constexpr, STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     q_s = gl.allocate_shared_memory(dtype, [2] + q_desc.block_shape, q_desc.layout)
     dout_s = gl.allocate_shared_memory(dtype, [2] + dout_desc.block_shape, dout_desc.layout)
     k_s = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_shape, k_desc.layout)
-    v_s = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_shape, v_desc.layout)
+    v_s = gl.allocate_shared_memory(dtype, [V_STAGES] + v_desc.block_shape, v_desc.layout)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], barrier)
+    v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], barrier)
     mbarrier.init(q_full, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=2)
+    for i in gl.static_range(V_STAGES):
+        mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
     gl.warp_specialize(
@@ -245,7 +259,7 @@ def query_backward_kernel(
                 q_s, dout_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
                 order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
                 position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr,
-                half_alpha, scale, REACH, NUM_BUCKETS,
+                half_alpha, scale, REACH, NUM_BUCKETS, PADDED_BUCKETS,
                 H, NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )),
             (_consume, (
@@ -253,7 +267,7 @@ def query_backward_kernel(
                 q_s, dout_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
                 order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
                 position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr,
-                half_alpha, scale, REACH, NUM_BUCKETS,
+                half_alpha, scale, REACH, NUM_BUCKETS, PADDED_BUCKETS,
                 H, NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )),
             (_produce, (
@@ -280,13 +294,16 @@ def query_gradient(
     """Write dQ. Arguments as in backward.py; k_tail and order as `prepare` returns them."""
     num_blocks = triton.cdiv(structure.max_q_len, BLOCK_M)
     programs = num_blocks * structure.num_sequences * q.shape[1]
+    wide = max(q.shape[2], v.shape[2]) > 128
+    block_n = 64 if wide or structure.position_table is not None else 128
     if programs:
-        query_backward_kernel[(programs,)](
-            descriptor(q, BLOCK_M // 2), descriptor(dout, BLOCK_M // 2),
-            descriptor(k, BLOCK_N), descriptor(k_tail, BLOCK_N), descriptor(v, BLOCK_N),
-            dq, dq.stride(0),
+        arguments = [
+            tiles(q, BLOCK_M // 2), tiles(dout, BLOCK_M // 2),
+            tiles(k, block_n), tiles(k_tail, block_n), tiles(v, block_n), dq, dq.stride(0),
             order, structure.offsets, structure.q_offsets, structure.num_candidates,
             *table_inputs(structure), num_blocks,
             structure.alpha * 0.5, 0.5 * structure.alpha * structure.scale,
-            **kernel_constants(q, structure), STAGES=2, num_warps=4,
-        )  # fmt: skip
+        ]  # fmt: skip
+        stages = {"STAGES": 2, "V_STAGES": 1 if wide else 2}
+        constants = {**kernel_constants(q, structure), **stages}
+        launch(query_backward_kernel, (programs, 1, 1), arguments, constants)

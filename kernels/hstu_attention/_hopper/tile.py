@@ -4,24 +4,28 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
 from kernels.hstu_attention._triton.mask import key_blocks, pick2, pick4, query_blocks
-from kernels.hstu_attention._triton.tile import BUCKETS_PER_OCTAVE
-
-TIME_LIMIT = gl.constexpr(2**30 - 1)
-"""Seconds (34 years). The kernels keep times relative to the newest key of the sequence in int32;
-what lies farther off counts as this far."""
 
 
 @gluon.jit
 def sequence(
-    pid, num_blocks, order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, H: gl.constexpr
-):
+    num_blocks, order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
+    H: gl.constexpr, BY_BLOCK: gl.constexpr,
+):  # fmt: skip
     """Return block, head, b, and of sequence b: first key, tokens, history, first query, queries.
 
-    All int32. Programs of one head are neighbours, so that they share its keys in the cache.
+    All int32. Programs of one head are neighbours, so that they share its keys in the cache. With
+    BY_BLOCK those of one block are: where few blocks have nearly all the work, none of them must
+    start last.
     """
+    pid = gl.program_id(0)
+    heads = gl.num_programs(0) // num_blocks
     block = pid % num_blocks
-    head = (pid // num_blocks) % H
-    b = gl.load(order_ptr + pid // num_blocks // H)
+    sequence_head = pid // num_blocks
+    if BY_BLOCK:
+        block = pid // heads
+        sequence_head = pid % heads
+    head = sequence_head % H
+    b = gl.load(order_ptr + sequence_head // H)
     key_start = gl.load(offsets_ptr + b).to(gl.int32)
     length = gl.load(offsets_ptr + b + 1).to(gl.int32) - key_start
     q_start = gl.load(q_offsets_ptr + b).to(gl.int32)
@@ -81,53 +85,61 @@ def tanh(x):
 
 
 @gluon.jit
-def log2(x):
-    """Logarithm by the special-function unit: absolute error below 1e-5 for x of 1 to 2^31."""
-    return gl.inline_asm_elementwise(
-        "lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def load_times(
-    time_ptr, start, first, num_rows, newest, BLOCK: gl.constexpr, layout: gl.constexpr
-):  # fmt: skip
-    """Return int32 times, relative to `newest`, of rows first .. of a sequence, 0 outside of it."""
+def load_times(time_ptr, start, first, num_rows, BLOCK: gl.constexpr, layout: gl.constexpr):
+    """Return int32 times of rows first .. of a sequence, 0 (its newest key's) outside of it."""
     rows = first + gl.arange(0, BLOCK, layout)
-    inside = (rows >= 0) & (rows < num_rows)
-    time = gl.load(time_ptr + start + rows, mask=inside, other=0) - newest
-    # Differences of two such times fit int32.
-    return gl.minimum(gl.maximum(time, -TIME_LIMIT), TIME_LIMIT).to(gl.int32)
+    return gl.load(time_ptr + start + rows, mask=(rows >= 0) & (rows < num_rows), other=0)
 
 
 @gluon.jit
-def time_bucket(gap, threshold_ptr, NUM_BUCKETS: gl.constexpr):
-    """Return the bucket of a time difference (int32, at least 0), exactly as bias.time_bucket."""
-    # The logarithm is off by less than 3e-5 buckets. Only where that leaves two of them is
-    # a threshold read: entry i is the smallest difference of bucket i + 1.
-    about = log2(gl.maximum(gap, 1).to(gl.float32)) * BUCKETS_PER_OCTAVE
-    bucket = gl.minimum(gl.maximum(about - 2e-4, 0.0), NUM_BUCKETS).to(gl.int32)
-    open_ = (bucket < NUM_BUCKETS) & (about + 2e-4 >= (bucket + 1).to(gl.float32))
-    threshold = gl.load(threshold_ptr + bucket, mask=open_, other=0)
-    return gl.where(open_ & (gap >= threshold), bucket + 1, bucket)
+def load_thresholds(threshold_ptr, NUM_BUCKETS: gl.constexpr, PADDED: gl.constexpr):
+    """Return the smallest difference of each bucket 1 .. NUM_BUCKETS, every warp with all."""
+    warps: gl.constexpr = gl.BlockedLayout([1, PADDED // 32], [1, 32], [4, 1], [1, 0])
+    i = gl.arange(0, PADDED, gl.SliceLayout(0, warps))
+    return gl.load(threshold_ptr + i, mask=i < NUM_BUCKETS, other=2147483647)
+
+
+@gluon.jit
+def time_bias(
+    row_time, row_first, row_last, col_time, thresholds, time_ptr, threshold_ptr
+):  # fmt: skip
+    """Return the bias by time of a tile, float32, from times (int32) of its rows and columns.
+
+    row_first and row_last are the smallest and the largest of row_time, taken once for many tiles.
+    The differences in a tile away from the diagonal fall into a bucket or two, so comparing each
+    with the few thresholds between them takes less than its logarithm and a look into the table.
+    """
+    col_first = gl.min(col_time, 0)
+    col_last = gl.max(col_time, 0)
+    least = gl.maximum(gl.maximum(row_first - col_last, col_first - row_last), 0)
+    most = gl.maximum(row_last - col_first, col_last - row_first)
+    bucket = gl.sum((least >= thresholds).to(gl.int32), 0)
+    last = gl.sum((most >= thresholds).to(gl.int32), 0)
+    gap = gl.abs(row_time[:, None] - col_time[None, :])
+    bias = gap.to(gl.float32) * 0.0 + gl.load(time_ptr + bucket).to(gl.float32)
+    for b in range(bucket, last):
+        above = gl.load(time_ptr + b + 1).to(gl.float32)
+        bias = gl.where(gap >= gl.load(threshold_ptr + b), above, bias)
+    return bias
 
 
 @gluon.jit
 def half_score(
-    product, half_alpha, row, col, history, query_time, key_time,
-    position_ptr, time_ptr, threshold_ptr, REACH: gl.constexpr, NUM_BUCKETS: gl.constexpr,
+    product, half_alpha, row, col, history, bias, position_ptr, HAS_TIME: gl.constexpr,
+    REACH: gl.constexpr,
 ):  # fmt: skip
-    """Return (alpha * q k + bias) / 2, the argument of tanh in SiLU; all but product broadcast."""
+    """Return (alpha * q k + bias) / 2, the argument of tanh in SiLU.
+
+    row and col broadcast to the tile; `bias` is the one by time, read where HAS_TIME.
+    """
     half = product * half_alpha
     if position_ptr is not None:
         distance = gl.minimum(row, history) - gl.minimum(col, history)
         distance = gl.minimum(gl.maximum(distance, -REACH), REACH)
-        bias = gl.load(position_ptr + distance + REACH).to(gl.float32)
-        if time_ptr is not None:
-            gap = gl.abs(query_time - key_time)
-            bucket = time_bucket(gap, threshold_ptr, NUM_BUCKETS)
-            bias += gl.load(time_ptr + bucket).to(gl.float32)
-        half = gl.fma(bias, 0.5, half)
+        by_position = gl.load(position_ptr + distance + REACH).to(gl.float32)
+        if HAS_TIME:
+            by_position += bias
+        half = gl.fma(by_position, 0.5, half)
     return half
 
 
