@@ -222,7 +222,7 @@ def summarize(
     medians = {key: statistics.median(found) for key, found in times.items()}
     return Record(
         op=name,
-        impl="triton" if device == "cuda" else "reference",
+        impl="auto" if device == "cuda" else "reference",
         mode=mode,
         case=case.name,
         dtype=str(case.dtype).removeprefix("torch."),

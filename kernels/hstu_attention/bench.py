@@ -27,7 +27,10 @@ CASES = [
 ] + [
     Case("options D=128 N=4096", torch.bfloat16, {"B": 16, "N": 4096, "D": 128}),
     Case("jagged D=128 N=8192", torch.bfloat16, {"B": 32, "N": 8192, "D": 128}),
-    Case("semi-local D=128 N=16384", torch.bfloat16, {"B": 4, "N": 16384, "D": 128}),
+    *(
+        Case(f"semi-local D=128 N={N}", torch.bfloat16, {"B": 8, "N": N, "D": 128})
+        for N in (8192, 16384, 32768, 65536)
+    ),
 ]
 SEMI_LOCAL = AttentionMask(local_window=256, global_rows=256)
 RIVALS = {
@@ -43,7 +46,7 @@ def variants(case, mode, device):
     uvqk = torch.randn(L, 4 * HEADS * D, device=device, dtype=case.dtype)
     strided = tuple(x.unflatten(1, (HEADS, D)) for x in uvqk.split(HEADS * D, 1))[1:]
     v, q, k = (x.contiguous() for x in strided)
-    impl = Impl.TRITON if device == "cuda" else Impl.REFERENCE
+    impl = Impl.AUTO if device == "cuda" else Impl.REFERENCE
 
     def ours(inputs=(q, k, v), tables=(), times=(), **options):
         def call(q, k, v, *tables):
@@ -61,11 +64,14 @@ def variants(case, mode, device):
         return timed(call, (*inputs, *tables), mode)
 
     if case.name.startswith("causal"):
-        return {"ours": ours(), **softmax_rivals(case, (q, k, v), mode, device)}
+        found = {"ours": ours(), **softmax_rivals(case, (q, k, v), mode, device)}
+        if mode == "backward":
+            found["ours, deterministic"] = ours(deterministic=True)
+        return found
     if case.name.startswith("jagged"):
         return {"ours": ours()}
     if case.name.startswith("semi-local"):
-        return {"ours": ours(mask=SEMI_LOCAL), "ours, causal": ours()}
+        return {"ours": ours(mask=SEMI_LOCAL)} | ({"ours, causal": ours()} if N <= 16384 else {})
     sequences = offsets.numel() - 1
     # An event every two hours, and the prediction at the next one.
     time = torch.randint(0, 14400, (L,), device=device).cumsum(0)
@@ -77,6 +83,7 @@ def variants(case, mode, device):
         ),
         "ours, prefix": ours(mask=AttentionMask(num_context=16, context="prefix")),
         "ours, strided": ours(inputs=(strided[1], strided[2], strided[0])),
+        "ours, position bias": ours(tables=tables[:1]),
         "ours, position and time bias": ours(tables=tables, times=(time + 7200, time)),
     }
 
