@@ -100,6 +100,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     child.add_argument("--traceback", action="store_true", help="show it also for user errors")
 
+    child = command("inspect", _inspect, "Describe a session-end log: counts, plots, sequences.")
+    child.add_argument("log", metavar="LOG", help="folder of a session-end log")
+    child.add_argument("--config", help="YAML file of gr train: how the log becomes sequences")
+    child.add_argument("--output", help="folder of text and plots; LOG_inspect if not given")
+    child.add_argument("--sequences", type=int, default=3, help="printed as tokens (3)")
+    child.add_argument("--traceback", action="store_true", help="show it also for user errors")
+
     child = command("report", _report, "Compare runs: table, report.md, CSV and plots.")
     child.add_argument("runs", nargs="+", help="run directories; seeds of one config are grouped")
     child.add_argument("--output", help="folder of the report; the first run if not given")
@@ -198,6 +205,20 @@ def _dataset(arguments: argparse.Namespace) -> None:
         print(f"{source}: {checksum}")
     flags = {"overwrite": arguments.overwrite, "partial": arguments.partial}
     print(convert(dataset, source, Path(arguments.output), **flags))
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    check_versions()
+    from gr.config import TrainConfig
+    from gr.inspect_log import inspect
+
+    data = None
+    if arguments.config:
+        override = [f"data.log={arguments.log}"]
+        data = load_config(TrainConfig, arguments.config, override)[0].data
+    log = Path(arguments.log)
+    output = arguments.output or log.with_name(f"{log.name}_inspect")
+    print(inspect(log, output, data=data, num_sequences=arguments.sequences))
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -102,10 +102,13 @@ class SessionizeConfig:
     """Seed of the hash of user_id that chooses the partition; recorded in the manifest."""
     timezone: str = "UTC"
     """What hour, weekday and day mean; recorded in the manifest."""
-    engine: Literal["duckdb"] = "duckdb"
-    """What runs the expression."""
+    engine: Literal["duckdb", "spark"] = "duckdb"
+    """What runs the expression. spark: needs requirements/spark.txt and Java 17."""
+    spark: dict[str, str] = field(default_factory=dict)
+    """Settings of Spark, such as spark.master (else local, on `threads`)."""
     memory_gb: float = 2.0
-    """Memory of the engine; what needs more is spilled to disk beside the output."""
+    """Memory of the engine (Spark: of its driver); what needs more is spilled to disk beside the
+    output."""
     threads: int = 0
     """Threads of the engine; 0 means one a core."""
     max_reject_fraction: float = 0.01
@@ -120,6 +123,8 @@ class SessionizeConfig:
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.spark and self.engine != "spark":
+            raise ValueError(f"spark is set but engine={self.engine} does not read it: remove it")
         if self.memory_gb <= 0:
             raise ValueError(f"memory_gb must be positive, got {self.memory_gb}")
         if not 0 <= self.max_reject_fraction <= 1:

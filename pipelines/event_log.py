@@ -1,4 +1,4 @@
-"""Parquet files of a user's log: found, checked, and read by DuckDB as columns of plain types."""
+"""Parquet files of a user's log, found and checked."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -10,14 +10,6 @@ import pyarrow.parquet as pq
 
 Kind = Literal["bool", "integer", "float", "string", "timestamp"]
 
-# What a column of each kind is read as: NaN is no value, a timestamp becomes us since the epoch.
-_SQL = {
-    "bool": "{0}",
-    "integer": "CAST({0} AS BIGINT)",
-    "float": "CASE WHEN isnan({0}) THEN NULL ELSE CAST({0} AS DOUBLE) END",
-    "string": "CAST({0} AS VARCHAR)",
-    "timestamp": "epoch_us({0})",
-}
 IBIS_TYPES = {
     "bool": "boolean",
     "integer": "int64",
@@ -93,12 +85,13 @@ def find_source(
                     f"files of {setting} must agree"
                 )
             first.setdefault(name, path)
-    local = "file" in _protocols(filesystem)
+    local = "file" in protocols(filesystem)
     files = tuple(paths if local else (filesystem.unstrip_protocol(path) for path in paths))
     return Source(setting, files, kinds, num_rows, None if local else filesystem)
 
 
-def _protocols(filesystem: Any) -> tuple[str, ...]:
+def protocols(filesystem: Any) -> tuple[str, ...]:
+    """Return the names of a file system in URLs."""
     protocol = filesystem.protocol
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
@@ -147,32 +140,3 @@ def _kind(arrow: pa.DataType) -> Kind | None:
     if pa.types.is_string(arrow) or pa.types.is_large_string(arrow):
         return "string"
     return "timestamp" if pa.types.is_timestamp(arrow) else None
-
-
-def read_source(engine: Any, source: Source, name: str) -> Any:
-    """Return the Ibis table of a source's columns, with `file` (index) and `row` (in the file).
-
-    Args:
-        engine: Ibis connection to DuckDB.
-        source: the files.
-        name: of the view that is made; free in `engine`.
-    """
-    if source.filesystem is not None and not engine.con.filesystem_is_registered(
-        _protocols(source.filesystem)[0]
-    ):
-        engine.con.register_filesystem(source.filesystem)
-    columns = [
-        f"{_SQL[kind].format(_quoted(column))} AS {_quoted('raw_' + column)}"
-        for column, kind in source.kinds.items()
-    ]
-    files = ", ".join("'" + file.replace("'", "''") + "'" for file in source.files)
-    engine.raw_sql(
-        f"CREATE VIEW {_quoted(name)} AS SELECT {', '.join(columns)}, "
-        'CAST(file_index AS BIGINT) AS "file", file_row_number AS "row" '
-        f"FROM read_parquet([{files}], union_by_name = true, hive_partitioning = false)"
-    )
-    return engine.table(name)
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'

@@ -5,6 +5,7 @@ Python integers, numpy arrays and Ibis columns, and no engine overflows.
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -59,11 +60,16 @@ def string_id(text: str) -> int:
     return int.from_bytes(digest[:8], "big") & _P63
 
 
-def string_id_column(text: "ir.StringColumn") -> "ir.IntegerColumn":
-    """Return `string_id` of an Ibis column of strings; null stays null."""
-    import ibis
+def string_id_column(
+    text: "ir.StringColumn", hex_to_integer: "Callable[[ir.StringValue], ir.IntegerValue]"
+) -> "ir.IntegerColumn":
+    """Return `string_id` of an Ibis column of strings; null stays null.
 
+    Args:
+        text: the strings.
+        hex_to_integer: the engine's way to read 8 hexadecimal digits: no SQL is common to all.
+    """
     digits = text.hexdigest("md5")
-    high, low = ((ibis.literal("0x") + digits.substr(start, 8)).cast("int64") for start in (0, 8))
+    high, low = (hex_to_integer(digits.substr(start, 8)) for start in (0, 8))
     column: ir.IntegerColumn = (high & _P31) * 2**32 + low
     return column

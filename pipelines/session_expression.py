@@ -5,7 +5,7 @@ time (int64 us), order, source, file, row: what an event is and its place. event
 what goes into the log.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipelines import counters
@@ -82,12 +82,13 @@ def with_ids(
     kinds: dict[str, Kind],
     event_columns: Sequence[str],
     context_columns: Sequence[str],
+    hex_to_integer: "Callable[[ir.StringValue], ir.IntegerValue]",
 ) -> "ir.Table":
     """Return the columns that the log needs, strings as 64-bit ids."""
 
     def value(name: str) -> Any:
         column = events["raw_" + name]
-        return string_id_column(column) if kinds[name] == "string" else column
+        return string_id_column(column, hex_to_integer) if kinds[name] == "string" else column
 
     columns = {name: events[name] for name in _PLACE}
     columns["user_id"] = value(config.user_id)

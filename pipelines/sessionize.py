@@ -1,4 +1,4 @@
-"""An event log to a session-end log: one Ibis expression, run by DuckDB, spilling to disk.
+"""An event log to a session-end log: one Ibis expression, run by DuckDB or Spark.
 
 event log + starting history
   -> usable events (the others counted and written to rejects.parquet)
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pipelines import session_expression as steps
 from pipelines.config import SessionizeConfig
 from pipelines.counters import counter_names
-from pipelines.event_log import IBIS_TYPES, Kind, Source, find_source, read_source
+from pipelines.event_log import IBIS_TYPES, Kind, Source, find_source
 from pipelines.manifest import Manifest, log_schema, read_manifest, write_manifest
 from pipelines.output_folder import check_output, new_folder
 from pipelines.schema import EVENT_ITEM_ID, EVENT_TIMESTAMP, history_name, part_name
@@ -42,7 +42,26 @@ _ARROW_TYPES: dict[Kind, str] = {
     "float": "double",
     "string": "int64",
 }
-_BATCH_ROWS = 1 << 17
+
+
+class Engine(Protocol):
+    """What runs the expression."""
+
+    def read(self, source: Source, name: str) -> "ir.Table":
+        """Return the columns of a source as raw_NAME, with `file` (index) and `row` (in the file).
+
+        Bools and strings are as they are, integers int64, floats float64 with NaN as null,
+        timestamps int64 us.
+        """
+
+    def hex_to_integer(self, digits: "ir.StringValue") -> "ir.IntegerValue":
+        """Return the int64 that 8 hexadecimal digits stand for."""
+
+    def collect(self, table: "ir.Table") -> pa.Table:
+        """Return all rows of an expression that has few."""
+
+    def stream(self, table: "ir.Table") -> Iterator[pa.RecordBatch]:
+        """Return the rows of an ordered expression."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +108,18 @@ def sessionize(config: SessionizeConfig) -> Manifest:
     return read_manifest(output)
 
 
-def _write(config: SessionizeConfig, inputs: _Inputs, engine: Any, folder: Path) -> Manifest:
+def _write(config: SessionizeConfig, inputs: _Inputs, engine: Engine, folder: Path) -> Manifest:
     rows = steps.with_time_and_reason(_read_rows(inputs, engine), config, inputs.kinds)
     num_rows, rejects = _count(rows, config, inputs, engine, folder)
     events = rows.filter(rows["reason"].isnull())
     for index, (join, source) in enumerate(zip(config.joins, inputs.joins, strict=True)):
-        right = read_source(engine, source, f"join_{index}")
+        right = engine.read(source, f"join_{index}")
         _check_unique(engine, right, join.right_key or join.key, source)
         events = steps.with_join(events, join, right)
     event_columns = (*config.actions, *inputs.features)
-    events = steps.with_ids(events, config, inputs.kinds, event_columns, inputs.context)
+    events = steps.with_ids(
+        events, config, inputs.kinds, event_columns, inputs.context, engine.hex_to_integer
+    )
     events = steps.without_repeats(events, config)
 
     actions, features, context = _columns(config, inputs)
@@ -106,7 +127,7 @@ def _write(config: SessionizeConfig, inputs: _Inputs, engine: Any, folder: Path)
 
     def write(sessions: "ir.Table", file_name: Any) -> WrittenFiles:
         return write_partitions(
-            _fetch(engine, steps.in_order(sessions, config)),
+            engine.stream(steps.in_order(sessions, config)),
             folder,
             schema,
             partitions=config.partitions,
@@ -251,14 +272,14 @@ def _find_inputs(config: SessionizeConfig) -> _Inputs:
     return _Inputs(log, history, tuple(joins), kinds, tuple(features), tuple(context))
 
 
-def _read_rows(inputs: _Inputs, engine: Any) -> "ir.Table":
+def _read_rows(inputs: _Inputs, engine: Engine) -> "ir.Table":
     """Return the rows of log and history, columns that the history lacks as nulls."""
     import ibis
 
-    log = read_source(engine, inputs.log, "log").mutate(source=steps.LOG)
+    log = engine.read(inputs.log, "log").mutate(source=steps.LOG)
     if inputs.history is None:
         return log
-    history = read_source(engine, inputs.history, "history").mutate(source=steps.HISTORY)
+    history = engine.read(inputs.history, "history").mutate(source=steps.HISTORY)
     lacking = {
         "raw_" + name: ibis.null(IBIS_TYPES[kind])
         for name, kind in inputs.log.kinds.items()
@@ -268,11 +289,11 @@ def _read_rows(inputs: _Inputs, engine: Any) -> "ir.Table":
 
 
 def _count(
-    rows: "ir.Table", config: SessionizeConfig, inputs: _Inputs, engine: Any, folder: Path
+    rows: "ir.Table", config: SessionizeConfig, inputs: _Inputs, engine: Engine, folder: Path
 ) -> tuple[int, dict[str, int]]:
     """Return the number of rows and of unusable ones by reason, and write the latter to a file."""
     counts = rows.group_by(["source", "reason"]).agg(n=rows.count())
-    found = engine.to_pyarrow(counts.order_by(["source", "reason"])).to_pylist()
+    found = engine.collect(counts.order_by(["source", "reason"])).to_pylist()
     if not any(x["n"] for x in found if x["source"] == steps.LOG):
         raise ValueError(f"input={config.input} is empty: it has no row")
     rejects: dict[str, int] = {}
@@ -288,7 +309,7 @@ def _count(
         bad = bad.select(*place, "reason", **{name: bad["raw_" + name] for name in names})
         bad = bad.order_by(place)
         if num_rejects > config.max_reject_fraction * num_rows or not usable:
-            first = engine.to_pyarrow(bad.limit(1)).to_pylist()[0]
+            first = engine.collect(bad.limit(1)).to_pylist()[0]
             raise ValueError(
                 f"{num_rejects} of {num_rows} events are unusable, more than max_reject_fraction="
                 f"{config.max_reject_fraction} allows: {rejects}. The first is row {first['row']} "
@@ -306,9 +327,9 @@ def _file_of(inputs: _Inputs, row: dict[str, Any]) -> str:
     return name
 
 
-def _write_rejects(engine: Any, bad: "ir.Table", inputs: _Inputs, path: Path) -> None:
+def _write_rejects(engine: Engine, bad: "ir.Table", inputs: _Inputs, path: Path) -> None:
     """Write the unusable rows: reason, file, row in the file, user, item and time as read."""
-    table = engine.to_pyarrow(bad)
+    table = engine.collect(bad)
     files = [_file_of(inputs, row) for row in table.select(["source", "file"]).to_pylist()]
     table = table.drop_columns(["source", "file"]).add_column(
         1, "file", pa.array(files, pa.string())
@@ -316,13 +337,11 @@ def _write_rejects(engine: Any, bad: "ir.Table", inputs: _Inputs, path: Path) ->
     pq.write_table(table, path)
 
 
-def _check_unique(engine: Any, right: "ir.Table", key: str, source: Source) -> None:
+def _check_unique(engine: Engine, right: "ir.Table", key: str, source: Source) -> None:
     keys = right.select(key=right["raw_" + key])
     keys = keys.filter(keys["key"].notnull())
     counts = keys.group_by("key").agg(n=keys.count())
-    repeated = engine.to_pyarrow(
-        counts.filter(counts["n"] > 1).order_by("key").limit(1)
-    ).to_pylist()
+    repeated = engine.collect(counts.filter(counts["n"] > 1).order_by("key").limit(1)).to_pylist()
     if repeated:
         raise ValueError(
             f"{source.setting}={', '.join(source.files)}: {key}={repeated[0]['key']} stands in "
@@ -343,45 +362,15 @@ def _check_joins(config: SessionizeConfig, inputs: _Inputs, manifest: Manifest) 
 
 
 @contextmanager
-def _engine(config: SessionizeConfig, scratch: Path) -> Iterator[Any]:
-    """Yield an Ibis connection to a DuckDB that keeps to its memory and needs no network."""
-    import duckdb
-    import ibis
+def _engine(config: SessionizeConfig, scratch: Path) -> Iterator[Engine]:
+    """Yield what runs the expression."""
+    if config.engine == "spark":
+        from pipelines.spark_engine import open_spark
 
-    options: dict[str, Any] = {
-        "memory_limit": f"{round(config.memory_gb * 1000)}MB",
-        "temp_directory": str(scratch),
-        "autoinstall_known_extensions": False,
-    }
-    if config.threads:
-        options["threads"] = config.threads
-    engine = ibis.duckdb.connect(**options)
-    try:
-        engine.raw_sql("SET enable_progress_bar = false")
-        # Parquet's bounds of a column leave NaN out, so DuckDB 2.0 takes isnan() for always false.
-        engine.raw_sql("SET disabled_optimizers = 'statistics_propagation'")
+        with open_spark(config, scratch) as engine:
+            yield engine
+        return
+    from pipelines.duckdb_engine import open_duckdb
+
+    with open_duckdb(config, scratch) as engine:
         yield engine
-    except duckdb.OutOfMemoryException as error:
-        raise ValueError(
-            f"memory_gb={config.memory_gb} is too little for this log: raise it, or lower threads "
-            f"({error})"
-        ) from error
-    except (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException):
-        raise  # An expression of ours that DuckDB does not take.
-    except duckdb.Error as error:
-        names = [config.input, config.history, *(join.path for join in config.joins)]
-        raise ValueError(
-            f"cannot decode one of the files {[x for x in names if x]}, or cannot write beside "
-            f"output={config.output}: {error}"
-        ) from error
-    finally:
-        engine.disconnect()
-
-
-def _fetch(engine: Any, table: "ir.Table") -> Iterator[pa.RecordBatch]:
-    """Return the rows of an expression; what is not yet fetched is not in memory."""
-    # ibis 12 calls a method that duckdb 2.0 no longer has, so DuckDB is asked directly.
-    reader: Iterator[pa.RecordBatch] = engine.con.sql(engine.compile(table)).to_arrow_reader(
-        _BATCH_ROWS
-    )
-    return reader

@@ -154,7 +154,7 @@ def test_equals_the_plain_python_oracle(drawn, duplicates, order, named, group, 
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session_writer, "ROW_GROUP_SESSIONS", group)
-        patch.setattr("pipelines.sessionize._BATCH_ROWS", 2048)
+        patch.setattr("pipelines.duckdb_engine.BATCH_ROWS", 2048)
         manifest = sessionize(config)
     assert read_back(tmp / "out", part_name, 3) == parts
     if history:
@@ -190,13 +190,15 @@ def write_simple(path, **columns):
     pq.write_table(pa.table(base | {"click": [True, False, None]} | columns), path)
 
 
+@pytest.mark.parametrize("zone", [None, "UTC", "Asia/Shanghai"])
 @pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
-def test_an_arrow_timestamp_is_read_in_its_own_unit(tmp_path, unit):
+def test_an_arrow_timestamp_is_read_in_its_own_unit(tmp_path, unit, zone):
     seconds = np.array([1_650_000_000, 1_650_000_001, 253_402_300_799])
     if unit == "ns":
         seconds[2] = 9_000_000_000
     times = seconds.astype("datetime64[s]").astype(f"datetime64[{unit}]")
-    write_simple(tmp_path / "log.parquet", timestamp=pa.array(times))
+    times = pa.array(times).cast(pa.timestamp(unit, zone))
+    write_simple(tmp_path / "log.parquet", timestamp=times)
     manifest = sessionize(simple(tmp_path))
     rows = [r for part in read_back(tmp_path / "out", part_name, 2) for r in part]
     found = sorted(e["timestamp"] for r in rows for e in r["events"])
