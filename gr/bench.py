@@ -77,8 +77,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--no-record", action="store_true", help="skip the tests, write nothing; also on a CPU"
     )
+    parser.add_argument(
+        "--plot",
+        type=pathlib.Path,
+        help="draw the newest records of OP into this PNG file and do nothing else",
+    )
     parser.add_argument("--commit", default="", help="recorded where there is no git checkout")
     arguments = parser.parse_args(argv)
+    if arguments.plot is not None:
+        load(arguments.op)
+        # Draws with matplotlib, which a machine that only measures need not have.
+        from gr.bench_plot import draw_records
+
+        draw_records(arguments.records, arguments.op, arguments.plot)
+        return 0
     names = operators() if arguments.op == "all" else [arguments.op]
     benches = {name: load(name) for name in names}
     device = "cuda" if torch.cuda.is_available() else "cpu"
