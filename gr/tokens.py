@@ -18,7 +18,8 @@ class TokenEmbedding(nn.Module):
     """x_l = sum of the token's parts: item (id and features), action (all signals), context.
 
     An action is the sum over signals of a learned vector of its code (unknown, or the interval that
-    its value falls into). Rows narrower or wider than D are projected.
+    its value falls into), and over data.action_context of a projection of the feature's row. Rows
+    narrower or wider than D are projected.
 
     Args:
         data: names the features and the actions.
@@ -46,6 +47,12 @@ class TokenEmbedding(nn.Module):
         self.action = nn.Embedding(sum(sizes), model.dim) if sizes else None
         if self.action is not None:
             nn.init.normal_(self.action.weight, std=0.02 / math.sqrt(len(sizes)))
+        self.action_context = nn.ModuleDict(
+            {
+                name: nn.Linear(feature_dims[name], model.dim, bias=False)
+                for name in data.action_context
+            }
+        )
         merged = data.layout == "merged" and data.anchor == "session"
         self.candidate_action = (
             nn.Parameter(torch.randn(model.dim) * 0.02)
@@ -64,10 +71,15 @@ class TokenEmbedding(nn.Module):
         item_ID = self._sum(self.item_features, rows)
         x_LD = item_ID.new_zeros(batch.num_tokens, self.dim)
         x_LD = x_LD.index_add(0, carries_item(kind).nonzero()[:, 0], item_ID)
+        token_A = ((kind == TokenKind.ACTION) | (kind == TokenKind.EVENT)).nonzero()[:, 0]
         if self.action is not None:
-            has_action = (kind == TokenKind.ACTION) | (kind == TokenKind.EVENT)
             action_AD = self.action(batch.action_codes + self.code_start_S).sum(1)
-            x_LD = x_LD.index_add(0, has_action.nonzero()[:, 0], action_AD)
+            x_LD = x_LD.index_add(0, token_A, action_AD)
+        if self.action_context:
+            # Of the items, all but candidates have an action, in the same order.
+            is_known_I = kind[carries_item(kind)] != TokenKind.CANDIDATE
+            for name, project in self.action_context.items():
+                x_LD = x_LD.index_add(0, token_A, project(rows[name][is_known_I]))
         if self.candidate_action is not None:
             x_LD = x_LD + (kind == TokenKind.CANDIDATE)[:, None] * self.candidate_action
         for index, name in enumerate(self.context_features):

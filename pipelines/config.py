@@ -258,6 +258,9 @@ class DataConfig:
     """Action columns that the action token encodes."""
     item_features: dict[str, FeatureConfig] = field(default_factory=dict)
     """Features of the event known before the user acts (item, place): part of its item token."""
+    action_context: tuple[str, ...] = ()
+    """Those of `item_features` that say how the user acted too (device, place, hour): part of the
+    action as well, by a projection of their own."""
     context_features: dict[str, FeatureConfig] = field(default_factory=dict)
     """Features of the session."""
     dense_features: tuple[str, ...] = ()
@@ -421,6 +424,12 @@ def check_ranges(data: DataConfig) -> None:
     for group, named in features.items():
         for name, feature in named.items():
             _check_ascending(f"data.{group}.{name}.boundaries", feature.boundaries)
+    strangers = [name for name in data.action_context if name not in data.item_features]
+    if strangers or len(set(data.action_context)) < len(data.action_context):
+        raise ValueError(
+            "data.action_context must name features of data.item_features, each once, got "
+            f"{list(data.action_context)}; data.item_features has {list(data.item_features)}"
+        )
     made = {ITEM_ID, TARGET_ITEM_ID, NEGATIVE_ITEM_ID}
     names = [*data.item_features, *data.context_features]
     taken = sorted({name for name in names if names.count(name) > 1 or name in made})

@@ -11,10 +11,11 @@ from gr.config import HeadConfig, HSTUConfig, ModelConfig, TransformerConfig
 from gr.flops import peak_flops, sequence_cost, training_flops, visible_pairs
 from gr.model import ENCODERS
 from gr.sequence import sequence_info
+from pipelines.config import StochasticLengthConfig
 from pipelines.cost import cost_rules
 from pipelines.cost import sequence_cost as sequence_cost_of
 from tests.gr.batches import batches as batches_of
-from tests.gr.batches import data_config, random_log
+from tests.gr.batches import data_config, random_log, train_config
 from tests.gr.hstu_oracle import make_info, make_sequences, sees
 from tests.pipelines.logs import MODES
 
@@ -139,3 +140,16 @@ def test_the_data_side_counts_what_the_encoder_does(tmp_path_factory, mode, name
 @njit
 def cost_of(n, m, rules):
     return sequence_cost_of(n, m, rules)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fill": "flops", "budget": 1.0, "sessions_per_partition": 8},
+        {"stochastic_length": StochasticLengthConfig(selection="greedy", balance=True)},
+    ],
+)
+def test_a_model_without_sequences_has_no_cost_to_balance(changes):
+    data = data_config("none", ("interleaved", "event", "session", "none"), **changes)
+    with pytest.raises(ValueError, match="encoder=dlrm reads no sequence"):
+        train_config(data, encoder="dlrm", head=HeadConfig(retrieval=False))

@@ -31,11 +31,11 @@ def oracle(sequence, config, module, tables):
     table_of = {f: name for name, t in config.embeddings.tables.items() for f in t.features}
     data = config.data
 
-    def part(feature, raw):
+    def part(feature, raw, project=module.project):
         name = table_of[feature]
         vector = tables.weights[name][vocabulary.row_of(name, torch.tensor([raw]))[0]].double()
-        if feature in module.project:
-            weight = module.project[feature].weight
+        if feature in project:
+            weight = project[feature].weight
             vector = torch.stack([(weight[i] * vector).sum() for i in range(DIM)])
         return vector
 
@@ -54,6 +54,8 @@ def oracle(sequence, config, module, tables):
         if kind in (TokenKind.ACTION, TokenKind.EVENT):
             for signal, code in enumerate(sequence["action_codes"][action]):
                 x = x + module.action.weight[sum(sizes[:signal]) + code]
+            for name in data.action_context:
+                x = x + part(name, sequence["item_features"][name][action], module.action_context)
             action += 1
         if kind == TokenKind.CANDIDATE and data.layout == "merged":
             learned = config.model.encoding.candidate_action == "learned"
@@ -64,11 +66,13 @@ def oracle(sequence, config, module, tables):
     return vectors
 
 
+@pytest.mark.parametrize("action_context", [(), ("price_bin", "tab")], ids=["", "context"])
 @pytest.mark.parametrize("candidate_action", ["zero", "learned"])
 @pytest.mark.parametrize("mode", MODES, ids="-".join)
-def test_every_token_is_the_sum_of_its_parts(log, mode, candidate_action):
+def test_every_token_is_the_sum_of_its_parts(log, mode, candidate_action, action_context):
     encoding = EncodingConfig(position="none", candidate_action=candidate_action)
-    config = train_config(data_config(log, mode), encoding=encoding)
+    data = data_config(log, mode, action_context=action_context)
+    config = train_config(data, encoding=encoding)
     tables = make_tables(config)
     torch.manual_seed(1)
     module = TokenEmbedding(config.data, config.model, feature_dims(config)).double()
@@ -110,3 +114,10 @@ def test_the_kinds_that_carry_an_item():
     assert carries_item(torch.tensor(list(TokenKind))).tolist() == [
         kind in (TokenKind.ITEM, TokenKind.EVENT, TokenKind.CANDIDATE) for kind in TokenKind
     ]
+
+
+@pytest.mark.parametrize("names", [("tab", "tab"), ("age",), ("nothing",)])
+def test_the_context_of_an_action_is_known(log, names):
+    mode = ("interleaved", "event", "session", "none")
+    with pytest.raises(ValueError, match="action_context must name features"):
+        data_config(log, mode, action_context=names)
