@@ -54,19 +54,19 @@ def assemble(
     labels = gathered.floats[:, :num_tasks].T
     return SequenceBatch(
         ids=_ids(gathered, tokens, config, seed),
-        offsets=_tensor(tokens.offsets),
+        offsets=torch.from_numpy(tokens.offsets),
         max_len=int(np.diff(tokens.offsets).max(initial=0)),
-        token_kind=_tensor(tokens.kind),
-        timestamp=_tensor(tokens.timestamp),
-        query_time=_tensor(tokens.query_time),
+        token_kind=torch.from_numpy(tokens.kind),
+        timestamp=torch.from_numpy(tokens.timestamp),
+        query_time=torch.from_numpy(tokens.query_time),
         num_context=layout_rules(config).num_context,
         num_candidates=_tensor(sequences[:, NUM_EVENTS] * at_session),
-        session_start=_tensor(tokens.session_start),
-        action_codes=_tensor(tokens.action_codes),
+        session_start=torch.from_numpy(tokens.session_start),
+        action_codes=torch.from_numpy(tokens.action_codes),
         user_id=_tensor(sequences[:, USER]),
         session_id=_tensor(sequences[:, SESSION]),
         partition=_tensor(sequences[:, PARTITION]),
-        ranking_positions=_tensor(tokens.ranking_positions),
+        ranking_positions=torch.from_numpy(tokens.ranking_positions),
         labels={
             task: torch.from_numpy(np.nan_to_num(row, nan=0.0))
             for task, row in zip(config.tasks, labels, strict=True)
@@ -78,7 +78,7 @@ def assemble(
         dense_features=torch.from_numpy(
             gathered.floats[: len(tokens.ranking_positions), num_tasks:].copy()
         ),
-        retrieval_positions=_tensor(tokens.retrieval_positions),
+        retrieval_positions=torch.from_numpy(tokens.retrieval_positions),
         retrieval_weights=torch.ones(len(tokens.retrieval_positions), dtype=torch.float32),
         window=window,
         position=position,

@@ -30,18 +30,30 @@ def write_synthetic_log(
     mean_events: float = 2.0,
     history: int = 32,
     skew: float = 0.0,
+    four_columns: bool = False,
 ) -> None:
-    """Write a log shaped like KuaiRand-Pure: two weeks, geometric sessions, 32 events before it.
+    """Write a log shaped like KuaiRand-Pure: two weeks, geometric sessions.
 
-    skew: exponent of Zipf's law of how often users come.
+    Args:
+        folder: of the log.
+        partitions: of the log.
+        sessions: in all.
+        users: in all.
+        mean_events: of a session.
+        history: events of each user before the log; 0: no starting histories.
+        skew: exponent of Zipf's law of how often users come; 0: all alike.
+        four_columns: events of item_id, timestamp and the first two actions only.
     """
+    actions = ACTIONS[: 2 if four_columns else None]
+    features, dense = (FEATURES, DENSE) if not four_columns else ((), ())
+    names = CONTEXT[: 1 if four_columns else None]
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     schema = session_schema(
-        actions=[(name, pa.float32()) for name in ACTIONS],
-        features=[(name, pa.int64()) for name in FEATURES]
-        + [(name, pa.float32()) for name in DENSE],
-        context=[(name, pa.int64()) for name in CONTEXT],
+        actions=[(name, pa.float32()) for name in actions],
+        features=[(name, pa.int64()) for name in features]
+        + [(name, pa.float32()) for name in dense],
+        context=[(name, pa.int64()) for name in names],
     )
 
     def write(
@@ -54,15 +66,15 @@ def write_synthetic_log(
         columns = [
             rng.integers(0, 7500, total),
             np.repeat(start_ts, lengths) + 30 * place,
-            *(rng.integers(0, 2, total).astype(np.float32) for _ in ACTIONS),
-            *(rng.integers(0, 5000, total) for _ in FEATURES),
-            *(rng.random(total, np.float32) for _ in DENSE),
+            *(rng.integers(0, 2, total).astype(np.float32) for _ in actions),
+            *(rng.integers(0, 5000, total) for _ in features),
+            *(rng.random(total, np.float32) for _ in dense),
         ]
         events = pa.StructArray.from_arrays(
             [pa.array(c) for c in columns], fields=list(schema.field("events").type.value_type)
         )
         context = pa.StructArray.from_arrays(
-            [pa.array(rng.integers(0, 50, len(lengths))) for _ in CONTEXT],
+            [pa.array(rng.integers(0, 50, len(lengths))) for _ in names],
             fields=list(schema.field("context").type),
         )
         table = pa.Table.from_arrays(
@@ -77,7 +89,12 @@ def write_synthetic_log(
             schema=schema,
         )
         pq.write_table(
-            table, folder / name, row_group_size=16_384, compression="lz4", use_dictionary=False
+            table,
+            folder / name,
+            row_group_size=16_384,
+            compression="lz4",
+            use_dictionary=False,
+            write_page_checksum=True,
         )
         return PartitionFile(
             name=name,
@@ -97,6 +114,8 @@ def write_synthetic_log(
         end_ts = np.sort(rng.integers(1_650_000_000, 1_650_000_000 + 14 * 86400, num))
         lengths = rng.geometric(1 / mean_events, num)
         parts.append(write(part_name(p), user_id, np.arange(num), lengths, end_ts))
+        if history == 0:
+            continue
         known = np.arange(users // partitions) * partitions + p
         histories.append(
             write(
@@ -148,6 +167,19 @@ def quickstart_like(folder: Path, **changes: Any) -> DataConfig:
         "dense_features": DENSE,
         "tasks": {name: TaskConfig(action=name) for name in ACTIONS},
         "positive": ("is_click",),
+    }
+    return DataConfig(**(fields | changes))
+
+
+def four_columns(folder: Path, **changes: Any) -> DataConfig:
+    """Return a configuration of item, time, a flag and a strength, in the merged layout."""
+    fields: dict[str, Any] = {
+        "log": str(folder),
+        "layout": "merged",
+        "max_history_tokens": 512,
+        "num_items": 7500,
+        "actions": {name: ActionConfig() for name in ACTIONS[:2]},
+        "sessions_per_partition": 128,
     }
     return DataConfig(**(fields | changes))
 

@@ -176,6 +176,7 @@ class SessionStream:
         """Yield all batches from a step on of the segments that are known."""
         segments = self._segments
         buffer = SequenceBuffer(self._rules, len(self.config.context_features))
+        rows = segments.rows_at(step)
         while step < segments.num_steps:
             for reader in readers.values():
                 reader.begin(segments.num_begun(step + 1))
@@ -183,7 +184,8 @@ class SessionStream:
             end = segment.schedule.end_of_window(within) if self._frozen else None
             if end is not None:
                 yield from self._frozen_batches(step, end - within, readers, buffer)
-            taken = segments.rows_at(step + 1) - segments.rows_at(step)
+            rows, before = segments.rows_at(step + 1), rows
+            taken = rows - before
             spans = [s for p, reader in readers.items() for s in reader.take(int(taken[p]))]
             made = self._assemble(buffer, spans, step + 1, step, rejects.take(), is_frozen=False)
             step += 1

@@ -126,6 +126,7 @@ def lay_out(
 
 @njit(nogil=True, cache=True)
 def _lay_out(sequences: Any, ints: Any, codes: Any, rules: Any, out: Any) -> None:
+    per_event = 2 if rules.interleaved else 1
     token = event = known = ranked = target = 0
     for b in range(len(sequences)):
         anchor, n, m = sequences[b, ANCHOR], sequences[b, NUM_HISTORY], sequences[b, NUM_EVENTS]
@@ -133,43 +134,71 @@ def _lay_out(sequences: Any, ints: Any, codes: Any, rules: Any, out: Any) -> Non
         for _ in range(rules.num_context):
             out.kind[token], out.timestamp[token] = CONTEXT, anchor
             token += 1
+        head, session = token, token + n * per_event
+        out.session_start[b] = session - begin
 
-        last_of_history = token - 1
-        for i in range(n + m):
-            in_session = i >= n
-            candidate = in_session and rules.anchor_session
-            time = anchor if candidate else ints[event, TIMESTAMP]
-            if i == n:
-                last_of_history = token - 1
-                out.session_start[b] = token - begin
-
-            # Retrieval of an event is read before it: at the token in front of it, or at the end of
-            # the history where the events of the session do not see each other. With nothing in
-            # front there is nothing to predict from.
-            if in_session or rules.supervise_history:
-                precedes = n if candidate else i
-                if codes[event, -1] and precedes > 0:
-                    out.retrieval_positions[target] = last_of_history if candidate else token - 1
-                    out.target_item_id[target] = ints[event, 0]
-                    out.num_targets[b] += 1
-                    target += 1
-                if rules.rank:
-                    out.ranking_positions[ranked] = token
-                    ranked += 1
-
-            out.kind[token] = CANDIDATE if candidate else (ITEM if rules.interleaved else EVENT)
-            out.timestamp[token] = time
+        num_known = n if rules.anchor_session else n + m
+        _lay_out_known(ints, codes, event, num_known, token, known, rules.interleaved, out)
+        token, known = token + num_known * per_event, known + num_known
+        for _ in range(n + m - num_known):
+            out.kind[token], out.timestamp[token] = CANDIDATE, anchor
             token += 1
-            if not candidate:
-                if rules.interleaved:
-                    out.kind[token], out.timestamp[token] = ACTION, time
-                    token += 1
-                for s in range(out.action_codes.shape[1]):
-                    out.action_codes[known, s] = codes[event, s]
-                known += 1
-            event += 1
 
-        for t in range(begin, token - 1):
-            out.query_time[t] = out.timestamp[t + 1]
+        # Retrieval of an event is read before it: at the token in front of it, or at the end of the
+        # history where the events of the session do not see each other. With nothing in front there
+        # is nothing to predict from.
+        for i in range(0 if rules.supervise_history else n, n + m):
+            candidate = i >= num_known
+            at = session + i - n if candidate else head + i * per_event
+            if codes[event + i, -1] and (n if candidate else i) > 0:
+                out.retrieval_positions[target] = (session if candidate else at) - 1
+                out.target_item_id[target] = ints[event + i, 0]
+                out.num_targets[b] += 1
+                target += 1
+            if rules.rank:
+                out.ranking_positions[ranked] = at
+                ranked += 1
+        event += n + m
+
+        _copy_times(out.query_time, begin, out.timestamp, begin + 1, token - 1 - begin)
         out.query_time[token - 1] = out.timestamp[token - 1]
         out.offsets[b + 1] = token
+
+
+@njit(inline="always")
+def _lay_out_known(
+    ints: Any,
+    codes: Any,
+    event: int,
+    num_events: int,
+    token: int,
+    known: int,
+    interleaved: bool,
+    out: Any,
+) -> None:
+    """Lay out events whose action is known."""
+    # Unsigned indices: signed ones are tested for wrap-around, which keeps LLVM from vectorising.
+    e, k, t = np.uintp(event), np.uintp(known), np.uintp(token)
+    two = np.uintp(2)
+    if interleaved:
+        for i in range(np.uintp(num_events)):
+            time = ints[e + i, TIMESTAMP]
+            out.kind[t + two * i], out.kind[t + two * i + np.uintp(1)] = ITEM, ACTION
+            out.timestamp[t + two * i] = time
+            out.timestamp[t + two * i + np.uintp(1)] = time
+    else:
+        for i in range(np.uintp(num_events)):
+            out.kind[t + i] = EVENT
+        for i in range(np.uintp(num_events)):
+            out.timestamp[t + i] = ints[e + i, TIMESTAMP]
+    # Signal after signal: an inner loop over a few signals costs more than it copies.
+    for s in range(np.uintp(out.action_codes.shape[1])):
+        for i in range(np.uintp(num_events)):
+            out.action_codes[k + i, s] = codes[e + i, s]
+
+
+@njit(inline="always")
+def _copy_times(to: Any, first: int, source: Any, begin: int, num_values: int) -> None:
+    f, g = np.uintp(first), np.uintp(begin)
+    for i in range(np.uintp(num_values)):
+        to[f + i] = source[g + i]
