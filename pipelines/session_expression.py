@@ -18,6 +18,8 @@ from pipelines.session_writer import CONTEXT_PREFIX, EVENT_PREFIX, PARTITION
 if TYPE_CHECKING:
     import ibis.expr.types as ir
 
+# Rows of a file below 2^40, files below 2^23.
+_ROW_BITS = 40
 HISTORY, LOG = 0, 1
 HISTORY_SESSION = -1
 
@@ -109,9 +111,27 @@ def without_repeats(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
     same = ["source", "user_id", "item_id", "time"]
     if config.duplicates == "exact":
         same += [name for name in events.columns if name not in ("order", "file", "row", *same)]
+        if not config.order:
+            return _first_of_equals(events, same)
     earlier = ibis.row_number().over(group_by=same, order_by=["order", "file", "row"])
     numbered = events.mutate(repeat=earlier)
     return numbered.filter(numbered["repeat"] == 0).drop("repeat")
+
+
+def _first_of_equals(events: "ir.Table", same: Sequence[str]) -> "ir.Table":
+    """Return the first row by (file, row) of those that agree in all else; order is a constant.
+
+    An aggregation took DuckDB a third of the time of a window's sort.
+    """
+    import ibis
+
+    place = (events["file"] << _ROW_BITS) | events["row"]
+    first = events.group_by(list(same)).agg(place=place.min())
+    columns = {name: first[name] for name in same}
+    columns["order"] = ibis.literal(0)
+    columns["file"] = first["place"] >> _ROW_BITS
+    columns["row"] = first["place"] & (2**_ROW_BITS - 1)
+    return first.select(**{name: columns[name] for name in events.columns})
 
 
 def with_counters(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
@@ -145,10 +165,11 @@ def in_sessions(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
         return events.rename(session_id="named_session")
     # A user's sessions are numbered from 0 in order of time.
     silence = events["time"] - events["time"].lag().over(group_by="user_id", order_by=_PLACE)
-    events = events.mutate(starts=(silence > config.gap_seconds * _US).fill_null(False))
+    starts = (silence > config.gap_seconds * _US).ifelse(1, ibis.null())
+    events = events.mutate(starts=starts)
     so_far = ibis.cumulative_window(group_by="user_id", order_by=_PLACE)
-    number = events["starts"].cast("int64").sum().over(so_far)
-    return events.mutate(session_id=number.cast("int64")).drop("starts")
+    # A count: sums of integers are 128 bits wide in DuckDB.
+    return events.mutate(session_id=events["starts"].count().over(so_far)).drop("starts")
 
 
 def as_histories(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
