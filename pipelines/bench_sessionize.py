@@ -1,4 +1,4 @@
-"""Events a second of sessionize, sorted write included: python -m pipelines.bench_sessionize FOLDER.
+"""Events a second of sessionize with its write: python -m pipelines.bench_sessionize FOLDER.
 
 The log is the Polya-urn stream: 28,000 users, 14 days, sessions of 20 events on average, one action
 and one feature; by user, not by time. It is made once, in FOLDER.
