@@ -200,9 +200,9 @@ def _forward(
     hopper: bool = False,
 ) -> tuple[Tensor, Tensor]:
     if hopper:
-        from kernels.linear._hopper.forward import linear_fwd
+        from kernels.linear._hopper import linear_fwd
     else:
-        from kernels.linear._triton.linear import linear_fwd
+        from kernels.linear._triton import linear_fwd
     return linear_fwd(
         rows_of(x),
         weight.contiguous(),
@@ -229,7 +229,7 @@ def _(
 
 @torch.library.custom_op("gr::silu_bwd", mutates_args=())
 def _silu_backward(dy: Tensor, z: Tensor, silu_columns: int) -> tuple[Tensor, Tensor]:
-    from kernels.linear._triton.linear import silu_bwd
+    from kernels.linear._triton import silu_bwd
 
     return silu_bwd(rows_of(dy), z, silu_columns)
 

@@ -125,6 +125,7 @@ def _linear_fwd_kernel(
     FAST: tl.constexpr,
     TMA: tl.constexpr,
     FLATTEN: tl.constexpr,
+    IMPRECISE: tl.constexpr,
 ):
     programs = tl.num_programs(0)
     tiles_l = tl.cdiv(L, BLOCK_L)
@@ -139,7 +140,7 @@ def _linear_fwd_kernel(
         for d in range(tl.cdiv(D, BLOCK_D)):
             a = _load(x, tile_l * BLOCK_L, d * BLOCK_D, stride_x, L, D, BLOCK_L, BLOCK_D, TMA)
             b = _load(weight, tile_f * BLOCK_F, d * BLOCK_D, D, F, D, BLOCK_F, BLOCK_D, TMA)
-            z = tl.dot(a, b.T, z)
+            z = tl.dot(a, b.T, z, max_num_imprecise_acc=IMPRECISE)
         done += programs
         tile_l, tile_f = _tile_position(done, tiles_l, tiles_f, GROUP)
         row = tile_l * BLOCK_L
@@ -198,6 +199,7 @@ def linear_fwd(
     *,
     scales: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    promote: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return y (L, F), and z (L, F) if `keep`, else an empty tensor.
 
@@ -210,6 +212,8 @@ def linear_fwd(
         keep: whether z is stored.
         scales: (L,) and (F,) float32, of the rows of x and of weight; for fp8 only.
         dtype: of y and z; None for that of x.
+        promote: add fp8 products to the float32 sum tile by tile, where the tensor cores' own sum
+            would be short (Hopper).
     """
     if x.dtype == torch.float32:
         return _linear_fwd_float32(x, weight, bias, residual, silu_columns, keep)
@@ -219,7 +223,7 @@ def linear_fwd(
     if L == 0:
         return y, kept
     tma = all(_fits_tma(tensor) for tensor in (x, weight, residual, y, kept) if tensor is not None)
-    block_l, block_f, block_d, warps, stages = _tile(F, residual is not None, tma, y.dtype)
+    block_l, block_f, block_d, warps, stages = _tile(F, residual is not None, tma, promote)
     block_d *= 2 // x.element_size()
     half = block_f // 2
 
@@ -257,6 +261,7 @@ def linear_fwd(
         FAST=is_fast(y.dtype),
         TMA=tma,
         FLATTEN=tma,
+        IMPRECISE=block_d if promote else None,
         num_warps=warps,
         num_stages=stages,
     )
@@ -311,17 +316,15 @@ def silu_bwd(dy: Tensor, z: Tensor, silu_columns: int) -> tuple[Tensor, Tensor]:
     return dz, dbias.sum(0)
 
 
-def _tile(
-    F: int, has_residual: bool, tma: bool, dtype: torch.dtype
-) -> tuple[int, int, int, int, int]:
+def _tile(F: int, has_residual: bool, tma: bool, promote: bool) -> tuple[int, int, int, int, int]:
     """Return (rows, columns, depth, warps, stages) of a tile.
 
     128 x 256 x 64 was fastest on one H100 at D from 512 to 2048; a residual tile takes the room of
-    one stage. Addresses without TMA take registers: a small tile.
+    one stage. Addresses without TMA take registers: a small tile; so does a second sum.
     """
     if not tma:
         return 64, 128, 32, 8, 2
-    if F <= 128 or dtype == torch.float32:
+    if F <= 128 or promote:
         return 128, 128, 64, 8, 3
     return 128, 256, 64, 8, 3 if has_residual else 4
 
