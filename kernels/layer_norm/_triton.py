@@ -1,7 +1,7 @@
 """Layer norm, one read and one write of each row.
 
 Forward:  xh = (x - mean) * rstd,  y = xh * w + b
-Backward: g = dy * w,  dx = rstd * (g - mean(g) - xh * mean(g * xh))
+Backward: g = dy * w,  dx = rstd * (g - mean(g) - xh * mean(g * xh)) [+ dskip]
           dw = sum(dy * xh),  db = sum(dy)
 
 L rows, D columns. Sums over rows: each program keeps one partial row, added up by torch in a fixed
@@ -69,12 +69,14 @@ def _layer_norm_bwd_kernel(
     weight_ptr,
     mean_ptr,
     rstd_ptr,
+    dskip_ptr,
     dx_ptr,
     dweight_ptr,
     dbias_ptr,
     L,
     stride_dy,
     stride_x,
+    stride_dskip,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -105,6 +107,9 @@ def _layer_norm_bwd_kernel(
         mean_g = tl.sum(g, 1) / D
         mean_gx = tl.sum(g * xh, 1) / D
         dx = rstd[:, None] * (g - mean_g[:, None] - xh * mean_gx[:, None])
+        if dskip_ptr is not None:
+            offs_dskip = rows[:, None] * stride_dskip + cols[None, :]
+            dx += tl.load(dskip_ptr + offs_dskip, mask=mask, other=0.0).to(tl.float32)
         offs = rows[:, None] * D + cols[None, :]
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     offs = pid.to(tl.int64) * D + cols
@@ -173,9 +178,25 @@ def _forward(
 
 
 def layer_norm_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor | None, has_bias: bool, mean: Tensor, rstd: Tensor
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    has_bias: bool,
+    mean: Tensor,
+    rstd: Tensor,
+    dskip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dx, and dweight and dbias in float32 (zero where there is none)."""
+    """Return dx, and dweight and dbias in float32 (zero where there is none).
+
+    Args:
+        dy: (L, D), any row stride.
+        x: as in the forward pass, like the rest.
+        weight: likewise.
+        has_bias: whether there is one.
+        mean: as the forward pass returned it.
+        rstd: likewise.
+        dskip: (L, D), any row stride: what x gets by a way around the norm, added to dx.
+    """
     L, D = x.shape
     dx = x.new_empty(L, D)
     rows, columns, warps, per_processor = backward_tile(D)
@@ -189,12 +210,14 @@ def layer_norm_bwd(
             weight,
             mean,
             rstd,
+            dskip,
             dx,
             dweight,
             dbias,
             L,
             dy.stride(0),
             x.stride(0),
+            0 if dskip is None else dskip.stride(0),
             D=D,
             ROWS=rows,
             BLOCK_D=columns,

@@ -5,6 +5,7 @@ Backward: n is computed again from x, mean and rstd; what dropout kept, from the
           du = dy * n [+ dout_u],  g = dy * u * w
           dx = rstd * (g - mean(g) - xh * mean(g * xh)) [+ dout_x]
           dw = sum(dy * u * xh),  db = sum(dy * u)
+          out is written again where it is asked for: all that it is made of is at hand.
 
 L rows of C = G * V channels; a program owns one group (axis 1 of the grid), so that the sums of its
 weights stay in registers. Sums over rows as in layer_norm: partial rows, added in a fixed order.
@@ -41,6 +42,36 @@ def _dropped(y, row_keys, channels, threshold, scale):
     """Return y / (1 - dropout) where it is kept, else 0: kept() in reference.py."""
     drawn = _mix(row_keys[:, None] ^ (channels.to(tl.uint32) * 0x85EBCA6B)[None, :]) >> 8
     return tl.where(drawn.to(tl.int32) >= threshold, y * scale, 0.0)
+
+
+@triton.jit
+def _store_out(
+    out,
+    u,
+    x,
+    y,
+    row_keys,
+    channels,
+    mask,
+    threshold,
+    scale,
+    C: tl.constexpr,
+    CONCAT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """Write y, or u, x and y side by side, after dropout; `out` points at the first."""
+    dtype: tl.constexpr = out.dtype.element_ty
+    if CONCAT:
+        if DROPOUT:
+            u = _dropped(u, row_keys, channels, threshold, scale)
+            x = _dropped(x, row_keys, channels + C, threshold, scale)
+        tl.store(out, u.to(dtype), mask=mask)
+        tl.store(out + C, x.to(dtype), mask=mask)
+        out += 2 * C
+        channels += 2 * C
+    if DROPOUT:
+        y = _dropped(y, row_keys, channels, threshold, scale)
+    tl.store(out, y.to(dtype), mask=mask)
 
 
 @triton.jit
@@ -94,28 +125,18 @@ def _norm_gate_fwd_kernel(
     per_group = rows * (C // V) + group
     tl.store(mean_ptr + per_group, mean, mask=rows < L)
     tl.store(rstd_ptr + per_group, rstd, mask=rows < L)
+    keys = rows.to(tl.uint32)
     if DROPOUT:
         keys = _row_keys(seed_ptr, rows)
-    if CONCAT:
-        dtype: tl.constexpr = out_ptr.dtype.element_ty
-        offs = rows[:, None] * (3 * C) + channels[None, :]
-        if DROPOUT:
-            u = _dropped(u, keys, channels, threshold, scale)
-            x = _dropped(x, keys, channels + C, threshold, scale)
-            y = _dropped(y, keys, channels + 2 * C, threshold, scale)
-        tl.store(out_ptr + offs, u.to(dtype), mask=mask)
-        tl.store(out_ptr + offs + C, x.to(dtype), mask=mask)
-        tl.store(out_ptr + offs + 2 * C, y.to(dtype), mask=mask)
-    else:
+    if KEEP:
+        out = out_ptr + rows[:, None] * (3 * C if CONCAT else C) + channels[None, :]
+        _store_out(out, u, x, y, keys, channels, mask, threshold, scale, C, CONCAT, DROPOUT)
+    if QUANTIZE:
         if DROPOUT:
             y = _dropped(y, keys, channels, threshold, scale)
-        offs = rows[:, None] * C + channels[None, :]
-        if KEEP:
-            tl.store(out_ptr + offs, y.to(out_ptr.dtype.element_ty), mask=mask)
-        if QUANTIZE:
-            q, q_scale = quantize_tile(y)
-            tl.store(q_ptr + offs, q, mask=mask)
-            tl.store(q_scale_ptr + rows, q_scale, mask=rows < L)
+        q, q_scale = quantize_tile(y)
+        tl.store(q_ptr + rows[:, None] * C + channels[None, :], q, mask=mask)
+        tl.store(q_scale_ptr + rows, q_scale, mask=rows < L)
 
 
 @triton.jit
@@ -130,6 +151,7 @@ def _norm_gate_bwd_kernel(
     rstd_ptr,
     dx_ptr,
     du_ptr,
+    out_ptr,
     dweight_ptr,
     dbias_ptr,
     L,
@@ -169,6 +191,7 @@ def _norm_gate_bwd_kernel(
             dx = tl.load(dout_ptr + offs_dout + C, mask=mask, other=0.0).to(tl.float32)
         else:
             dy = tl.load(dout_ptr + offs_dout, mask=mask, other=0.0).to(tl.float32)
+        keys = rows.to(tl.uint32)
         if DROPOUT:
             keys = _row_keys(seed_ptr, rows)
             if CONCAT:
@@ -179,18 +202,21 @@ def _norm_gate_bwd_kernel(
                 dy = _dropped(dy, keys, channels, threshold, scale)
         x = tl.load(x_ptr + rows[:, None] * stride_x + channels[None, :], mask=mask, other=0.0)
         u = tl.load(u_ptr + rows[:, None] * stride_u + channels[None, :], mask=mask, other=0.0)
+        x = x.to(tl.float32)
+        u = u.to(tl.float32)
         per_group = rows * (C // V) + group
         mean = tl.load(mean_ptr + per_group, mask=rows < L, other=0.0)
         rstd = tl.load(rstd_ptr + per_group, mask=rows < L, other=0.0)
-        xh = tl.where(mask, (x.to(tl.float32) - mean[:, None]) * rstd[:, None], 0.0)
+        xh = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
+        n = xh * weight[None, :] + bias[None, :]
 
         offs = rows[:, None] * C + channels[None, :]
-        gate_grad = dy * (xh * weight[None, :] + bias[None, :])
+        gate_grad = dy * n
         if CONCAT:
             gate_grad += du
         tl.store(du_ptr + offs, gate_grad.to(du_ptr.dtype.element_ty), mask=mask)
 
-        dn = dy * u.to(tl.float32)
+        dn = dy * u
         if HAS_WEIGHT:
             dweight += dn * xh
         if HAS_BIAS:
@@ -202,6 +228,10 @@ def _norm_gate_bwd_kernel(
         if CONCAT:
             x_grad += dx
         tl.store(dx_ptr + offs, x_grad.to(dx_ptr.dtype.element_ty), mask=mask)
+        if out_ptr is not None:
+            y = n * u
+            out = out_ptr + rows[:, None] * (3 * C if CONCAT else C) + channels[None, :]
+            _store_out(out, u, x, y, keys, channels, mask, threshold, scale, C, CONCAT, DROPOUT)
     offs_sum = pid.to(tl.int64) * C + channels
     if HAS_WEIGHT:
         tl.store(dweight_ptr + offs_sum, tl.sum(dweight, 0), mask=cols < V)
@@ -312,8 +342,24 @@ def norm_gate_bwd(
     num_groups: int,
     concat: bool,
     dropout: float,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dx, du (L, C), and dweight and dbias in float32 (zero where there is none)."""
+    """Return dx, du (L, C), and dweight and dbias in float32 (zero where there is none).
+
+    Args:
+        dout: (L, C) or (L, 3 C), any row stride.
+        x: as in the forward pass, like the rest.
+        u: likewise.
+        weight: likewise.
+        bias: likewise.
+        seed: likewise.
+        mean: as the forward pass returned it.
+        rstd: likewise.
+        num_groups: as in the forward pass, like the rest.
+        concat: likewise.
+        dropout: likewise.
+        out: of the shape of dout, contiguous: is given what the forward pass returned, to the bit.
+    """
     L, C = x.shape
     V = C // num_groups
     dx, du = x.new_empty(L, C), u.new_empty(L, C)
@@ -336,6 +382,7 @@ def norm_gate_bwd(
             rstd,
             dx,
             du,
+            out,
             dweight,
             dbias,
             L,

@@ -100,6 +100,8 @@ def _epilogue(
     if KEEP:
         _store(z, kept, row, col, buffer)
     if SILU:
+        # Of the rounded z, kept or not: the backward pass, which has no other, sees the same.
+        z = z.to(y.dtype).to(gl.float32)
         # silu(z) = h + h * tanh(h) with h = z / 2: one special-function instruction.
         half = z * 0.5
         tanh = gl.inline_asm_elementwise(

@@ -91,6 +91,8 @@ def _epilogue(
     if KEEP:
         _store(kept, z, row, col, L, F, BLOCK_L, COLS, TMA)
     if SILU:
+        # Of the rounded z, kept or not: the backward pass, which has no other, sees the same.
+        z = z.to(y.dtype.element_ty if not TMA else y.dtype).to(tl.float32)
         z = tl.where((cols < silu_columns)[None, :], silu(z, FAST), z)
     if HAS_RESIDUAL:
         z += _load(residual, row, col, stride_residual, L, F, BLOCK_L, COLS, TMA).to(tl.float32)
