@@ -1,0 +1,304 @@
+"""The operator: arguments, their checks and the choice of implementation.
+
+Letters: B sequences, L tokens, R rows of the result, D model dim, H heads, K dim of queries and
+keys, V dim of values, C columns that the output projection reads.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import Impl, resolve
+from kernels.hstu_attention.arguments import (
+    check_bias,
+    check_lengths,
+    check_scaling,
+    not_hopper,
+)
+from kernels.hstu_attention.bias import RelativeBias
+from kernels.hstu_attention.mask import AttentionMask
+from kernels.hstu_attention.structure import Structure
+from kernels.hstu_layer import reference
+from kernels.hstu_layer.autograd import apply
+from kernels.hstu_layer.structure import RECOMPUTABLE, Inputs, LayerWeights, Options, Weights
+
+
+def hstu_layer(
+    x_LD: Tensor,
+    weights: LayerWeights,
+    offsets: Tensor,
+    *,
+    num_heads: int,
+    qk_dim: int,
+    v_dim: int,
+    max_len: int,
+    alpha: float,
+    scaling_length: float | None,
+    attention: Literal["silu", "softmax"] = "silu",
+    activate: Literal["all", "u_only"] = "all",
+    norm: Literal["layer", "group"] = "layer",
+    concat_ua: bool = False,
+    mask: AttentionMask = AttentionMask(),  # noqa: B008 (immutable)
+    num_candidates: Tensor | None = None,
+    bias: RelativeBias | None = None,
+    tail_R: Tensor | None = None,
+    tail_offsets: Tensor | None = None,
+    max_tail_len: int | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    eps: float = 1e-6,
+    recompute: Sequence[str] = RECOMPUTABLE,
+    deterministic: bool = False,
+    impl: Impl | str = Impl.AUTO,
+) -> Tensor:
+    """Return the rows of an HSTU layer.
+
+        X' = norm(X)
+        U, V, Q, K = split(act(X' W_uvqk + b))
+        A = silu(alpha Q K^T + bias) / scaling_length * mask      or softmax over the visible keys
+        Y = X + W_o dropout(norm(A V) * U) + b_o                  concat_ua: [U, AV, norm(A V) * U]
+
+    Triton: for the backward pass X, A V and a few float32 a token are kept, 4 D bytes a token in 16
+    bits with H V = D, and what `recompute` does not name: 2 D for "normed", 4 H (K + V) for "uvqk"
+    (Z, of which both U, V, Q, K and the slope of SiLU are made), 2 C for "gated". What is computed
+    again has the same bits: gradients do not depend on `recompute`.
+
+    Args:
+        x_LD: (L, D) floating, any row stride. Its dtype is that of every product and of the result.
+        weights: parameters of the layer.
+        offsets: (B + 1,) int64, on the device of x: tokens of sequence b are
+            offsets[b]:offsets[b + 1]. Contents are checked in host memory only.
+        num_heads: H.
+        qk_dim: K; Triton takes up to 256.
+        v_dim: V; likewise.
+        max_len: at least the longest sequence.
+        alpha: factor of Q K^T.
+        scaling_length: divisor of the SiLU weights, above 0. None with softmax.
+        attention: what makes weights of scores.
+        activate: SiLU on U, V, Q and K, or on U only.
+        norm: of A V: over all heads, or each head on its own.
+        concat_ua: the output projection reads [U, AV, norm(A V) * U].
+        mask: which keys a query sees.
+        num_candidates: (B,) int64, candidates at the end of each sequence. None means none.
+        bias: added to alpha Q K^T.
+        tail_R: (R,) int64, ascending: the tokens whose rows are wanted, the last
+            tail_offsets[b + 1] - tail_offsets[b] of each sequence; U, Q and all that follows are
+            computed for them only. None means every token.
+        tail_offsets: (B + 1,) int64, with tail_R.
+        max_tail_len: at least the longest tail, with tail_R.
+        dropout: probability in [0, 1) that a value is dropped before the output projection.
+        seed: one int64 on the device of x, needed for dropout; see norm_gate.
+        eps: added to the variance, in both norms.
+        recompute: names of RECOMPUTABLE: what the backward pass computes again. The reference,
+            which leaves this to autograd, does not read it.
+        deterministic: the same bits for the same input; see hstu_attention.
+        impl: which implementation runs. TRITON takes float32, float16 and bfloat16; HOPPER what
+            hstu_attention's takes.
+
+    Returns:
+        (L, D) or (R, D), dtype of x.
+
+    Raises:
+        ValueError: if an argument does not fit the others, or the implementation, naming it.
+
+    Source: HSTU (arXiv 2402.17152) equations 1 to 3; which tensors to recompute: arXiv 2602.16986
+        and the flags of DLRM-v3 in meta-recsys/generative-recommenders.
+    """
+    _check_options(activate, norm, recompute)
+    _check_tensors(x_LD, weights, offsets, num_candidates, num_heads, qk_dim, v_dim, concat_ua)
+    check_scaling(attention, scaling_length)
+    _check_dropout(dropout, seed, x_LD)
+    if tail_R is None:
+        if tail_offsets is not None or max_tail_len is not None:
+            raise ValueError("tail_offsets and max_tail_len would be ignored: tail_R is None")
+        q_offsets, max_q_len = offsets, max_len
+    else:
+        q_offsets, max_q_len = _check_tail(tail_R, tail_offsets, max_tail_len, offsets)
+    num_rows = x_LD.shape[0] if tail_R is None else tail_R.shape[0]
+    if bias is not None:
+        check_bias(bias, x_LD if tail_R is None else tail_R, x_LD)
+    if not (offsets.is_cuda or torch.compiler.is_compiling()):
+        check_lengths(
+            offsets,
+            q_offsets,
+            num_candidates,
+            num_keys=x_LD.shape[0],
+            num_queries=num_rows,
+            max_len=max_len,
+            max_q_len=max_q_len,
+        )
+    if dropout == 0:
+        seed = None
+    softmax = attention == "softmax"
+    q, v = (x_LD.new_empty(0, num_heads, dim) for dim in (qk_dim, v_dim))
+    implementation = resolve(impl, x_LD, not_hopper=not_hopper(q, v, softmax=softmax))
+    if implementation is Impl.REFERENCE:
+        return reference.hstu_layer(
+            x_LD,
+            weights,
+            offsets,
+            num_heads=num_heads,
+            qk_dim=qk_dim,
+            v_dim=v_dim,
+            max_len=max_len,
+            alpha=alpha,
+            scaling_length=scaling_length,
+            attention=attention,
+            activate=activate,
+            norm=norm,
+            concat_ua=concat_ua,
+            mask=mask,
+            num_candidates=num_candidates,
+            bias=bias,
+            tail_R=tail_R,
+            q_offsets=q_offsets,
+            max_q_len=max_q_len,
+            dropout=dropout,
+            seed=seed,
+            eps=eps,
+            deterministic=deterministic,
+        )
+    _check_triton(x_LD, qk_dim, v_dim, num_heads, norm)
+    structure = Structure(
+        offsets=offsets,
+        q_offsets=q_offsets,
+        num_candidates=num_candidates,
+        position_table=_of_bias(bias, "position_table"),
+        time_table=_of_bias(bias, "time_table"),
+        query_time=_of_bias(bias, "query_time"),
+        key_time=_of_bias(bias, "key_time"),
+        max_len=max_len,
+        max_q_len=max_q_len,
+        alpha=float(alpha),
+        scale=1.0 if scaling_length is None else 1.0 / scaling_length,
+        softmax=softmax,
+        num_context=mask.num_context,
+        context=mask.context,
+        local_window=mask.local_window,
+        global_rows=mask.global_rows,
+        global_columns=mask.global_columns,
+        hopper=implementation is Impl.HOPPER,
+        deterministic=deterministic,
+    )
+    flat = Weights(*(getattr(weights, name) for name in Weights._fields))
+    inputs = (x_LD, *flat, structure.position_table, structure.time_table)
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    options = Options(
+        num_heads=num_heads,
+        qk_dim=qk_dim,
+        v_dim=v_dim,
+        activate_all=activate == "all",
+        norm_groups=num_heads if norm == "group" else 1,
+        concat_ua=concat_ua,
+        dropout=float(dropout),
+        eps=eps,
+        keep_normed=learns and "normed" not in recompute,
+        keep_uvqk=learns and "uvqk" not in recompute,
+        keep_gated=learns and "gated" not in recompute,
+        hopper_products=impl != Impl.TRITON,
+    )
+    return apply(Inputs(x_LD, tail_R, seed, flat, options, structure))
+
+
+def _of_bias(bias: RelativeBias | None, field: str) -> Tensor | None:
+    x: Tensor | None = getattr(bias, field, None)
+    return None if x is None else x.contiguous()
+
+
+def _check_options(activate: str, norm: str, recompute: Sequence[str]) -> None:
+    for name, value, known in (
+        ("activate", activate, ("all", "u_only")),
+        ("norm", norm, ("layer", "group")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
+    unknown = [name for name in recompute if name not in RECOMPUTABLE]
+    if isinstance(recompute, str) or unknown:
+        raise ValueError(f"recompute must hold names of {list(RECOMPUTABLE)}, got {recompute!r}")
+
+
+def _check_tensors(
+    x_LD: Tensor,
+    weights: LayerWeights,
+    offsets: Tensor,
+    num_candidates: Tensor | None,
+    num_heads: int,
+    qk_dim: int,
+    v_dim: int,
+    concat_ua: bool,
+) -> None:
+    if x_LD.dim() != 2 or x_LD.shape[1] == 0 or not x_LD.is_floating_point():
+        raise ValueError(f"x must be (L, D) floating with D > 0, got {_describe(x_LD)}")
+    for name, count in (("num_heads", num_heads), ("qk_dim", qk_dim), ("v_dim", v_dim)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    D, HK, HV = x_LD.shape[1], num_heads * qk_dim, num_heads * v_dim
+    shapes = {
+        "uvqk": (D, 2 * HV + 2 * HK),
+        "output": (D, HV * (3 if concat_ua else 1)),
+        "input_norm": (D,),
+        "input_norm_bias": (D,),
+        "uvqk_bias": (2 * HV + 2 * HK,),
+        "attention_norm": (HV,),
+        "attention_norm_bias": (HV,),
+        "output_bias": (D,),
+    }
+    for name, shape in shapes.items():
+        weight = getattr(weights, name)
+        if weight is None:
+            continue
+        if weight.shape != shape or not weight.is_floating_point() or weight.device != x_LD.device:
+            raise ValueError(
+                f"weights.{name} must be {shape}, floating, on {x_LD.device} as x is, "
+                f"got {_describe(weight)}"
+            )
+    for name, counts in (("offsets", offsets), ("num_candidates", num_candidates)):
+        if counts is not None:
+            _check_integers(name, counts, offsets.numel() - (name != "offsets"), x_LD.device)
+    if offsets.numel() < 1:
+        raise ValueError("offsets must hold B + 1 values, got none")
+
+
+def _check_tail(
+    tail_R: Tensor, tail_offsets: Tensor | None, max_tail_len: int | None, offsets: Tensor
+) -> tuple[Tensor, int]:
+    if tail_offsets is None or max_tail_len is None:
+        missing = "tail_offsets" if tail_offsets is None else "max_tail_len"
+        raise ValueError(f"tail_R needs tail_offsets and max_tail_len, got no {missing}")
+    _check_integers("tail_R", tail_R, tail_R.numel(), offsets.device)
+    _check_integers("tail_offsets", tail_offsets, offsets.numel(), offsets.device)
+    return tail_offsets, max_tail_len
+
+
+def _check_integers(name: str, x: Tensor, size: int, device: torch.device) -> None:
+    if x.dim() != 1 or x.numel() != size or x.dtype != torch.int64 or x.device != device:
+        raise ValueError(f"{name} must be ({size},) int64 on {device}, got {_describe(x)}")
+
+
+def _check_dropout(dropout: float, seed: Tensor | None, x_LD: Tensor) -> None:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if dropout > 0 and (
+        seed is None or seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != x_LD.device
+    ):
+        found = "None" if seed is None else _describe(seed)
+        raise ValueError(f"dropout needs a seed: one int64 on {x_LD.device}, got {found}")
+
+
+def _check_triton(x_LD: Tensor, qk_dim: int, v_dim: int, num_heads: int, norm: str) -> None:
+    from kernels._triton.rows import check_rows
+
+    for name, dim in (("qk_dim", qk_dim), ("v_dim", v_dim)):
+        if dim > 256:
+            raise ValueError(
+                f"the Triton kernels take {name} up to 256, got {dim}: use more heads, or pass "
+                "impl='reference'"
+            )
+    check_rows("x", x_LD.dtype, x_LD.shape[1])
+    check_rows("the attention output", x_LD.dtype, v_dim * (1 if norm == "group" else num_heads))
+
+
+def _describe(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {x.dtype} on {x.device}"

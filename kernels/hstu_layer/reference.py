@@ -1,0 +1,131 @@
+"""An HSTU layer in eager PyTorch: what runs on a CPU, and the oracle of the kernels.
+
+Letters: L tokens, R rows of the result (the tails, or R = L), D model dim, H heads, K dim of
+queries and keys, V dim of values.
+"""
+
+from dataclasses import fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.hstu_attention import AttentionMask, RelativeBias, hstu_attention
+from kernels.hstu_layer.structure import LayerWeights
+from kernels.norm_gate.reference import kept
+
+
+def hstu_layer(
+    x_LD: Tensor,
+    weights: LayerWeights,
+    offsets: Tensor,
+    *,
+    num_heads: int,
+    qk_dim: int,
+    v_dim: int,
+    max_len: int,
+    alpha: float,
+    scaling_length: float | None,
+    attention: Literal["silu", "softmax"],
+    activate: str,
+    norm: str,
+    concat_ua: bool,
+    mask: AttentionMask,
+    num_candidates: Tensor | None,
+    bias: RelativeBias | None,
+    tail_R: Tensor | None,
+    q_offsets: Tensor,
+    max_q_len: int,
+    dropout: float,
+    seed: Tensor | None,
+    eps: float,
+    deterministic: bool,
+) -> Tensor:
+    """Return (R, D): the layer of `kernels.hstu_layer`, whose arguments these are."""
+    weights = _cast(weights, x_LD.dtype)
+    HK, HV = num_heads * qk_dim, num_heads * v_dim
+    widths = {"u": HV, "v": HV, "q": HK, "k": HK}
+    normed_LD = functional.layer_norm(
+        x_LD, x_LD.shape[1:], weights.input_norm, weights.input_norm_bias, eps
+    )
+    if tail_R is None:
+        x_RD = x_LD
+        u, v, q, k = _project(normed_LD, "uvqk", weights, widths, activate)
+    else:
+        x_RD = x_LD.index_select(0, tail_R)
+        normed_RD = normed_LD.index_select(0, tail_R)
+        u, q = _project(normed_RD, "uq", weights, widths, activate)
+        v, k = _project(normed_LD, "vk", weights, widths, activate)
+    attended_RHV = hstu_attention(
+        q.view(len(q), num_heads, qk_dim),
+        k.view(len(k), num_heads, qk_dim),
+        v.view(len(v), num_heads, v_dim),
+        offsets,
+        max_len=max_len,
+        alpha=alpha,
+        scaling_length=scaling_length,
+        activation=attention,
+        mask=mask,
+        num_candidates=num_candidates,
+        q_offsets=q_offsets,
+        max_q_len=max_q_len,
+        bias=bias,
+        deterministic=deterministic,
+        impl="reference",
+    )
+    normed_shape = attended_RHV.shape[2:] if norm == "group" else attended_RHV.shape[1:]
+    normed_RC = functional.layer_norm(attended_RHV, normed_shape, eps=eps).flatten(1)
+    if weights.attention_norm is not None:
+        normed_RC = normed_RC * weights.attention_norm
+    if weights.attention_norm_bias is not None:
+        normed_RC = normed_RC + weights.attention_norm_bias
+    gated_RC = normed_RC * u
+    if concat_ua:
+        gated_RC = torch.cat([u, attended_RHV.flatten(1), gated_RC], dim=1)
+    if dropout > 0:
+        assert seed is not None
+        keep_RC = kept(seed, gated_RC.shape[0], gated_RC.shape[1], dropout)
+        gated_RC = torch.where(keep_RC, gated_RC / (1 - dropout), 0)
+    return x_RD + functional.linear(gated_RC, weights.output, weights.output_bias)
+
+
+def _cast(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
+    cast: dict[str, Any] = {}
+    for field in fields(weights):
+        weight: Tensor | None = getattr(weights, field.name)
+        cast[field.name] = None if weight is None else weight.to(dtype)
+    return LayerWeights(**cast)
+
+
+def _project(
+    normed_LD: Tensor, parts: str, weights: LayerWeights, widths: dict[str, int], activate: str
+) -> list[Tensor]:
+    """Return the named parts of act(X' W_uvqk + b), heads side by side.
+
+    Args:
+        normed_LD: X', any number of rows.
+        parts: letters of "uvqk".
+        weights: of the layer.
+        widths: columns of each part.
+        activate: "all" or "u_only".
+    """
+    weight = _columns(weights.uvqk, parts, widths)
+    if weights.uvqk_bias is None:
+        projected = normed_LD @ weight
+    else:
+        projected = torch.addmm(_columns(weights.uvqk_bias, parts, widths), normed_LD, weight)
+    if activate == "all":
+        projected = functional.silu(projected)
+    split = list(torch.split(projected, [widths[part] for part in parts], dim=1))
+    if activate == "u_only" and parts[0] == "u":
+        split[0] = functional.silu(split[0])
+    return split
+
+
+def _columns(x: Tensor, parts: str, widths: dict[str, int]) -> Tensor:
+    if parts == "uvqk":
+        return x
+    columns = torch.split(x, list(widths.values()), dim=-1)
+    by_part = dict(zip(widths, columns, strict=True))
+    return torch.cat([by_part[part] for part in parts], dim=-1)

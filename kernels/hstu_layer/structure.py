@@ -1,0 +1,162 @@
+"""Weights and options of a layer, for its callers and for the registered operators.
+
+Letters: L tokens, D model dim, H heads, K dim of queries and keys, V dim of values,
+C = 3 H V with concat_ua, else H V.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from kernels.hstu_attention.structure import SCHEMA, Structure
+
+RECOMPUTABLE = ("normed", "uvqk", "gated")
+"""What the backward pass can compute again instead of reading it: norm(X); the projection that U,
+V, Q and K are made of; what the output projection reads."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerWeights:
+    """Parameters of a layer, each floating; cast to the dtype of the tokens where they multiply."""
+
+    uvqk: Tensor
+    """(D, H (2 K + 2 V)): columns of U, V, Q and K, each with the heads side by side."""
+    output: Tensor
+    """(D, C): the output projection, rows of outputs."""
+    input_norm: Tensor | None = None
+    """(D,), or None for 1."""
+    input_norm_bias: Tensor | None = None
+    """(D,), or None for 0."""
+    uvqk_bias: Tensor | None = None
+    """(H (2 K + 2 V),), or None for 0."""
+    attention_norm: Tensor | None = None
+    """(H V,), or None for 1."""
+    attention_norm_bias: Tensor | None = None
+    """(H V,), or None for 0."""
+    output_bias: Tensor | None = None
+    """(D,), or None for 0."""
+
+
+class Weights(NamedTuple):
+    """LayerWeights in the order of WEIGHTS_SCHEMA."""
+
+    uvqk: Tensor
+    output: Tensor
+    input_norm: Tensor | None
+    input_norm_bias: Tensor | None
+    uvqk_bias: Tensor | None
+    attention_norm: Tensor | None
+    attention_norm_bias: Tensor | None
+    output_bias: Tensor | None
+
+
+WEIGHTS_SCHEMA = (
+    "Tensor uvqk, Tensor output, Tensor? input_norm, Tensor? input_norm_bias, Tensor? uvqk_bias, "
+    "Tensor? attention_norm, Tensor? attention_norm_bias, Tensor? output_bias"
+)
+
+
+class Options(NamedTuple):
+    """What else makes a layer, in the order of OPTIONS_SCHEMA."""
+
+    num_heads: int
+    qk_dim: int
+    v_dim: int
+    activate_all: bool
+    """SiLU on U, V, Q and K, or on U only."""
+    norm_groups: int
+    """Of the norm of the attention output: 1, or one a head."""
+    concat_ua: bool
+    dropout: float
+    eps: float
+    keep_normed: bool
+    keep_uvqk: bool
+    keep_gated: bool
+    hopper_products: bool
+    """Whether the products may run on the Hopper kernels."""
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Columns of each part of a projection."""
+        HK, HV = self.num_heads * self.qk_dim, self.num_heads * self.v_dim
+        return {"u": HV, "v": HV, "q": HK, "k": HK}
+
+    def silu_columns(self, parts: str) -> int:
+        """Return to how many first columns of the projection to `parts` SiLU is applied."""
+        active = parts if self.activate_all else parts[: parts.startswith("u")]
+        return sum(self.widths[part] for part in active)
+
+
+OPTIONS_SCHEMA = (
+    "SymInt num_heads, SymInt qk_dim, SymInt v_dim, bool activate_all, SymInt norm_groups, "
+    "bool concat_ua, float dropout, float eps, bool keep_normed, bool keep_uvqk, bool keep_gated, "
+    "bool hopper_products"
+)
+
+
+class Inputs(NamedTuple):
+    """Everything a layer is computed from, in the order of INPUTS_SCHEMA but grouped."""
+
+    x: Tensor
+    """(L, D)."""
+    tail: Tensor | None
+    """(R,) int64, the tokens whose rows are wanted; None means all."""
+    seed: Tensor | None
+    """One int64, with dropout."""
+    weights: Weights
+    options: Options
+    structure: Structure
+    """Of the attention."""
+
+    @staticmethod
+    def of(flat: Sequence[Any]) -> "Inputs":
+        """Group the arguments of INPUTS_SCHEMA."""
+        x, tail, seed = flat[:FIRST_WEIGHT]
+        return Inputs(
+            x,
+            tail,
+            seed,
+            Weights(*flat[FIRST_WEIGHT:FIRST_OPTION]),
+            Options(*flat[FIRST_OPTION:FIRST_OF_STRUCTURE]),
+            Structure(*flat[FIRST_OF_STRUCTURE:]),
+        )
+
+
+INPUTS_SCHEMA = (
+    f"Tensor x, Tensor? tail, Tensor? seed, {WEIGHTS_SCHEMA}, {OPTIONS_SCHEMA}, {SCHEMA}"
+)
+FIRST_WEIGHT = 3
+FIRST_OPTION = FIRST_WEIGHT + len(Weights._fields)
+FIRST_OF_STRUCTURE = FIRST_OPTION + len(Options._fields)
+FIRST_VALUE = FIRST_OF_STRUCTURE + Structure._fields.index("max_len")
+"""Of the structure, what is no tensor."""
+
+
+class Saved(NamedTuple):
+    """What the forward pass leaves to the backward pass, in the order of its results.
+
+    R rows: the tails, or all tokens (R = L). Empty where it is computed again, or not needed.
+    """
+
+    normed: Tensor
+    """(L, D)."""
+    uvqk: Tensor
+    """(L, H (2 K + 2 V)) before SiLU; with tails (R, H (K + V)), U and Q."""
+    vk: Tensor
+    """With tails (L, H (K + V)) before SiLU, V and K."""
+    attended: Tensor
+    """(R, H, V)."""
+    gated: Tensor
+    """(R, C)."""
+    lse: Tensor
+    """(R, H) float32 with softmax."""
+    mean: Tensor
+    """(L,) float32, of the norm of X."""
+    rstd: Tensor
+    """(L,) float32."""
+    gate_mean: Tensor
+    """(R, groups) float32, of the norm of the attention output."""
+    gate_rstd: Tensor
+    """(R, groups) float32."""

@@ -1,0 +1,311 @@
+"""The layer of kernels: against its reference, with whatever it recomputes, and what it keeps."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.hstu_attention import AttentionMask
+from kernels.hstu_layer import RECOMPUTABLE, LayerWeights, hstu_layer
+from tests.checks import assert_within_reference_error
+from tests.kernels.evaluate import poisoned_memory
+from tests.kernels.hstu_layer_cases import OPTIONS, Layer, make_layer, pairwise
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = pairwise(OPTIONS)
+cases = pytest.mark.parametrize(
+    "options", CASES, ids=lambda options: "-".join(map(str, options.values()))
+)
+
+
+def check(layer, dtype, device, impl="triton", **options):
+    with poisoned_memory(torch.device(device)):
+        got = layer.run(dtype, device, impl=impl, **options)
+    low = layer.run(dtype, device, impl="reference", **options)
+    high = layer.run(torch.float64, device, impl="reference", rounded_to=dtype, **options)
+    for name, exact in high.items():
+        assert got[name].dtype == dtype
+        assert got[name].shape == exact.shape
+        if exact.numel() and not (name.endswith("_table") and dtype != torch.float32):
+            # Gradients pass eight operators, each of which rounds in an order of its own.
+            times = 2.0 if name == "y" else 5.0
+            assert_within_reference_error(got[name], low[name], exact, times=times)
+        else:
+            # Tables: sums over many pairs that cancel, which the tests of hstu_attention bound by
+            # the magnitudes of their terms.
+            assert torch.isfinite(got[name]).all()
+
+
+@pytest.mark.interpret
+@cases
+def test_equals_the_reference(options, device):
+    check(make_layer(**options), torch.float32, device)
+
+
+def test_options_meet_in_pairs():
+    for a, b in ((a, b) for a in OPTIONS for b in OPTIONS if a < b):
+        met = {(case[a], case[b]) for case in CASES}
+        assert met == {(x, y) for x in OPTIONS[a] for y in OPTIONS[b]}
+
+
+@pytest.mark.interpret
+@settings(max_examples=3, deadline=None)
+@given(st.sampled_from(CASES), st.lists(st.sampled_from([0, 1, 15, 17]), max_size=2))
+def test_equals_the_reference_in_half_precision(options, lengths):
+    options = {name: value for name, value in options.items() if name != "structure"}
+    tails = [length // 2 for length in lengths]
+    check(Layer(lengths, tails, [0] * len(lengths), **options), torch.float16, DEVICE)
+
+
+@pytest.mark.gpu
+@cases
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_equals_the_reference_on_a_gpu(options, dtype):
+    shape = {"dim": 256, "num_heads": 4, "qk_dim": 64, "v_dim": 64}
+    lengths, tails, candidates = [300, 0, 517, 64, 1], [40, 0, 517, 5, 0], [20, 0, 100, 5, 0]
+    structure = options["structure"]
+    context = 3 if "context" in structure else 0
+    if context:
+        lengths[-1] = context
+    if "candidates" not in structure:
+        candidates = [0] * 5
+    options = {name: value for name, value in options.items() if name != "structure"}
+    check(Layer(lengths, tails, candidates, context, **shape, **options), dtype, "cuda", "auto")
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("activate", "has_tail", "dtype"),
+    [
+        ("all", False, torch.float16),
+        ("u_only", True, torch.float16),
+        ("u_only", False, torch.float32),
+        ("all", True, torch.float32),
+    ],
+    ids=str,
+)
+def test_what_is_recomputed_has_the_same_bits(activate, has_tail, dtype, device):
+    options = {"activate": activate, "has_tail": has_tail, "dropout": 0.3, "concat_ua": True}
+    layer = Layer([17, 5], [3, 5], [2, 0], bias="position", num_heads=1, **options)
+    found = [
+        layer.run(dtype, device, impl="triton", recompute=recompute)
+        for recompute in ((), ("uvqk",), RECOMPUTABLE)
+    ]
+    for other in found[1:]:
+        for name, expected in found[0].items():
+            assert torch.equal(other[name], expected), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+@pytest.mark.parametrize("activate", ["all", "u_only"])
+def test_what_is_recomputed_has_the_same_bits_in_bfloat16(activate, impl):
+    shape = {"dim": 256, "num_heads": 4, "qk_dim": 64, "v_dim": 64}
+    layer = Layer([700, 131], [3, 5], [2, 0], activate=activate, dropout=0.2, **shape)
+    run = partial(layer.run, torch.bfloat16, "cuda", impl=impl, deterministic=True)
+    kept, again = run(recompute=()), run(recompute=RECOMPUTABLE)
+    for name, expected in kept.items():
+        assert torch.equal(again[name], expected), name
+
+
+def saved_bytes(layer, dtype, **options):
+    """Return the bytes that one call keeps for its backward pass, without parameters."""
+    inputs = {name: x.to(DEVICE, dtype).requires_grad_() for name, x in layer.tensors.items()}
+    parameters = {x.data_ptr() for name, x in inputs.items() if name != "x"}
+    storages = {}
+
+    def pack(x):
+        if x.is_floating_point() and x.numel() and x.data_ptr() not in parameters:
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        layer.call(inputs, DEVICE, impl="triton", **options)
+    return sum(storages.values())
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("recompute", "multiple"),
+    [((), 16), (("gated",), 14), (("normed", "gated"), 12), (RECOMPUTABLE, 4)],
+    ids=str,
+)
+def test_bytes_that_are_kept(recompute, multiple):
+    """So many times d a token in 16 bits, K H = V H = d, and mean and 1 / std of both norms."""
+    L, d = 20, 32
+    layer = Layer([13, 7], [0, 0], [0, 0], dim=d, num_heads=2, qk_dim=16, v_dim=16)
+    statistics = 2 * 2 * 4
+    kept = saved_bytes(layer, torch.float16, recompute=recompute)
+    assert kept == L * (multiple * d + statistics)
+    # 16 of 4.5 d - 4 d: what the target of 4.5 d leaves to statistics at the smallest d in use.
+    assert statistics <= 0.5 * 64
+
+
+@pytest.mark.interpret
+def test_nothing_is_kept_without_gradients(device):
+    layer = Layer([5], [5], [0])
+    inputs = {name: x.to(device, torch.float32) for name, x in layer.tensors.items()}
+    with torch.no_grad():
+        y = layer.call(inputs, device, impl="triton", recompute=())
+    assert not y.requires_grad
+    assert torch.equal(y, layer.run(torch.float32, device, impl="triton")["y"])
+
+
+@pytest.mark.interpret
+def test_dropout_is_a_function_of_the_seed(device):
+    layer = Layer([9, 4], [2, 1], [0, 0], dropout=0.5)
+    run = partial(layer.run, torch.float32, device, impl="triton", gradients=False)
+    first, same = run()["y"], run()["y"]
+    other = run(seed=torch.tensor([5], device=device))["y"]
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("has_tail", [False, True])
+def test_a_nan_stays_in_its_sequence(has_tail, device):
+    layer = Layer([18, 17, 3], [18, 17, 3], [0, 0, 0], has_tail=has_tail)
+    inputs = {name: x.to(device, torch.float32) for name, x in layer.tensors.items()}
+    clean = layer.call(inputs, device, impl="triton")
+    inputs["x"][20] = float("nan")
+    spoilt = layer.call(inputs, device, impl="triton")
+    others = torch.tensor([*range(18), *range(35, 38)], device=device)
+    assert torch.equal(spoilt[others], clean[others])
+    assert spoilt[20:35].isnan().all()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("lengths", [[], [0, 0]], ids=str)
+@pytest.mark.parametrize("has_tail", [False, True])
+def test_an_empty_batch_has_gradients_of_zero(has_tail, lengths, device):
+    layer = Layer(lengths, lengths, lengths, has_tail=has_tail, bias="position_time")
+    found = layer.run(torch.float32, device, impl="triton")
+    assert found.pop("y").shape == (0, layer.dim)
+    assert found.pop("x").shape == (0, layer.dim)
+    assert all((gradient == 0).all() for gradient in found.values())
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(("has_tail", "recompute"), [(False, ()), (True, RECOMPUTABLE)], ids=str)
+def test_registration(has_tail, recompute, device):
+    """Schema, fake tensors, autograd and compilation agree."""
+    options = {"bias": "position_time", "attention": "softmax", "has_tail": has_tail}
+    layer = Layer([4, 2], [2, 2], [1, 0], num_heads=1, dropout=0.3, concat_ua=True, **options)
+    inputs = {
+        name: x.to(device, torch.float32).requires_grad_() for name, x in layer.tensors.items()
+    }
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kernels.hstu_layer.op.apply", calls.append)
+        layer.call(inputs, device, impl="triton", recompute=recompute)
+    (call,) = calls
+    flat = (*call[:3], *call.weights, *call.options, *call.structure)
+    torch.library.opcheck(torch.ops.gr.hstu_layer.default, flat)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("has_tail", [False, True])
+def test_compiles_whole(has_tail, device):
+    layer = Layer([6, 3], [2, 3], [1, 0], num_heads=1, has_tail=has_tail, bias="position_time")
+    inputs = {name: x.to(device, torch.float32) for name, x in layer.tensors.items()}
+    call = partial(layer.call, device=device, impl="triton")
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(inputs), call(inputs))
+
+
+def test_the_reference_needs_no_triton():
+    code = "import kernels.hstu_layer, sys; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def small(**changes):
+    tensors = Layer([3, 2], [1, 2], [0, 0]).tensors
+    weights = LayerWeights(**{name: x.float() for name, x in tensors.items() if name != "x"})
+    arguments = {
+        "x_LD": tensors["x"].float(),
+        "weights": weights,
+        "offsets": torch.tensor([0, 3, 5]),
+        "num_heads": 2,
+        "qk_dim": 16,
+        "v_dim": 16,
+        "max_len": 3,
+        "alpha": 0.25,
+        "scaling_length": 5,
+    }
+    return arguments | changes
+
+
+def with_weight(**changes):
+    return {"weights": replace(small()["weights"], **changes)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_LD": torch.zeros(5, 24, dtype=torch.int64)}, "x must be"),
+        ({"x_LD": torch.zeros(5, 0)}, "x must be"),
+        ({"num_heads": 0}, "num_heads must be at least 1"),
+        ({"qk_dim": 8}, r"weights\.uvqk must be \(24, 96\)"),
+        ({"concat_ua": True}, r"weights\.output must be \(24, 96\)"),
+        (with_weight(uvqk_bias=torch.zeros(3)), r"weights\.uvqk_bias must be \(128,\)"),
+        (with_weight(input_norm=torch.zeros(24, dtype=torch.int64)), r"weights\.input_norm must"),
+        ({"offsets": torch.tensor([0, 3, 4])}, "offsets must begin with 0 and end with"),
+        ({"offsets": torch.tensor([0, 3, 5], dtype=torch.int32)}, "offsets must be"),
+        ({"max_len": 2}, "max_len must be at least"),
+        ({"num_candidates": torch.tensor([4, 0])}, "num_candidates must give"),
+        ({"num_candidates": torch.tensor([1])}, r"num_candidates must be \(2,\)"),
+        ({"scaling_length": None}, "scaling_length must be above 0"),
+        ({"attention": "softmax"}, "scaling_length must be None"),
+        ({"activate": "none"}, "activate must be one of"),
+        ({"norm": "batch"}, "norm must be one of"),
+        ({"recompute": ("uvkq",)}, "recompute must hold names"),
+        ({"recompute": "uvqk"}, "recompute must hold names"),
+        ({"dropout": 1.0}, "dropout must be in"),
+        ({"dropout": 0.1}, "dropout needs a seed"),
+        ({"dropout": 0.1, "seed": torch.tensor(1.0)}, "dropout needs a seed"),
+        ({"tail_R": torch.tensor([2])}, "tail_R needs tail_offsets"),
+        ({"tail_offsets": torch.tensor([0, 1, 1])}, "would be ignored: tail_R is None"),
+        (
+            {
+                "tail_R": torch.tensor([2]),
+                "tail_offsets": torch.tensor([0, 1, 2]),
+                "max_tail_len": 1,
+            },
+            "q_offsets must begin with 0 and end with",
+        ),
+        ({"impl": "torch"}, "impl must be one of"),
+        ({"impl": "hopper"}, "impl='hopper' cannot run"),
+    ],
+    ids=str,
+)
+def test_wrong_input_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        hstu_layer(**small(**changes))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": torch.float64}, "must be float32, float16 or bfloat16"),
+        ({"qk_dim": 257}, "qk_dim up to 256"),
+        ({"v_dim": 300}, "v_dim up to 256"),
+    ],
+    ids=str,
+)
+def test_what_the_kernels_cannot_take_is_refused(changes, message, device):
+    dtype = changes.pop("dtype", torch.float32) if "dtype" in changes else torch.float32
+    layer = Layer([2], [1], [0], num_heads=1, **{k: v for k, v in changes.items() if k != "dtype"})
+    with pytest.raises(ValueError, match=message):
+        layer.run(dtype, device, impl="triton")
+
+
+def test_the_mask_is_the_callers():
+    layer = Layer([9], [9], [0])
+    run = partial(layer.run, torch.float64, "cpu", impl="reference", gradients=False)
+    assert not torch.equal(run()["y"], run(mask=AttentionMask(local_window=2))["y"])
