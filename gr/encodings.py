@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gr.config import EncodingConfig
 from gr.sequence import SequenceInfo, sequence_index
+from kernels.position_time import position_time
 
 LOG_BUCKET_WIDTH = 0.301
 PERIOD_SECONDS = {"hour": 86_400, "weekday": 7 * 86_400}
@@ -53,16 +54,21 @@ class TokenEncoding(nn.Module):
             ValueError: if the position table has no room beside the context tokens.
         """
         sequence_L = sequence_index(info.offsets, x_LD.shape[0])
-        encoded_LD = x_LD * self.scale
+        looked_up = []
         if self.position is not None:
             index_L = position_index(
                 info, sequence_L, kind=self.config.position, buckets=self.config.position_buckets
             )
-            encoded_LD = encoded_LD + self.position(index_L)
+            looked_up.append((self.position.weight, index_L))
         if self.time is not None:
             age_L = session_time(info, sequence_L) - info.timestamp
             bucket_L = time_bucket(age_L, kind=self.config.time, buckets=self.config.time_buckets)
-            encoded_LD = encoded_LD + self.time(bucket_L)
+            looked_up.append((self.time.weight, bucket_L))
+        if looked_up:
+            tables = [x for pair in looked_up for x in pair]
+            encoded_LD = position_time(x_LD, *tables, scale=self.scale)
+        else:
+            encoded_LD = x_LD * self.scale
         if self.periodic is not None:
             local_L = info.timestamp + self.utc_offset_seconds
             features = [periodic(local_L, PERIOD_SECONDS[name]) for name in self.config.periodic]

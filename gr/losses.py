@@ -1,7 +1,7 @@
 """Losses as (sum, weight) pairs, so that a caller can divide by the weight of all ranks.
 
 Letters: P ranking positions, R retrieval positions, M negatives, D width of an item row, E table
-rows; in this file also G tiles, T rows of a tile, N negatives of a tile.
+rows.
 """
 
 from collections.abc import Mapping
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+import kernels.sampled_softmax
+from kernels.dispatch import Impl
 from pipelines.config import TaskConfig
 
-MASKED_LOGIT = -5e4
-"""Logit of a negative that must not count; its probability is exactly 0 in fp32."""
+MAX_KERNEL_DIM = 512
+"""Widest item row that the kernel of sampled softmax holds; wider ones take its reference."""
 
 
 class LossSum(NamedTuple):
@@ -77,14 +79,12 @@ def sampled_softmax(
         s_rx = u_r . x / temperature - log q_x
         loss_r = -log(exp(s_r+) / (exp(s_r+) + sum over m of group_m = group_r of exp(s_rm)))
 
-    A negative with the id of the positive (an accidental hit) has logit -5e4, as often as it was
+    A negative with the id of the positive (an accidental hit) does not count, as often as it was
     drawn. Any other item counts as often as it was drawn: the negatives are a sample with
     replacement. A row whose group has no other negative has loss 0. With q uniform the correction
     cancels, so it may be left out.
 
-    Memory: rows are cut into tiles of one group and about the mean rows a group, so that logits are
-    at most about twice sum over groups of R_g * max M_g, and never (R, M, D), for few large and for
-    many small groups.
+    The arithmetic is kernels/sampled_softmax: (R, M) is never stored on a GPU, (R, M, D) nowhere.
 
     Args:
         user_RD: user vectors.
@@ -102,7 +102,8 @@ def sampled_softmax(
         negative_log_q_M: log of the sampling probability of each negative; None means 0.
 
     Raises:
-        ValueError: if one of the two groups is given without the other.
+        ValueError: if one of the two groups is given without the other, or (on a CPU, where
+            looking does not wait for a device) they are not ascending numbers below num_groups.
 
     Source: arXiv 2402.17152; generative-recommenders db1bf8f, SampledSoftmaxLoss (masking after the
     temperature). There each position draws its own negatives; here a group shares them. The
@@ -115,32 +116,20 @@ def sampled_softmax(
     weight_R = weight_R.to(dtype)
     # bf16 products would be wrong by up to 0.1 at temperature 0.05 (logits up to 20).
     with torch.autocast(user_RD.device.type, enabled=False):
-        user_RD = user_RD.to(dtype) / temperature
-        positive_R = (user_RD * positive_RD.to(dtype)).sum(1)
-        if positive_log_q_R is not None:
-            positive_R = positive_R - positive_log_q_R
-        negative_MD = negative_MD.to(dtype)
-        if group_R is None or group_M is None:
-            row_GT, negative_GN = _one_tile(len(user_RD), len(negative_MD), user_RD.device)
-        else:
-            row_GT, negative_GN = _tiles(group_R, group_M, num_groups)
-        if row_GT.numel() == 0 or negative_GN.numel() == 0:
-            return LossSum((positive_R * 0.0).sum(), weight_R.sum())
-        # Absent rows and negatives (-1) read row 0 and are masked.
-        is_row_GT, is_negative_GN = row_GT >= 0, negative_GN >= 0
-        row_GT, negative_GN = row_GT.clamp_min(0), negative_GN.clamp_min(0)
-        # embedding, not indexing: its backward is parallel on the CPU and deterministic on CUDA.
-        user_GTD = functional.embedding(row_GT, user_RD)
-        negative_GND = functional.embedding(negative_GN, negative_MD)
-        logit_GTN = torch.bmm(user_GTD, negative_GND.transpose(1, 2))
-        if negative_log_q_M is not None:
-            logit_GTN = logit_GTN - negative_log_q_M.to(dtype)[negative_GN][:, None, :]
-        hit_GTN = positive_ids_R[row_GT][:, :, None] == negative_ids_M[negative_GN][:, None, :]
-        logit_GTN = logit_GTN.masked_fill(hit_GTN | ~is_negative_GN[:, None, :], MASKED_LOGIT)
-        negatives_R = logit_GTN.logsumexp(2)[is_row_GT]
-        # The default threshold of 20 would be wrong by 2e-9, which fp64 sees.
-        loss_R = functional.softplus(negatives_R - positive_R, threshold=80)
-    return LossSum((weight_R * loss_R).sum(), weight_R.sum())
+        loss_R = kernels.sampled_softmax.sampled_softmax(
+            user_RD.to(dtype),
+            positive_RD.to(dtype),
+            negative_MD.to(dtype),
+            _group_offsets("rows", group_R, len(user_RD), num_groups, user_RD.device),
+            _group_offsets("negatives", group_M, len(negative_MD), num_groups, user_RD.device),
+            positive_id_R=positive_ids_R,
+            negative_id_N=negative_ids_M,
+            temperature=temperature,
+            positive_log_q_R=positive_log_q_R,
+            negative_log_q_N=negative_log_q_M,
+            impl=Impl.AUTO if user_RD.shape[1] <= MAX_KERNEL_DIM else Impl.REFERENCE,
+        )
+        return LossSum((weight_R * loss_R).sum(), weight_R.sum())
 
 
 def in_batch_softmax(
@@ -279,41 +268,26 @@ def _full_chunk(user_RD: Tensor, item_ED: Tensor, rows_R: Tensor, weight_R: Tens
     return (weight_R * functional.cross_entropy(logit_RE, rows_R - 1, reduction="none")).sum()
 
 
-def _one_tile(num_rows: int, num_negatives: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    return (
-        torch.arange(num_rows, device=device)[None],
-        torch.arange(num_negatives, device=device)[None],
-    )
+def _group_offsets(
+    of: str, group: Tensor | None, size: int, num_groups: int, device: torch.device
+) -> Tensor:
+    """Return (num_groups + 1,) int64: where each group starts; groups are checked on a CPU only.
 
-
-def _tiles(group_R: Tensor, group_M: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Return the rows (G, T) and the negatives (G, N) of each tile, -1 where there is none."""
-    for group, of in ((group_R, "rows"), (group_M, "negatives")):
-        if group.numel() and bool(
-            (group.diff() < 0).any() | (group[0] < 0) | (group[-1] >= num_groups)
-        ):
-            raise ValueError(
-                f"the groups of the {of} must be ascending numbers 0 .. num_groups - 1 = "
-                f"{num_groups - 1}, got {group[:8].tolist()} ... {group[-1:].tolist()}"
-            )
-    device = group_R.device
-    bounds = torch.arange(num_groups + 1, device=device)
-    start_R = torch.searchsorted(group_R, bounds)
-    start_M = torch.searchsorted(group_M, bounds)
-    rows = start_R.diff()
-    # The mean over groups that have rows: then there are at most twice as many tiles as groups.
-    height = max(1, -(-len(group_R) // max(1, int((rows > 0).sum()))))
-    tiles = (rows + height - 1) // height
-    owner_G = torch.repeat_interleave(bounds[:-1], tiles)
-    first_tile = tiles.cumsum(0) - tiles
-    tile_G = torch.arange(len(owner_G), device=device) - first_tile[owner_G]
-    row_GT = (start_R[owner_G] + tile_G * height)[:, None] + torch.arange(height, device=device)
-    width = int(start_M.diff()[owner_G].max()) if len(owner_G) else 0
-    negative_GN = start_M[owner_G][:, None] + torch.arange(width, device=device)
-    return (
-        row_GT.masked_fill(row_GT >= start_R[owner_G + 1][:, None], -1),
-        negative_GN.masked_fill(negative_GN >= start_M[owner_G + 1][:, None], -1),
-    )
+    Raises:
+        ValueError: if groups are not ascending numbers below num_groups.
+    """
+    if group is None:
+        return torch.arange(2, device=device) * size
+    if (
+        group.numel()
+        and not group.is_cuda
+        and bool((group.diff() < 0).any() | (group[0] < 0) | (group[-1] >= num_groups))
+    ):
+        raise ValueError(
+            f"the groups of the {of} must be ascending numbers 0 .. num_groups - 1 = "
+            f"{num_groups - 1}, got {group[:8].tolist()} ... {group[-1:].tolist()}"
+        )
+    return torch.searchsorted(group, torch.arange(num_groups + 1, device=device))
 
 
 def _rows_of_all_ranks(rows: Tensor) -> Tensor:
