@@ -22,10 +22,10 @@ baselines: $(VENV)/.run-$(SET)
 
 test: $(VENV)/.dev-$(SET)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret tests/kernels -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret tests/kernels tests/gr -n 2 --dist loadfile
 
 test-interpret: $(VENV)/.dev-$(SET)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret tests/kernels tests/gr
 
 test-gpu: $(VENV)/.dev-$(SET)
 	$(BIN)/python -m pytest -m "gpu or interpret"

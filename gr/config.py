@@ -49,6 +49,12 @@ class HSTUConfig:
     """Before the output projection."""
     final_norm: bool = False
     """Layer norm (with weight and bias) of the encoder's result, after the last layer."""
+    impl: Literal["auto", "hopper", "triton", "reference"] = "auto"
+    """auto: the kernels on a GPU (those for Hopper where they apply), their reference in plain
+    torch on a CPU."""
+    recompute: tuple[Literal["normed", "uvqk", "gated"], ...] = ("normed", "uvqk", "gated")
+    """What the kernels' backward pass computes again instead of keeping it (kernels/hstu_layer):
+    norm(X), the UVQK projection, what the output projection reads. The reference keeps all."""
 
     def __post_init__(self) -> None:
         counts = ("num_heads", "qk_dim", "v_dim", "scaling_length", "bias_max_len")
@@ -184,6 +190,12 @@ class ModelConfig:
             raise ValueError(
                 "model.encoder=dlrm has no retrieval head: set model.head.retrieval=false"
             )
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether anything is dropped in training."""
+        of_encoder = self.hstu if self.encoder == "hstu" else self.transformer
+        return self.encoder != "dlrm" and max(self.encoding.dropout, of_encoder.dropout) > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -101,7 +101,7 @@ class Trainer:
         self.load_target = LoadTarget(lengths.recalibrate_steps) if lengths.balance else None
         self.loss_sums = torch.zeros(2, len(self.objective.names), dtype=torch.float64)
         self.flops = 0.0
-        self.has_dropout = any(m.p > 0 for m in self.model.modules() if isinstance(m, nn.Dropout))
+        self.has_dropout = config.model.has_dropout
 
     def train_step(self, batch: SequenceBatch) -> dict[str, float]:
         """Score the batch (eval.mode=progressive), then learn from it.
