@@ -49,9 +49,11 @@ class HSTUConfig:
     """Before the output projection."""
     final_norm: bool = False
     """Layer norm (with weight and bias) of the encoder's result, after the last layer."""
-    impl: Literal["auto", "hopper", "triton", "reference"] = "auto"
-    """auto: the kernels on a GPU (those for Hopper where they apply), their reference in plain
-    torch on a CPU."""
+    impl: Literal["composed", "auto", "hopper", "triton", "reference"] = "composed"
+    """composed: torch's operators, and on a GPU the attention's kernels between them. auto: on a
+    GPU the fused layer (its kernels for Hopper where they apply), which keeps less for the backward
+    pass; not the default before tests/gr/test_hstu_kernels.py has passed on one. reference: plain
+    torch. On a CPU all three are that."""
     recompute: tuple[Literal["normed", "uvqk", "gated"], ...] = ("normed", "uvqk", "gated")
     """What the kernels' backward pass computes again instead of keeping it (kernels/hstu_layer):
     norm(X), the UVQK projection, what the output projection reads. The reference keeps all."""

@@ -1,7 +1,7 @@
 """The HSTU encoder: pointwise gated attention over jagged sequences.
 
-The arithmetic of a layer is kernels/hstu_layer: its reference.py in plain torch runs on a CPU, its
-kernels on a GPU. Here are the parameters, and what a batch says about masks and times.
+The arithmetic of a layer is kernels/hstu_layer: its reference.py in plain torch around an
+attention, or its kernels. Here are the parameters, and what a batch says about masks and times.
 
 Letters: B sequences, L tokens, R rows of the result (tokens that a loss reads), D model dim,
 H heads, K dim of queries and keys, V dim of values.
@@ -61,6 +61,8 @@ class HSTUEncoder(nn.Module):
         return layer_norm(y_RD, weight, bias, eps=NORM_EPS, impl=impl)
 
     def _is_reference(self, x_LD: Tensor) -> bool:
+        if self.impl == "composed":
+            return True
         return resolve(self.impl, x_LD, not_hopper="") is Impl.REFERENCE
 
 
@@ -145,7 +147,8 @@ class HSTULayer(nn.Module):
             eps=NORM_EPS,
             recompute=config.recompute,
             deterministic=torch.are_deterministic_algorithms_enabled(),
-            impl=config.impl,
+            impl=Impl.REFERENCE if config.impl == "composed" else config.impl,
+            attention_impl=Impl.AUTO if config.impl == "composed" else Impl.REFERENCE,
         )
 
     def weights(self) -> LayerWeights:

@@ -52,6 +52,7 @@ def hstu_layer(
     recompute: Sequence[str] = RECOMPUTABLE,
     deterministic: bool = False,
     impl: Impl | str = Impl.AUTO,
+    attention_impl: Impl | str = Impl.REFERENCE,
 ) -> Tensor:
     """Return the rows of an HSTU layer.
 
@@ -96,6 +97,8 @@ def hstu_layer(
         deterministic: the same bits for the same input; see hstu_attention.
         impl: which implementation runs. TRITON takes float32, float16 and bfloat16; HOPPER what
             hstu_attention's takes.
+        attention_impl: of the attention within the reference, whose other operators are torch's.
+            The kernels do not read it.
 
     Returns:
         (L, D) or (R, D), dtype of x.
@@ -159,6 +162,7 @@ def hstu_layer(
             seed=seed,
             eps=eps,
             deterministic=deterministic,
+            attention_impl=attention_impl,
         )
     _check_triton(x_LD, qk_dim, v_dim, num_heads, norm)
     structure = Structure(

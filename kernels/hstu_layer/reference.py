@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.dispatch import Impl
 from kernels.hstu_attention import AttentionMask, RelativeBias, hstu_attention
 from kernels.hstu_layer.structure import LayerWeights
 from kernels.norm_gate.reference import kept
@@ -41,6 +42,7 @@ def hstu_layer(
     seed: Tensor | None,
     eps: float,
     deterministic: bool,
+    attention_impl: Impl | str,
 ) -> Tensor:
     """Return (R, D): the layer of `kernels.hstu_layer`, whose arguments these are."""
     weights = _cast(weights, x_LD.dtype)
@@ -72,7 +74,7 @@ def hstu_layer(
         max_q_len=max_q_len,
         bias=bias,
         deterministic=deterministic,
-        impl="reference",
+        impl=attention_impl,
     )
     normed_shape = attended_RHV.shape[2:] if norm == "group" else attended_RHV.shape[1:]
     normed_RC = functional.layer_norm(attended_RHV, normed_shape, eps=eps).flatten(1)

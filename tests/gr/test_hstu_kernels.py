@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from gr.config import HSTUConfig, ModelConfig
 from gr.hstu import HSTUEncoder
+from kernels.hstu_attention import hstu_attention
 from tests.checks import assert_within_reference_error
 from tests.gr import hstu_oracle
 from tests.gr.hstu_oracle import make_info, make_sequences
@@ -62,10 +63,27 @@ def test_matches_the_equations(options, device):
         )
 
 
+@pytest.mark.parametrize(
+    ("impl", "attention"), [("composed", "auto"), ("reference", "reference"), ("auto", "reference")]
+)
+def test_composed_is_the_reference_around_the_default_attention(impl, attention, monkeypatch):
+    """By default; on a CPU `auto` is the reference throughout."""
+    assert HSTUConfig().impl == "composed"
+    _, encoder = make_encoder({"impl": impl})
+    seen, whole = [], hstu_attention
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(
+        "kernels.hstu_layer.reference.hstu_attention",
+        lambda *inputs, **options: seen.append(options["impl"]) or whole(*inputs, **options),
+    )
+    sequences, num_context, x_LD = make_batch("context_and_candidates")
+    encoder(x_LD, make_info(sequences, num_context))
+    assert seen == [attention, attention]
+
+
 @pytest.mark.gpu
 def test_auto_is_the_kernels_and_autocast_sets_their_dtype():
-    config, encoder = make_encoder({"qk_dim": 32, "v_dim": 32}, dim=64)
-    assert config.hstu.impl == "auto"
+    _, encoder = make_encoder({"qk_dim": 32, "v_dim": 32, "impl": "auto"}, dim=64)
     encoder.float().cuda()
     info = on_device(make_info(make_sequences([40, 9], [5, 9])), "cuda")
     x_LD = torch.randn(49, 64, device="cuda")
