@@ -86,7 +86,7 @@ def test_triton_within_error_budget(L, D, P, T, dtypes):
 @pytest.mark.interpret
 @settings(deadline=None, max_examples=15)
 @given(
-    L=st.integers(0, 300),
+    L=st.integers(0, 160),
     D=st.integers(1, 40),
     P=st.integers(1, 50),
     T=st.integers(0, 9),
