@@ -22,7 +22,7 @@ from kernels.hstu_attention.arguments import (
 )
 from kernels.hstu_attention.bias import RelativeBias
 from kernels.hstu_attention.mask import AttentionMask
-from kernels.hstu_attention.structure import SCHEMA, Structure
+from kernels.hstu_attention.structure import SCHEMA, Structure, structure_of
 
 Activation = Literal["silu", "softmax"]
 
@@ -128,24 +128,17 @@ def hstu_attention(
     check_supported(q, v)
     # The kernels take any stride but for the last dim.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    structure = Structure(
-        offsets=offsets,
-        q_offsets=q_offsets,
-        num_candidates=num_candidates,
-        position_table=_of_bias(bias, "position_table"),
-        time_table=_of_bias(bias, "time_table"),
-        query_time=_of_bias(bias, "query_time"),
-        key_time=_of_bias(bias, "key_time"),
+    structure = structure_of(
+        offsets,
+        q_offsets,
+        num_candidates,
+        bias,
+        mask,
         max_len=max_len,
         max_q_len=max_q_len,
-        alpha=float(alpha),
-        scale=1.0 if scaling_length is None else 1.0 / scaling_length,
+        alpha=alpha,
+        scaling_length=scaling_length,
         softmax=softmax,
-        num_context=mask.num_context,
-        context=mask.context,
-        local_window=mask.local_window,
-        global_rows=mask.global_rows,
-        global_columns=mask.global_columns,
         hopper=implementation is Impl.HOPPER,
         deterministic=deterministic,
     )
@@ -154,11 +147,6 @@ def hstu_attention(
         return _Attention.apply(q, k, v, *structure)[0]  # type: ignore[no-any-return, no-untyped-call]
     out: Tensor = _forward(q, k, v, *structure)[0]
     return out
-
-
-def _of_bias(bias: RelativeBias | None, field: str) -> Tensor | None:
-    x: Tensor | None = getattr(bias, field, None)
-    return None if x is None else x.contiguous()
 
 
 def _run_forward(q: Tensor, k: Tensor, v: Tensor, *structure: Any) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple, cast
 
 from torch import Tensor
 
+from kernels.hstu_attention.bias import RelativeBias
 from kernels.hstu_attention.mask import AttentionMask
 
 
@@ -58,3 +59,47 @@ SCHEMA = (
     "bool deterministic=False"
 )
 """Of Structure, in the language of torch.library."""
+
+
+def structure_of(
+    offsets: Tensor,
+    q_offsets: Tensor,
+    num_candidates: Tensor | None,
+    bias: RelativeBias | None,
+    mask: AttentionMask,
+    *,
+    max_len: int,
+    max_q_len: int,
+    alpha: float,
+    scaling_length: float | None,
+    softmax: bool,
+    hopper: bool,
+    deterministic: bool,
+) -> Structure:
+    """Return the arguments of kernels.hstu_attention, which these are, as flat values."""
+    return Structure(
+        offsets=offsets,
+        q_offsets=q_offsets,
+        num_candidates=num_candidates,
+        position_table=_of_bias(bias, "position_table"),
+        time_table=_of_bias(bias, "time_table"),
+        query_time=_of_bias(bias, "query_time"),
+        key_time=_of_bias(bias, "key_time"),
+        max_len=max_len,
+        max_q_len=max_q_len,
+        alpha=float(alpha),
+        scale=1.0 if scaling_length is None else 1.0 / scaling_length,
+        softmax=softmax,
+        num_context=mask.num_context,
+        context=mask.context,
+        local_window=mask.local_window,
+        global_rows=mask.global_rows,
+        global_columns=mask.global_columns,
+        hopper=hopper,
+        deterministic=deterministic,
+    )
+
+
+def _of_bias(bias: RelativeBias | None, field: str) -> Tensor | None:
+    x: Tensor | None = getattr(bias, field, None)
+    return None if x is None else x.contiguous()

@@ -19,7 +19,7 @@ from kernels.hstu_attention.arguments import (
 )
 from kernels.hstu_attention.bias import RelativeBias
 from kernels.hstu_attention.mask import AttentionMask
-from kernels.hstu_attention.structure import Structure
+from kernels.hstu_attention.structure import structure_of
 from kernels.hstu_layer import reference
 from kernels.hstu_layer.autograd import apply
 from kernels.hstu_layer.structure import RECOMPUTABLE, Inputs, LayerWeights, Options, Weights
@@ -165,24 +165,17 @@ def hstu_layer(
             attention_impl=attention_impl,
         )
     _check_triton(x_LD, qk_dim, v_dim, num_heads, norm)
-    structure = Structure(
-        offsets=offsets,
-        q_offsets=q_offsets,
-        num_candidates=num_candidates,
-        position_table=_of_bias(bias, "position_table"),
-        time_table=_of_bias(bias, "time_table"),
-        query_time=_of_bias(bias, "query_time"),
-        key_time=_of_bias(bias, "key_time"),
+    structure = structure_of(
+        offsets,
+        q_offsets,
+        num_candidates,
+        bias,
+        mask,
         max_len=max_len,
         max_q_len=max_q_len,
-        alpha=float(alpha),
-        scale=1.0 if scaling_length is None else 1.0 / scaling_length,
+        alpha=alpha,
+        scaling_length=scaling_length,
         softmax=softmax,
-        num_context=mask.num_context,
-        context=mask.context,
-        local_window=mask.local_window,
-        global_rows=mask.global_rows,
-        global_columns=mask.global_columns,
         hopper=implementation is Impl.HOPPER,
         deterministic=deterministic,
     )
@@ -204,11 +197,6 @@ def hstu_layer(
         hopper_products=impl != Impl.TRITON,
     )
     return apply(Inputs(x_LD, tail_R, seed, flat, options, structure))
-
-
-def _of_bias(bias: RelativeBias | None, field: str) -> Tensor | None:
-    x: Tensor | None = getattr(bias, field, None)
-    return None if x is None else x.contiguous()
 
 
 def _check_options(activate: str, norm: str, recompute: Sequence[str]) -> None:
