@@ -129,8 +129,10 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, int] | None:
     n = len(values)
     if n == 1:
         return values[0], math.nan, 1
-    # Beyond the table: two terms of the expansion of the quantile about the normal one.
-    quantile = _T_QUANTILES[n - 2] if n - 2 < len(_T_QUANTILES) else 1.95996 + 2.3723 / (n - 1)
+    # Beyond the table: the quantile's expansion about the normal one, within 1e-6 of it.
+    nu = n - 1
+    beyond = 1.959964 + 2.372271 / nu + 2.822499 / nu**2 + 2.555850 / nu**3
+    quantile = _T_QUANTILES[nu - 1] if nu <= len(_T_QUANTILES) else beyond
     return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(n), n
 
 

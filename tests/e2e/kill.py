@@ -114,7 +114,7 @@ def consume(config: DataConfig, run: Path, world_size: int) -> None:
         position = shares[0].position
         if position.step % EVERY == 0:
             save(position)
-    if position.step % EVERY:
+    if position.step % EVERY and position.step != restored:  # or it was killed after its last save
         save(position)
 
 

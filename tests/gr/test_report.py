@@ -55,7 +55,14 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-@settings(deadline=None, max_examples=60)
+@pytest.mark.parametrize("n", [2, 3, 30, 31, 32, 33, 40, 200])
+def test_quantiles_agree_with_scipy(n):
+    values = [0.0] * (n - 1) + [1.0]
+    half_width = mean_interval(values)[1]
+    assert half_width == pytest.approx(stats.t.ppf(0.975, n - 1) * stats.sem(values), rel=2e-5)
+
+
+@settings(deadline=None, max_examples=20)
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=40))
 def test_interval_agrees_with_scipy(values):
     mean, half_width, n = mean_interval(values)
