@@ -62,7 +62,7 @@ def in_bins(gaps):
     return bins.tolist()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(drawn=logs(defects=False))
 def test_statistics_equal_plain_python(drawn, tmp_path_factory):
     partitions, histories = drawn

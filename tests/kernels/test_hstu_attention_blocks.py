@@ -99,7 +99,7 @@ interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="for the interpreter")
 
 @interpreted
 @pytest.mark.interpret
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(size=sizes, mask=masks, rows=st.sampled_from([4, 8, 16]), block=st.sampled_from([4, 8]))
 def test_key_blocks(size, mask, rows, block):
     length, history, first, seen = structure(size, mask)
@@ -114,7 +114,7 @@ def test_key_blocks(size, mask, rows, block):
 
 @interpreted
 @pytest.mark.interpret
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(size=sizes, mask=masks, keys=st.sampled_from([4, 8, 16]), block=st.sampled_from([4, 8]))
 def test_query_blocks(size, mask, keys, block):
     length, history, first, seen = structure(size, mask)

@@ -84,7 +84,7 @@ def test_triton_within_error_budget(L, D, P, T, dtypes):
 
 
 @pytest.mark.interpret
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(
     L=st.integers(0, 160),
     D=st.integers(1, 40),

@@ -130,7 +130,7 @@ def test_triton_within_error_budget(rows, negatives, dtype, has_log_q):
 
 
 @pytest.mark.interpret
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=6)
 @given(
     groups=st.lists(st.tuples(st.integers(0, 80), st.integers(0, 80)), max_size=4),
     D=st.integers(1, 70),

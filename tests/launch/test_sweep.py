@@ -50,7 +50,7 @@ AXES = {
 }
 
 
-@settings(deadline=None, max_examples=4)
+@settings(deadline=None, max_examples=3)
 @given(
     st.fixed_dictionaries({}, optional=AXES),
     st.lists(st.integers(1, 99), min_size=0, max_size=2, unique=True),

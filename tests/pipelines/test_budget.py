@@ -109,7 +109,7 @@ def test_segments_are_planned_one_after_another(tmp_path):
     assert begun[-1] == ("2024-01", "2024-02", "2024-03")
     # Around each change of segment, and now and then between.
     changes_at = {i + d for i in range(1, len(begun)) if begun[i] != begun[i - 1] for d in (0, 1)}
-    for done in sorted({1, len(whole), *changes_at, *range(4, len(whole), 12)}):
+    for done in sorted({1, len(whole), *changes_at, *range(4, len(whole), 40)}):
         stop = whole[done - 1].position
         assert [content(b) for b in read(config, position=stop)] == expected[done:]
         two = [b for r in range(2) for b in read(config, rank=r, world_size=2, position=stop)]

@@ -87,7 +87,7 @@ def read_back(folder, name, partitions):
 
 
 # Each example runs the engine, so shrinking would take minutes.
-@settings(max_examples=15, deadline=None, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=8, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(
     drawn=event_logs(),
     duplicates=one_of("exact", "event", "keep"),
