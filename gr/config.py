@@ -13,6 +13,25 @@ from pipelines.config import DataConfig, id_features
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RotaryConfig:
+    """Rotary encoding of order and time on queries and keys (gr/rotary.py)."""
+
+    angles: Literal["none", "position", "time", "sum", "split_dims", "split_heads"] = "none"
+    """What turns the pairs of numbers of a head: the position; the time; the sum of both angles;
+    position and time in turn, by pairs of numbers or by heads."""
+    periods: tuple[float, float] = (60.0, 31_536_000.0)
+    """Seconds of the shortest and of the longest turn of time; between them a geometric series."""
+
+    def __post_init__(self) -> None:
+        shortest, longest = self.periods
+        if not 0 < shortest <= longest < float("inf"):
+            raise ValueError(
+                "rotary.periods must be two finite times in s, the shorter first, got "
+                f"{list(self.periods)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class HSTUConfig:
     """One HSTU layer (gr/hstu.py)."""
 
@@ -39,6 +58,9 @@ class HSTUConfig:
     """Distances from this on share one entry of the position table."""
     bias_time_buckets: int = 128
     """Time differences fall into floor(ln(max(1, s)) / 0.301), clipped to this."""
+    rotary: RotaryConfig = field(default_factory=RotaryConfig)
+    """Angles of Q and K. The fused layer (`impl`) does not turn them: with angles, `auto` takes
+    torch's operators, kernels/rotary and the attention's kernels."""
     norm: Literal["layer", "group"] = "layer"
     """Norm of the attention output: over all heads, or each head on its own."""
     norm_affine: bool = False
@@ -69,6 +91,23 @@ class HSTUConfig:
                 f"got {self.alpha}"
             )
         check_dropout("model.hstu.dropout", self.dropout)
+        if self.rotary.angles == "none":
+            return
+        if self.qk_dim % 2 or (self.rotary.angles == "split_dims" and self.qk_dim < 4):
+            raise ValueError(
+                "model.hstu.rotary turns pairs of numbers: model.hstu.qk_dim must be even (4 or "
+                f"more with split_dims), got {self.qk_dim}"
+            )
+        if self.rotary.angles == "split_heads" and self.num_heads < 2:
+            raise ValueError(
+                "model.hstu.rotary.angles=split_heads needs model.hstu.num_heads of 2 or more, "
+                f"got {self.num_heads}"
+            )
+        if self.impl in ("hopper", "triton"):
+            raise ValueError(
+                f"model.hstu.impl={self.impl}, the fused layer, has no rotary angles: use "
+                "model.hstu.impl=auto or composed"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

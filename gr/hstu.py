@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from gr.config import HSTUConfig, ModelConfig
+from gr.rotary import rotations
 from gr.sequence import SequenceInfo
 from kernels.dispatch import Impl, resolve
 from kernels.hstu_attention import AttentionMask, RelativeBias
 from kernels.hstu_layer import LayerWeights, hstu_layer
 from kernels.layer_norm import layer_norm
+from kernels.rotary import Rotation
 
 NORM_EPS = 1e-6
 
@@ -32,7 +34,8 @@ class HSTUEncoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.impl = config.hstu.impl
+        self.config = config.hstu
+        self.impl = layer_impl(config.hstu)
         self.layers = nn.ModuleList(
             HSTULayer(config.hstu, config.dim) for _ in range(config.num_layers)
         )
@@ -51,9 +54,18 @@ class HSTUEncoder(nn.Module):
         device, is_reference = x_LD.device.type, self._is_reference(x_LD)
         if torch.is_autocast_enabled(device) and not is_reference:
             x_LD = x_LD.to(torch.get_autocast_dtype(device))
+        turned = None
+        if self.config.rotary.angles != "none":
+            turned = rotations(
+                self.config.rotary,
+                info,
+                num_heads=self.config.num_heads,
+                head_dim=self.config.qk_dim,
+                dtype=x_LD.dtype,
+            )
         for layer in self.layers[:-1]:
-            x_LD = layer(x_LD, info)
-        y_RD: Tensor = self.layers[-1](x_LD, info, tail_R=tail_index(info))
+            x_LD = layer(x_LD, info, rotations=turned)
+        y_RD: Tensor = self.layers[-1](x_LD, info, tail_R=tail_index(info), rotations=turned)
         if self.final_norm is None:
             return y_RD
         weight, bias = self.final_norm.weight, self.final_norm.bias
@@ -70,7 +82,7 @@ class HSTULayer(nn.Module):
     """One HSTU layer: projection, pointwise attention, gate, projection, residual.
 
         X' = norm(X)
-        U, V, Q, K = split(act(X' W_uvqk + b))
+        U, V, Q, K = split(act(X' W_uvqk + b))                    Q, K turned by rotary angles
         A = silu(alpha Q K^T + bias) / scaling_length * mask      or softmax over the visible keys
         Y = X + W_o dropout(norm(A V) * U) + b_o                  concat_ua: [U, AV, norm(AV) * U]
 
@@ -106,7 +118,13 @@ class HSTULayer(nn.Module):
         nn.init.xavier_uniform_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
-    def forward(self, x_LD: Tensor, info: SequenceInfo, tail_R: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_LD: Tensor,
+        info: SequenceInfo,
+        tail_R: Tensor | None = None,
+        rotations: tuple[Rotation, Rotation] | None = None,
+    ) -> Tensor:
         """Return Y: (L, D), or (R, D) for the rows `tail_R`.
 
         Args:
@@ -114,13 +132,17 @@ class HSTULayer(nn.Module):
             info: structure of the batch.
             tail_R: `tail_index(info)`: U, Q and all that follows are computed for these tokens
                 only, V and K for all. None means every token.
+            rotations: what the queries and the keys of all tokens are turned by (gr/rotary.py).
         """
         if tail_R is None:
             query_time_R, tail_offsets, max_tail_len = info.query_time, None, None
         else:
             query_time_R = info.query_time[tail_R]
             tail_offsets, max_tail_len = info.tail_offsets, info.max_tail_len
+        if rotations is not None and tail_R is not None:
+            rotations = rotations[0].rows(tail_R), rotations[1]
         config = self.config
+        impl = layer_impl(config)
         dropout = config.dropout if self.training else 0.0
         return hstu_layer(
             x_LD,
@@ -139,6 +161,7 @@ class HSTULayer(nn.Module):
             mask=attention_mask(info),
             num_candidates=info.num_candidates,
             bias=self.relative_bias(query_time_R, info.timestamp),
+            rotations=rotations,
             tail_R=tail_R,
             tail_offsets=tail_offsets,
             max_tail_len=max_tail_len,
@@ -147,8 +170,8 @@ class HSTULayer(nn.Module):
             eps=NORM_EPS,
             recompute=config.recompute,
             deterministic=torch.are_deterministic_algorithms_enabled(),
-            impl=Impl.REFERENCE if config.impl == "composed" else config.impl,
-            attention_impl=Impl.AUTO if config.impl == "composed" else Impl.REFERENCE,
+            impl=Impl.REFERENCE if impl == "composed" else impl,
+            attention_impl=Impl.AUTO if impl == "composed" else Impl.REFERENCE,
         )
 
     def weights(self) -> LayerWeights:
@@ -171,6 +194,13 @@ class HSTULayer(nn.Module):
         if self.time_bias is None:
             return RelativeBias(self.position_bias)
         return RelativeBias(self.position_bias, self.time_bias, query_time_R, key_time_L)
+
+
+def layer_impl(config: HSTUConfig) -> str:
+    """Return `config.impl`; composed in place of auto with what the fused layer does not do."""
+    if config.impl == "auto" and config.rotary.angles != "none":
+        return "composed"
+    return config.impl
 
 
 def attention_mask(info: SequenceInfo) -> AttentionMask:

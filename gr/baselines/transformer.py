@@ -3,17 +3,17 @@
 Letters: L tokens, R rows of the result, D model dim, H heads, K = D / H.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from gr.baselines.attention import softmax_attention
-from gr.config import ModelConfig
+from gr.config import ModelConfig, RotaryConfig
 from gr.hstu import tail_index
-from gr.sequence import SequenceInfo, sequence_index
+from gr.rotary import rotations
+from gr.sequence import SequenceInfo
+from kernels.rotary import Rotation, rotary
 
 NORM_EPS = 1e-6
-ROTARY_BASE = 10_000.0
 
 
 class TransformerEncoder(nn.Module):
@@ -47,8 +47,13 @@ class TransformerEncoder(nn.Module):
             x_LD: floating, the tokens of all sequences.
             info: structure of the batch.
         """
-        dtype = torch.promote_types(x_LD.dtype, torch.float32)
-        rotation = rotary_angles(token_positions(info, len(x_LD)), self.head_dim, dtype)
+        rotation, _ = rotations(
+            RotaryConfig(angles="position"),
+            info,
+            num_heads=1,
+            head_dim=self.head_dim,
+            dtype=x_LD.dtype,
+        )
         for layer in self.layers[:-1]:
             x_LD = layer(x_LD, info, rotation)
         y_RD: Tensor = self.layers[-1](x_LD, info, rotation, tail_R=tail_index(info))
@@ -88,7 +93,7 @@ class TransformerLayer(nn.Module):
         self,
         x_LD: Tensor,
         info: SequenceInfo,
-        rotation: tuple[Tensor, Tensor],
+        rotation: Rotation,
         tail_R: Tensor | None = None,
     ) -> Tensor:
         """Return Y: (L, D), or (R, D) for the tokens `tail_R` (gr.hstu.tail_index).
@@ -96,60 +101,20 @@ class TransformerLayer(nn.Module):
         Args:
             x_LD: floating.
             info: structure of the batch.
-            rotation: `rotary_angles` of the tokens.
+            rotation: angles of the tokens (gr/rotary.py).
             tail_R: tokens whose rows are wanted; None means all.
         """
         normed_LD = self.attention_norm(x_LD)
         k_LD, v_LD = self.key_value(normed_LD).chunk(2, dim=1)
         k_LHK, v_LHK = (x.unflatten(1, (self.num_heads, -1)) for x in (k_LD, v_LD))
-        k_LHK = rotate(k_LHK, rotation)
+        k_LHK = rotary(k_LHK, rotation)
         x_RD = x_LD
         if tail_R is not None:
             x_RD, normed_LD = x_LD.index_select(0, tail_R), normed_LD.index_select(0, tail_R)
-            rotation = (rotation[0].index_select(0, tail_R), rotation[1].index_select(0, tail_R))
-        q_RHK = rotate(self.query(normed_LD).unflatten(1, (self.num_heads, -1)), rotation)
+            rotation = rotation.rows(tail_R)
+        q_RHK = rotary(self.query(normed_LD).unflatten(1, (self.num_heads, -1)), rotation)
         attended_RHK = softmax_attention(q_RHK, k_LHK, v_LHK, info, of_tails=tail_R is not None)
         z_RD = x_RD + self.dropout(self.output(attended_RHK.flatten(1)))
         gate_RF, value_RF = self.ffn_in(self.ffn_norm(z_RD)).chunk(2, dim=1)
         hidden_RF = functional.silu(gate_RF) * value_RF
         return z_RD + self.dropout(self.ffn_out(hidden_RF))  # type: ignore[no-any-return]
-
-
-def token_positions(info: SequenceInfo, num_tokens: int) -> Tensor:
-    """Return (L,) int64: the index of each token in its sequence; all candidates share the first's.
-
-    Args:
-        info: structure of the batch.
-        num_tokens: L.
-    """
-    sequence_L = sequence_index(info.offsets, num_tokens)
-    index_L = torch.arange(num_tokens, device=info.offsets.device) - info.offsets[sequence_L]
-    history_B = info.offsets.diff() - info.num_candidates
-    return torch.minimum(index_L, history_B[sequence_L])
-
-
-def rotary_angles(position_L: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cos and sin, each (L, 1, K / 2), of position * 10000^(-2 i / K), i = 0 .. K / 2 - 1.
-
-    Args:
-        position_L: int64.
-        head_dim: K, even.
-        dtype: of the result.
-
-    Source: Su et al., "RoFormer", 2021, equation 15.
-    """
-    pair = torch.arange(0, head_dim, 2, device=position_L.device, dtype=dtype)
-    angle = position_L.to(dtype)[:, None, None] * ROTARY_BASE ** (-pair / head_dim)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x_LHK: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Return x with each pair (i, i + K / 2) turned by its angle, so that q k depends on distance.
-
-    Args:
-        x_LHK: queries or keys.
-        rotation: cos and sin of `rotary_angles`.
-    """
-    cos, sin = rotation
-    a, b = x_LHK.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x_LHK.dtype)

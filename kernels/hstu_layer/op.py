@@ -23,6 +23,7 @@ from kernels.hstu_attention.structure import structure_of
 from kernels.hstu_layer import reference
 from kernels.hstu_layer.autograd import apply
 from kernels.hstu_layer.structure import RECOMPUTABLE, Inputs, LayerWeights, Options, Weights
+from kernels.rotary import Rotation
 
 
 def hstu_layer(
@@ -43,6 +44,7 @@ def hstu_layer(
     mask: AttentionMask = AttentionMask(),  # noqa: B008 (immutable)
     num_candidates: Tensor | None = None,
     bias: RelativeBias | None = None,
+    rotations: tuple[Rotation, Rotation] | None = None,
     tail_R: Tensor | None = None,
     tail_offsets: Tensor | None = None,
     max_tail_len: int | None = None,
@@ -84,6 +86,8 @@ def hstu_layer(
         mask: which keys a query sees.
         num_candidates: (B,) int64, candidates at the end of each sequence. None means none.
         bias: added to alpha Q K^T.
+        rotations: what Q (R rows) and K (L rows) are turned by; see kernels/rotary. The reference
+            only.
         tail_R: (R,) int64, ascending: the tokens whose rows are wanted, the last
             tail_offsets[b + 1] - tail_offsets[b] of each sequence; U, Q and all that follows are
             computed for them only. None means every token.
@@ -155,6 +159,7 @@ def hstu_layer(
             mask=mask,
             num_candidates=num_candidates,
             bias=bias,
+            rotations=rotations,
             tail_R=tail_R,
             q_offsets=q_offsets,
             max_q_len=max_q_len,
@@ -163,6 +168,11 @@ def hstu_layer(
             eps=eps,
             deterministic=deterministic,
             attention_impl=attention_impl,
+        )
+    if rotations is not None:
+        raise ValueError(
+            f"impl={implementation.value!r} does not turn queries and keys: with rotations use "
+            "impl='reference', attention_impl='auto'"
         )
     _check_triton(x_LD, qk_dim, v_dim, num_heads, norm)
     structure = structure_of(

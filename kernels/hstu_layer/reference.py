@@ -15,6 +15,7 @@ from kernels.dispatch import Impl
 from kernels.hstu_attention import AttentionMask, RelativeBias, hstu_attention
 from kernels.hstu_layer.structure import LayerWeights
 from kernels.norm_gate.reference import kept
+from kernels.rotary import Rotation, rotary
 
 
 def hstu_layer(
@@ -35,6 +36,7 @@ def hstu_layer(
     mask: AttentionMask,
     num_candidates: Tensor | None,
     bias: RelativeBias | None,
+    rotations: tuple[Rotation, Rotation] | None,
     tail_R: Tensor | None,
     q_offsets: Tensor,
     max_q_len: int,
@@ -59,9 +61,14 @@ def hstu_layer(
         normed_RD = normed_LD.index_select(0, tail_R)
         u, q = _project(normed_RD, "uq", weights, widths, activate)
         v, k = _project(normed_LD, "vk", weights, widths, activate)
+    q_RHK, k_LHK = (x.view(len(x), num_heads, qk_dim) for x in (q, k))
+    if rotations is not None:
+        of_queries, of_keys = rotations
+        q_RHK = rotary(q_RHK, of_queries, impl=attention_impl)
+        k_LHK = rotary(k_LHK, of_keys, impl=attention_impl)
     attended_RHV = hstu_attention(
-        q.view(len(q), num_heads, qk_dim),
-        k.view(len(k), num_heads, qk_dim),
+        q_RHK,
+        k_LHK,
         v.view(len(v), num_heads, v_dim),
         offsets,
         max_len=max_len,

@@ -94,6 +94,29 @@ def bias_of_pair(row, col, sequence, position_table, time_table, config):
     return bias
 
 
+def turned(head, position, seconds, number, config):
+    """Return the K numbers of head `number` turned by the angles of TO-RoPE, pair by pair."""
+    K, rotary = config.qk_dim, config.rotary
+    P = K // 2
+    first, last = list(head[:P]), list(head[P:])
+    for p in range(P):
+        by_position = position * 10000 ** (-2 * p / K)
+        shortest, longest = rotary.periods
+        period = shortest * (longest / shortest) ** (p / (P - 1) if P > 1 else 0)
+        by_time = 2 * math.pi * (seconds % period) / period
+        angle = {
+            "position": by_position,
+            "time": by_time,
+            "sum": by_position + by_time,
+            "split_dims": by_time if p % 2 else by_position,
+            "split_heads": by_time if number % 2 else by_position,
+        }[rotary.angles]
+        a, b = first[p], last[p]
+        first[p] = a * math.cos(angle) - b * math.sin(angle)
+        last[p] = a * math.sin(angle) + b * math.cos(angle)
+    return torch.stack(first + last)
+
+
 def layer(x, sequence, num_context, config, parameters):
     """Return the rows of Y, a list of (D,), for the rows x of one sequence."""
     H, K, V = config.num_heads, config.qk_dim, config.v_dim
@@ -112,6 +135,16 @@ def layer(x, sequence, num_context, config, parameters):
         v.append(active[a:b])
         q.append(active[b:c])
         k.append(active[c:])
+
+    if config.rotary.angles != "none":
+        history = sequence.length - sequence.num_candidates
+        for i in range(sequence.length):
+            for rows, times in ((q, sequence.query_times), (k, sequence.timestamps)):
+                heads = rows[i].split(K)
+                place = min(i, history)
+                passed = times[i] - sequence.timestamps[0]
+                turns = [turned(heads[h], place, passed, h, config) for h in range(H)]
+                rows[i] = torch.cat(turns)
 
     alpha = config.alpha if config.alpha > 0 else 1 / math.sqrt(K)
     rows = []

@@ -1,8 +1,12 @@
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
-from gr.config import HSTUConfig, ModelConfig
+from gr.config import HSTUConfig, ModelConfig, RotaryConfig
 from gr.hstu import HSTUEncoder
+from gr.rotary import time_angles
 from tests.gr import hstu_oracle
 from tests.gr.hstu_oracle import make_info, make_sequences
 
@@ -32,6 +36,11 @@ OPTIONS = {
     },
     "softmax_rab": {"attention": "softmax", "bias": "position_time", "concat_ua": True},
     "u_only_rab": {"uvqk_activation": "u_only", "bias": "position", "uvqk_bias": False},
+    "rotary_position": {"rotary": RotaryConfig(angles="position")},
+    "rotary_time": {"rotary": RotaryConfig(angles="time", periods=(3.0, 2e6))},
+    "rotary_sum": {"rotary": RotaryConfig(angles="sum"), "concat_ua": True},
+    "rotary_dims": {"rotary": RotaryConfig(angles="split_dims"), "attention": "softmax"},
+    "rotary_heads": {"rotary": RotaryConfig(angles="split_heads"), "bias": "position_time"},
     "group_rab": {"norm": "group", "bias": "position_time", "norm_affine": True, "alpha": 1.3},
 }
 
@@ -150,6 +159,32 @@ def test_an_empty_batch_gives_every_parameter_a_gradient_of_zero(options, length
         assert torch.equal(parameter.grad, torch.zeros_like(parameter))
 
 
+@pytest.mark.parametrize("angles", ["position", "time", "sum", "split_dims", "split_heads"])
+def test_rotary_angles_count_differences_only(angles):
+    """Years later, the same sequence gives the same result to the bit; other gaps do not."""
+    _, encoder = make_encoder({"rotary": RotaryConfig(angles=angles)})
+    sequences, num_context, x_LD = make_batch("candidates")
+    info = make_info(sequences, num_context)
+    years = 10**8 + 7
+    later = replace(info, timestamp=info.timestamp + years, query_time=info.query_time + years)
+    assert torch.equal(encoder(x_LD, later), encoder(x_LD, info))
+    slower = replace(info, query_time=info.query_time + 1000)
+    assert torch.equal(encoder(x_LD, slower), encoder(x_LD, info)) == (angles == "position")
+
+
+def test_time_angles_have_the_periods_that_were_asked_for():
+    angle_LP = time_angles(torch.tensor([0, 60, 90, 3600 * 24]), 6, (60.0, 86_400.0))
+    turns = angle_LP / (2 * math.pi)
+    whole_days = (60 * 86_400) ** 0.5  # of the middle period
+    expected = [
+        [0, 0, 0],
+        [0, 60 / whole_days, 60 / 86_400],
+        [0.5, 90 / whole_days, 90 / 86_400],
+        [0, 86_400 / whole_days % 1, 0],
+    ]
+    torch.testing.assert_close(turns, torch.tensor(expected, dtype=torch.float64))
+
+
 def test_weights_start_as_in_the_research_code():
     torch.manual_seed(0)
     config = HSTUConfig(num_heads=4, qk_dim=32, v_dim=64, bias="position_time", norm_affine=True)
@@ -236,3 +271,19 @@ def test_dropout_comes_before_the_output_projection():
 def test_impossible_settings_are_refused(setting, value):
     with pytest.raises(ValueError, match=rf"model\.hstu\.{setting} must"):
         HSTUConfig(**{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"qk_dim": 5}, "qk_dim must be even"),
+        ({"num_heads": 1, "rotary": RotaryConfig(angles="split_heads")}, "num_heads of 2 or more"),
+        ({"qk_dim": 2, "rotary": RotaryConfig(angles="split_dims")}, "4 or more"),
+        ({"impl": "triton"}, "impl=triton, the fused layer, has no rotary angles"),
+    ],
+)
+def test_rotary_settings_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        HSTUConfig(**({"rotary": RotaryConfig(angles="sum")} | settings))
+    with pytest.raises(ValueError, match="the shorter first"):
+        RotaryConfig(periods=(10.0, 5.0))

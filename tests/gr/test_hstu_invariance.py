@@ -13,7 +13,7 @@ from kernels.hstu_attention import AttentionMask, reference
 from tests.gr.hstu_oracle import make_info, make_sequences
 from tests.gr.test_hstu import DIM, OPTIONS, assert_equal_fp64, make_encoder
 
-RICH = ["paper", "group_rab", "softmax_rab", "dlrm_v3"]
+RICH = ["paper", "group_rab", "softmax_rab", "dlrm_v3", "rotary_sum"]
 
 
 @st.composite
