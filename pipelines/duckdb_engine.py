@@ -1,6 +1,7 @@
 """DuckDB as the engine of sessionize: embedded, out of core, and without a network."""
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +29,10 @@ _SQL: dict[Kind, str] = {
 class DuckDBEngine:
     """Runs Ibis expressions over Parquet files."""
 
-    def __init__(self, connection: Any) -> None:
-        """Wrap an Ibis connection to DuckDB."""
+    def __init__(self, connection: Any, scratch: Path) -> None:
+        """Wrap an Ibis connection to DuckDB, and a folder for files on their way."""
         self._connection = connection
+        self._scratch = scratch
 
     def read(self, source: Source, name: str) -> "ir.Table":
         """Return the columns of a source, with `file` (index) and `row` (in the file).
@@ -71,6 +73,15 @@ class DuckDBEngine:
         """Return all rows of an expression that has few."""
         return self._connection.to_pyarrow(table)
 
+    def new_folder(self) -> Path:
+        """Return an empty folder, which is gone when the log is written."""
+        return Path(tempfile.mkdtemp(dir=self._scratch))
+
+    def read_rows(self, files: Sequence[Path]) -> "ir.Table":
+        """Return what Parquet files of our own hold."""
+        rows: ir.Table = self._connection.read_parquet([str(file) for file in files])
+        return rows
+
     def stream(self, table: "ir.Table") -> Iterator[pa.RecordBatch]:
         """Return the rows of an expression; what is not yet fetched is not in memory."""
         # ibis 12 calls a method that duckdb 2.0 no longer has, so DuckDB is asked directly.
@@ -101,7 +112,7 @@ def open_duckdb(config: SessionizeConfig, scratch: Path) -> Iterator[DuckDBEngin
         connection.raw_sql("SET enable_progress_bar = false")
         # Parquet's bounds of a column leave NaN out, so DuckDB 2.0 takes isnan() for always false.
         connection.raw_sql("SET disabled_optimizers = 'statistics_propagation'")
-        yield DuckDBEngine(connection)
+        yield DuckDBEngine(connection, scratch)
     except duckdb.OutOfMemoryException as error:
         raise ValueError(
             f"memory_gb={config.memory_gb} is too little for this log: raise it, or lower threads "

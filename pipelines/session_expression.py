@@ -134,6 +134,21 @@ def _first_of_equals(events: "ir.Table", same: Sequence[str]) -> "ir.Table":
     return first.select(**{name: columns[name] for name in events.columns})
 
 
+def in_partitions(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
+    """Return the events of one source with their partition, as session_cutter reads them."""
+    spent = ["source"] if config.order else ["source", "order"]
+    partition = partition_of(events[USER_ID], config.partition_seed, config.partitions)
+    return events.mutate(**{PARTITION: partition}).drop(*spent)
+
+
+def from_partitions(rows: "ir.Table", config: SessionizeConfig, source: int) -> "ir.Table":
+    """Return the events that rows of `in_partitions` stand for."""
+    import ibis
+
+    order = {} if config.order else {"order": ibis.literal(0)}
+    return rows.mutate(source=ibis.literal(source), **order)
+
+
 def with_counters(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
     """Return the events of the log with the columns of every counter; histories count as past."""
     log = events.filter(events["source"] == LOG)
@@ -172,16 +187,20 @@ def in_sessions(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
     return events.mutate(session_id=events["starts"].count().over(so_far)).drop("starts")
 
 
-def as_histories(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
-    """Return the events of the starting histories, one session a user, counters null."""
+def without_counters(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
+    """Return the events of the starting histories, counters null."""
     import ibis
 
     names = [name for x, y in config.counters.items() for name in counters.counter_names(x, y)]
     events = events.filter(events["source"] == HISTORY)
-    return events.mutate(
-        session_id=ibis.literal(HISTORY_SESSION, "int64"),
-        **{EVENT_PREFIX + name: ibis.null("float32") for name in names},
-    )
+    return events.mutate(**{EVENT_PREFIX + name: ibis.null("float32") for name in names})
+
+
+def as_histories(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":
+    """Return the events of the starting histories, one session a user."""
+    import ibis
+
+    return events.mutate(session_id=ibis.literal(HISTORY_SESSION, "int64"))
 
 
 def in_order(events: "ir.Table", config: SessionizeConfig) -> "ir.Table":

@@ -1,10 +1,11 @@
-"""Rows of events, one a line and in order, to the files of a session-end log."""
+"""Events in the order of the log, one a row, to the files of a session-end log."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,7 @@ ROW_GROUP_SESSIONS = 8192
 
 @dataclass
 class WrittenFiles:
-    """What `write_partitions` wrote."""
+    """What was written, a file a partition; threads may add to it."""
 
     files: list[PartitionFile] = field(default_factory=list)
     """By partition."""
@@ -33,6 +34,18 @@ class WrittenFiles:
     """Earliest start_ts in s."""
     end_ts: int = -1
     """Latest end_ts in s."""
+    _lock: Lock = field(default_factory=Lock)
+
+    def count_nulls(self, column: str, nulls: int) -> None:
+        """Add to the nulls of a column."""
+        with self._lock:
+            self.nulls[column] = self.nulls.get(column, 0) + nulls
+
+    def widen(self, start_ts: int, end_ts: int) -> None:
+        """Extend the range of times."""
+        with self._lock:
+            self.start_ts = min(self.start_ts, start_ts)
+            self.end_ts = max(self.end_ts, end_ts)
 
 
 def write_partitions(
@@ -60,7 +73,7 @@ def write_partitions(
         RuntimeError: if a file read back is not in order or not of its partition.
     """
     written = WrittenFiles()
-    by_partition = groupby(_pieces(_sessions(batches, schema, written)), key=itemgetter(0))
+    by_partition = groupby(_pieces(sessions_of(batches, schema, written)), key=itemgetter(0))
     ahead = next(by_partition, None)
     for partition in range(partitions):
         path = folder / file_name(partition)
@@ -99,10 +112,16 @@ def _encoding(schema: pa.Schema) -> dict[str, object]:
     }
 
 
-def _sessions(
+def sessions_of(
     batches: Iterable[pa.RecordBatch], schema: pa.Schema, written: WrittenFiles
 ) -> Iterator[tuple[np.ndarray, pa.Table]]:
-    """Yield (partition of each session, sessions), in order; a session is never cut."""
+    """Yield (partition of each session, sessions), in order; a session is never cut.
+
+    Args:
+        batches: rows as `write_partitions` reads them.
+        schema: of the log.
+        written: nulls are added to it.
+    """
     rows: pa.Table | None = None
     for batch in batches:
         table = pa.Table.from_batches([batch])
@@ -110,10 +129,10 @@ def _sessions(
         starts = _session_starts(rows)
         if len(starts) > 1:
             # The last session may go on in the next batch.
-            yield _nested(rows.slice(0, starts[-1]), starts[:-1], schema, written)
+            yield _whole_sessions(rows.slice(0, starts[-1]), starts[:-1], schema, written)
             rows = rows.slice(starts[-1])
     if rows is not None and rows.num_rows:
-        yield _nested(rows, _session_starts(rows), schema, written)
+        yield _whole_sessions(rows, _session_starts(rows), schema, written)
 
 
 def _session_starts(rows: pa.Table) -> np.ndarray:
@@ -126,26 +145,42 @@ def _session_starts(rows: pa.Table) -> np.ndarray:
     return np.flatnonzero(changed)
 
 
-def _nested(
+def _whole_sessions(
     rows: pa.Table, starts: np.ndarray, schema: pa.Schema, written: WrittenFiles
 ) -> tuple[np.ndarray, pa.Table]:
     """Return (partition of each session, one row a session) of rows that begin with a session."""
     rows = rows.combine_chunks()
     heads = rows.take(pa.array(starts))
+    offsets = np.append(starts, rows.num_rows)
+    return heads[PARTITION].to_numpy(), nest(heads, rows, offsets, schema, written)
+
+
+def nest(
+    heads: pa.Table, events: pa.Table, offsets: np.ndarray, schema: pa.Schema, written: WrittenFiles
+) -> pa.Table:
+    """Return sessions as the log holds them, one a row.
+
+    Args:
+        heads: (S,) user_id, session_id, start_ts, end_ts, context_NAME.
+        events: (E,) event_NAME.
+        offsets: (S + 1,): events of session s are rows offsets[s]:offsets[s + 1].
+        schema: of the log.
+        written: nulls are added to it.
+    """
     columns = {name: heads[name] for name in (USER_ID, SESSION_ID, START_TS, END_TS)}
     if CONTEXT in schema.names:
         columns[CONTEXT] = _struct(heads, CONTEXT_PREFIX, schema.field(CONTEXT).type, written)
-    event = _struct(rows, EVENT_PREFIX, schema.field(EVENTS).type.value_type, written)
-    offsets = pa.array(np.append(starts, rows.num_rows).astype(np.int32))
-    columns[EVENTS] = pa.ListArray.from_arrays(offsets, event, type=schema.field(EVENTS).type)
-    return heads[PARTITION].to_numpy(), pa.table(columns, schema=schema)
+    event = _struct(events, EVENT_PREFIX, schema.field(EVENTS).type.value_type, written)
+    bounds = pa.array(offsets.astype(np.int32))
+    columns[EVENTS] = pa.ListArray.from_arrays(bounds, event, type=schema.field(EVENTS).type)
+    return pa.table(columns, schema=schema)
 
 
 def _struct(rows: pa.Table, prefix: str, kind: pa.StructType, written: WrittenFiles) -> pa.Array:
     arrays = []
     for leaf in kind:
         values = rows[prefix + leaf.name].combine_chunks()
-        written.nulls[leaf.name] = written.nulls.get(leaf.name, 0) + values.null_count
+        written.count_nulls(leaf.name, values.null_count)
         arrays.append(values.cast(leaf.type))
     return pa.StructArray.from_arrays(arrays, fields=list(kind))
 
@@ -222,8 +257,7 @@ def check_file(
             num_events += len(times)
             last = (int(end[-1]), int(user[-1]), int(session[-1]))
             first_end = int(end[0]) if first_end is None else first_end
-            written.start_ts = min(written.start_ts, int(start.min()))
-            written.end_ts = max(written.end_ts, last[0])
+            written.widen(int(start.min()), last[0])
     return PartitionFile(
         name=path.name,
         num_sessions=num_sessions,

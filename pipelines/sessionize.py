@@ -5,11 +5,17 @@ event log + starting history
   -> joined columns -> string ids to 64 bits -> repeats dropped -> counters of the past
   -> sessions -> ordered by (partition, end_ts, user_id, session_id, time)
   -> nested, one row a session, one file a partition
+
+Spark runs all of it but the last step. On one machine DuckDB's part ends before the sessions, and
+before the repeats where no counter needs them dropped: session_cutter goes on, a partition at a
+time, and asks DuckDB for the rest of the expression where one does not fit into memory.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -20,16 +26,19 @@ import pyarrow.parquet as pq
 from pipelines import session_expression as steps
 from pipelines.config import SessionizeConfig
 from pipelines.counters import counter_names
+from pipelines.duckdb_engine import DuckDBEngine, open_duckdb
 from pipelines.event_log import IBIS_TYPES, Kind, Source, find_source
 from pipelines.manifest import Manifest, log_schema, read_manifest, write_manifest
 from pipelines.output_folder import check_output, new_folder
 from pipelines.schema import EVENT_ITEM_ID, EVENT_TIMESTAMP, history_name, part_name
+from pipelines.session_cutter import CutRules, Dealer, write_cut
 from pipelines.session_writer import WrittenFiles, write_partitions
 
 if TYPE_CHECKING:
     import ibis.expr.types as ir
 
 REJECTS = "rejects.parquet"
+HELD_SHARE = 0.25  # of memory_gb that rows may take while DuckDB still runs
 
 _IDS: frozenset[Kind] = frozenset({"integer", "string"})
 _TIMES: frozenset[Kind] = frozenset({"integer", "timestamp"})
@@ -120,25 +129,12 @@ def _write(config: SessionizeConfig, inputs: _Inputs, engine: Engine, folder: Pa
     events = steps.with_ids(
         events, config, inputs.kinds, event_columns, inputs.context, engine.hex_to_integer
     )
-    events = steps.without_repeats(events, config)
-
     actions, features, context = _columns(config, inputs)
-    schema = log_schema(actions, features, context)
-
-    def write(sessions: "ir.Table", file_name: Any) -> WrittenFiles:
-        return write_partitions(
-            engine.stream(steps.in_order(sessions, config)),
-            folder,
-            schema,
-            partitions=config.partitions,
-            seed=config.partition_seed,
-            file_name=file_name,
-        )
-
-    log = write(steps.in_sessions(steps.with_counters(events, config), config), part_name)
+    write = partial(_write_source, config, engine, folder, log_schema(actions, features, context))
+    log = write(events, steps.LOG, part_name)
     past = WrittenFiles()
     if inputs.history is not None:
-        past = write(steps.as_histories(events, config), history_name)
+        past = write(events, steps.HISTORY, history_name)
     num_events = sum(file.num_events for file in (*log.files, *past.files))
     manifest = Manifest(
         folder=folder,
@@ -160,6 +156,64 @@ def _write(config: SessionizeConfig, inputs: _Inputs, engine: Engine, folder: Pa
     )
     _check_joins(config, inputs, manifest)
     return manifest
+
+
+def _write_source(
+    config: SessionizeConfig,
+    engine: Engine,
+    folder: Path,
+    schema: pa.Schema,
+    events: "ir.Table",
+    source: int,
+    file_name: Callable[[int], str],
+) -> WrittenFiles:
+    """Write the sessions of the log, or the users' histories before it, one file a partition."""
+    counters = steps.with_counters if source == steps.LOG else steps.without_counters
+    sessions = steps.in_sessions if source == steps.LOG else steps.as_histories
+    seed = config.partition_seed
+
+    def in_order(rows: "ir.Table") -> Iterator[pa.RecordBatch]:
+        return engine.stream(steps.in_order(sessions(rows, config), config))
+
+    if not isinstance(engine, DuckDBEngine):
+        rows = counters(steps.without_repeats(events, config), config)
+        return write_partitions(
+            in_order(rows),
+            folder,
+            schema,
+            partitions=config.partitions,
+            seed=seed,
+            file_name=file_name,
+        )
+
+    # Counters see all events, so repeats must be gone before.
+    drops_repeats = source == steps.LOG and bool(config.counters)
+    if drops_repeats:
+        events = steps.without_repeats(events, config)
+    max_bytes = config.memory_gb * 1e9
+    dealer = Dealer(config.partitions, engine.new_folder(), max_bytes * HELD_SHARE)
+    for batch in engine.stream(steps.in_partitions(counters(events, config), config)):
+        dealer.add(batch)
+
+    def in_order_again(files: Sequence[Path]) -> Iterator[pa.RecordBatch]:
+        rows = steps.from_partitions(engine.read_rows(files), config, source)
+        return in_order(rows if drops_repeats else steps.without_repeats(rows, config))
+
+    return write_cut(
+        dealer,
+        CutRules(
+            gap_seconds=config.gap_seconds,
+            duplicates="keep" if drops_repeats else config.duplicates,
+            session=None if source == steps.LOG else steps.HISTORY_SESSION,
+        ),
+        folder,
+        schema,
+        seed=seed,
+        file_name=file_name,
+        threads=config.threads or os.cpu_count() or 1,
+        max_bytes=max_bytes,
+        in_order=in_order_again,
+    )
 
 
 def _columns(
@@ -370,7 +424,5 @@ def _engine(config: SessionizeConfig, scratch: Path) -> Iterator[Engine]:
         with open_spark(config, scratch) as engine:
             yield engine
         return
-    from pipelines.duckdb_engine import open_duckdb
-
     with open_duckdb(config, scratch) as engine:
         yield engine

@@ -37,7 +37,7 @@ def test_partition_equals_arithmetic_without_bit_operations(user, seed, partitio
     assert partition_of(np.array([user]), seed, partitions).tolist() == [expected]
 
 
-def test_engine_equals_python():
+def test_engine_equals_python(tmp_path):
     rng = np.random.default_rng(0)
     edges = [2**63 - 1, -(2**63), 2**62, -(2**62), 2**31, 2**31 - 1, -(2**31), 0, -1]
     users = np.concatenate([rng.integers(-(2**63), 2**63 - 1, 5000), edges, np.arange(-99, 99)])
@@ -45,10 +45,11 @@ def test_engine_equals_python():
     table = column(engine, users, pa.int64())
     found = engine.to_pyarrow(table.select("x", p=partition_of(table["x"], 12345, 64)))
     assert found["p"].to_pylist() == [oracle.partition(int(x), 12345, 64) for x in found["x"]]
+    to_integer = DuckDBEngine(engine, tmp_path).hex_to_integer
     texts = ["", "a", "Zo\u00e9", "\U0001f600", None, *map(str, range(500))]
     table = column(engine, texts, pa.string())
     found = engine.to_pyarrow(
-        table.select("x", h=string_id_column(table["x"], DuckDBEngine(engine).hex_to_integer))
+        table.select("x", h=string_id_column(table["x"], to_integer))
     ).to_pylist()
     assert {r["x"]: r["h"] for r in found} == {x: oracle.identity(x) for x in texts}
     engine.disconnect()

@@ -94,8 +94,11 @@ def read_back(folder, name, partitions):
     order=st.booleans(),
     named=st.booleans(),
     group=one_of(1, 2, 8192),
+    sorted_by=one_of("memory", "files", "engine"),
 )
-def test_equals_the_plain_python_oracle(drawn, duplicates, order, named, group, tmp_path_factory):
+def test_equals_the_plain_python_oracle(
+    drawn, duplicates, order, named, group, sorted_by, tmp_path_factory
+):
     log, history, unit, strings = drawn
     tmp = tmp_path_factory.mktemp("log")
     schema = arrow_schema(strings, unit, as_timestamp=False)
@@ -155,6 +158,10 @@ def test_equals_the_plain_python_oracle(drawn, duplicates, order, named, group, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session_writer, "ROW_GROUP_SESSIONS", group)
         patch.setattr("pipelines.duckdb_engine.BATCH_ROWS", 2048)
+        if sorted_by != "memory":
+            patch.setattr("pipelines.sessionize.HELD_SHARE", 0.0)
+        if sorted_by == "engine":
+            patch.setattr("pipelines.session_cutter._WORK", 10**12)
         manifest = sessionize(config)
     assert read_back(tmp / "out", part_name, 3) == parts
     if history:
@@ -222,6 +229,35 @@ def test_nan_is_unknown_also_where_the_file_says_that_all_values_are_equal(tmp_p
     rows = [r for part in read_back(tmp_path / "out", part_name, 2) for r in part]
     clicks = {e["item_id"]: e["click"] for r in rows for e in r["events"]}
     assert clicks == {5: 0.0, 6: None}
+
+
+def test_minus_zero_repeats_zero(tmp_path):
+    # Engines group them as one value.
+    same = {"user_id": [1, 1, 1], "item_id": [5, 5, 5], "timestamp": [3, 3, 3]}
+    write_simple(tmp_path / "log.parquet", **same, click=[-0.0, 0.0, 1.0])
+    assert sessionize(simple(tmp_path)).num_duplicates == 1
+
+
+def test_each_way_to_sort_gives_the_same_bytes(tmp_path, monkeypatch):
+    rng = np.random.default_rng(2)
+    n = 20_000
+    write_simple(
+        tmp_path / "log.parquet",
+        user_id=rng.integers(0, 99, n),
+        item_id=rng.integers(0, 3, n),
+        timestamp=rng.integers(0, 10**5, n),
+        click=rng.random(n) < 0.5,
+        seq=[None if x == 9 else f"{x}" for x in rng.integers(0, 10, n)],
+    )
+    config = simple(tmp_path, order="seq", gap_seconds=300, overwrite=True)
+    monkeypatch.setattr("pipelines.duckdb_engine.BATCH_ROWS", 2048)
+    in_memory = sessionize(config)
+    assert 0 < in_memory.num_duplicates < 1000
+    monkeypatch.setattr("pipelines.sessionize.HELD_SHARE", 1e-5)  # a few batches
+    assert sessionize(config).parts == in_memory.parts
+    monkeypatch.setattr("pipelines.session_cutter._WORK", 10**12)
+    monkeypatch.setattr("pipelines.session_cutter.cut_sessions", None)
+    assert sessionize(config).parts == in_memory.parts
 
 
 def test_a_remote_log_is_read_through_fsspec(tmp_path):
