@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; None means those of the process.
 
     Returns:
-        Exit status: 0, 1 for a run that went wrong (a loss that is not finite), 2 for a user's
-        mistake, 130 for ctrl-C.
+        Exit status: 0, 1 for a run that went wrong (a loss that is not finite, a rank lost), 2 for
+        a user's mistake, 130 for ctrl-C.
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -55,6 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         who = _speaker(arguments.command)
         print(f"{who}gr {arguments.command}: error: {_text(error)}", file=sys.stderr)
         return FAILED if isinstance(error, FloatingPointError) else USER_ERROR
+    except RuntimeError as error:
+        message = _lost_rank(error) if arguments.command in ("train", "evaluate") else None
+        if message is None or arguments.traceback:
+            raise
+        who = _speaker(arguments.command)
+        print(f"{who}gr {arguments.command}: error: {message}", file=sys.stderr)
+        return FAILED
     return 0
 
 
@@ -254,6 +261,12 @@ def _speaker(command: str) -> str:
     from gr.parallel import environment_rank
 
     return f"[rank {environment_rank()}] " if environment_rank() else ""
+
+
+def _lost_rank(error: RuntimeError) -> str | None:
+    from gr.parallel import lost_rank
+
+    return lost_rank(error)
 
 
 def _text(error: BaseException) -> str:

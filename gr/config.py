@@ -352,6 +352,9 @@ class TrainConfig:
     sum."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
+    timeout_minutes: float = 10.0
+    """How long a rank waits for the others before the run fails. Host code between two collectives
+    (a slow file, a first compilation) counts."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the dense part's matrix products (bf16: autocast)."""
     max_steps: int = 0
@@ -374,6 +377,8 @@ class TrainConfig:
     """What is saved."""
 
     def __post_init__(self) -> None:
+        if self.timeout_minutes <= 0:
+            raise ValueError(f"timeout_minutes must be positive, got {self.timeout_minutes}")
         check_consistency(self)
 
 

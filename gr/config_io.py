@@ -23,14 +23,14 @@ class ConfigError(ValueError):
 
 
 def load_config(
-    schema: type[T], path: str | Path, overrides: Sequence[str] = ()
+    schema: type[T], path: str | Path | None, overrides: Sequence[str] = ()
 ) -> tuple[T, DictConfig]:
     """Read a configuration file.
 
     Args:
         schema: dataclass that defines keys, types and defaults.
         path: YAML file. Its key `base:` names a file, relative to its own folder, that it
-            extends, unless the schema has a field of that name.
+            extends, unless the schema has a field of that name. None: defaults and overrides only.
         overrides: `key.path=value`, the value in YAML.
 
     Returns:
@@ -41,7 +41,9 @@ def load_config(
     """
     config = OmegaConf.structured(schema)
     extends = BASE not in get_type_hints(schema)
-    layers = _read_chain(Path(path), (), extends) + [_read_override(text) for text in overrides]
+    layers = [] if path is None else _read_chain(Path(path), (), extends)
+    layers += [_read_override(text) for text in overrides]
+    path = path or "defaults"
     typed = [(source, _typed(schema, layer, (), source)) for source, layer in layers]
     try:
         config = OmegaConf.merge(config, *(layer for _, layer in typed))

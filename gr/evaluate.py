@@ -71,7 +71,11 @@ def evaluate(
             or the ranks do not agree.
     """
     parallel.set_determinism(config.deterministic)
-    world = parallel.start(config.device, needs_group=config.embeddings.form == "sharded")
+    world = parallel.start(
+        config.device,
+        needs_group=config.embeddings.form == "sharded",
+        timeout_minutes=config.timeout_minutes,
+    )
     try:
         world.agree("configuration", OmegaConf.to_yaml(OmegaConf.structured(config)))
         manifest = read_manifests(config.data.log)[0]

@@ -10,6 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# In messages of gloo, of NCCL and of the store.
+_SIGNS_OF_A_LOST_RANK = (
+    *("Connection closed by peer", "Connection reset by peer", "Timed out waiting"),
+    *("pair closure", "remote process exited", "Broken pipe", "Failed to recv, got 0 bytes"),
+)
+_ended_groups: list[Any] = []
+
 
 @dataclass(frozen=True)
 class World:
@@ -88,15 +95,35 @@ def environment_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def start(device: str, *, needs_group: bool = False) -> World:
+def environment_job() -> str:
+    """Return the id of the job that this process belongs to, the same after a restart; or ""."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return "" if job == "none" else job  # torchrun's default, which is no id
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """Return a message if an error means that another rank is gone or late, else None."""
+    text = str(error).strip().split("\n", 1)[0]
+    if not any(sign in text for sign in _SIGNS_OF_A_LOST_RANK):
+        return None
+    # Gloo adds advice after its first sentence.
+    return (
+        "lost contact with another rank: it died, hangs, or cannot be reached. What it printed "
+        f"last says why; all that this rank saw is: {text.split('. This is typically')[0][:300]}"
+    )
+
+
+def start(device: str, *, needs_group: bool = False, timeout_minutes: float = 10.0) -> World:
     """Join the job that torchrun started, or stand alone.
 
     Args:
         device: auto, cpu or cuda; auto is CUDA where there is one.
         needs_group: form a process group also of a single CPU process, as TorchRec needs.
+        timeout_minutes: how long a rank waits for the others, here and in every collective.
 
     Raises:
-        ValueError: if CUDA is asked for and there is none, or fewer GPUs than local ranks.
+        ValueError: if CUDA is asked for and there is none, or fewer GPUs than local ranks; if not
+            all ranks come in time.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -117,17 +144,31 @@ def start(device: str, *, needs_group: bool = False) -> World:
     forms_group = not dist.is_initialized() and (size > 1 or device == "cuda" or needs_group)
     if forms_group:
         _set_lonely_rendezvous(size)
-        dist.init_process_group(
-            "nccl" if device == "cuda" else "gloo",
-            timeout=timedelta(minutes=10),
-            device_id=where if device == "cuda" else None,
-        )
+        try:
+            dist.init_process_group(
+                "nccl" if device == "cuda" else "gloo",
+                timeout=timedelta(minutes=timeout_minutes),
+                device_id=where if device == "cuda" else None,
+            )
+        except (dist.DistStoreError, dist.DistNetworkError) as error:
+            at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise ValueError(
+                f"rank {environment_rank()} waited {timeout_minutes:g} min at {at} for {size} "
+                "ranks, but not all came. Start as many processes as WORLD_SIZE says (torchrun "
+                "does), on hosts that reach that address; raise timeout_minutes where they start "
+                f"slowly. ({str(error).splitlines()[0]})"
+            ) from error
     return World(environment_rank(), size, where, forms_group)
 
 
 def stop(world: World) -> None:
     """Leave the job, unless the caller of `start` had joined it already."""
     if world.owns_group:
+        # The last owner of a group joins its threads, and one of these may be waiting for Python's
+        # lock to let go of the tensor that it sent last. Python's own reference gives the lock up
+        # for that; DistributedDataParallel's, which outlives this function, does not, and the
+        # process would never end (torch 2.13, gloo). So a reference is kept.
+        _ended_groups.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 

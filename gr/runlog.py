@@ -3,7 +3,7 @@
 config.yaml      resolved configuration       metrics.jsonl   a line a logged step
 overrides.txt    overrides, one a line        eval.jsonl      a line a window, and one overall
 commit.txt       commit and uncommitted diff  checkpoints/    gr/checkpoint.py
-events.out.*     TensorBoard, the same numbers
+job.txt          id of the job that writes    events.out.*    TensorBoard, the same numbers
 """
 
 import json
@@ -23,9 +23,10 @@ from gr.atomic import write_atomically
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 EVAL = "eval.jsonl"
+JOB = "job.txt"
 # What may change when a run is resumed: it leaves model, data and optimisation as they were.
 FREE_ON_RESUME = (
-    *("run_dir", "resume", "max_steps", "log_every", "device", "data.prefetch"),
+    *("run_dir", "resume", "max_steps", "log_every", "device", "timeout_minutes", "data.prefetch"),
     *("data.follow", "data.follow_idle_seconds", "data.max_reject_fraction"),
     *("data.history_memory_gb", "data.spill_folder"),
 )
@@ -52,7 +53,12 @@ class RunDir:
 
 
 def open_run_dir(
-    path: str | Path, *, resume: bool, resolved: DictConfig, overrides: Sequence[str] = ()
+    path: str | Path,
+    *,
+    resume: bool,
+    resolved: DictConfig,
+    overrides: Sequence[str] = (),
+    job: str = "",
 ) -> RunDir:
     """Make a run directory, or take up an old one. Called on one rank.
 
@@ -61,6 +67,8 @@ def open_run_dir(
         resume: whether to go on with the run that is there.
         resolved: the configuration, as load_config returns it.
         overrides: of the command line, for the record.
+        job: id of the job that this process belongs to. A run that the same job began is resumed
+            without `resume`: that is how a restarted job goes on.
 
     Raises:
         ValueError: if something is there and `resume` is false, if what is there is no run, or if
@@ -71,6 +79,11 @@ def open_run_dir(
         raise ValueError(f"run_dir={path} is a file. Name a directory that is empty or not there.")
     found = [p.name for p in run.path.iterdir()] if run.path.exists() else []
     found = [name for name in found if not (name.startswith(".") and name.endswith(".tmp"))]
+    if found == [JOB]:
+        found = []  # Killed before it began.
+    if job and found and not resume:
+        begun = run.path / JOB
+        resume = begun.is_file() and begun.read_text(encoding="utf-8").strip() == job
     if found and not resume:
         raise ValueError(
             f"run_dir={path} is not empty ({', '.join(sorted(found)[:4])}). Give resume=true to go "
@@ -88,6 +101,9 @@ def open_run_dir(
         lines = _appended(run.path / "overrides.txt", lines)
         commit = _appended(run.path / "commit.txt", commit)
     run.path.mkdir(parents=True, exist_ok=True)
+    if job:
+        # First, so that a kill in between leaves nothing that a retry would refuse.
+        write_atomically(run.path / JOB, f"{job}\n")
     write_atomically(run.path / CONFIG, OmegaConf.to_yaml(resolved))
     write_atomically(run.path / "overrides.txt", lines)
     write_atomically(run.path / "commit.txt", commit)

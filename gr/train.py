@@ -43,7 +43,11 @@ def train(config: TrainConfig, resolved: DictConfig, overrides: Sequence[str] = 
         FloatingPointError: if a loss is not finite.
     """
     parallel.set_determinism(config.deterministic)
-    world = parallel.start(config.device, needs_group=config.embeddings.form == "sharded")
+    world = parallel.start(
+        config.device,
+        needs_group=config.embeddings.form == "sharded",
+        timeout_minutes=config.timeout_minutes,
+    )
     try:
         world.agree("configuration", OmegaConf.to_yaml(resolved))
         manifests = read_manifests(config.data.log)
@@ -82,7 +86,11 @@ def train(config: TrainConfig, resolved: DictConfig, overrides: Sequence[str] = 
         stream = stream_from(None)
         world.on_main(
             lambda: open_run_dir(
-                run.path, resume=config.resume, resolved=resolved, overrides=overrides
+                run.path,
+                resume=config.resume,
+                resolved=resolved,
+                overrides=overrides,
+                job=parallel.environment_job(),
             )
         )
         checkpoints = CheckpointManager(

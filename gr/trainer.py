@@ -87,7 +87,12 @@ class Trainer:
         self.model = dense_model(config, dims, utc_offset).to(world.device)
         self.dense: nn.Module = self.model
         if world.size > 1:
-            self.dense = DistributedDataParallel(self.model)
+            # After its first step, DDP lays gradients out anew in the order in which they came, so
+            # with more than two ranks a resumed run would add them up in another order than one
+            # that went on. It does not where it looks for unused parameters.
+            self.dense = DistributedDataParallel(
+                self.model, find_unused_parameters=config.deterministic
+            )
         self.objective = Objective(config, self.item_table).to(world.device)
         self.optimizer = dense_optimizer(self.model, config.optim)
         self.evaluation = EvalAccumulator(

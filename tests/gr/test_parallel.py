@@ -1,7 +1,12 @@
 import os
+import socket
+import time
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from gr import parallel
 from gr.parallel import World
@@ -32,6 +37,73 @@ def test_ranks_that_agree_go_on_and_others_hear_where_they_differ():
     assert "'b: 2' against 'b: 3'" in texts[0]
     texts = run_distributed(agree, 2, [same, same + "c: 4\n"])
     assert "2 against 3 lines" in texts[0]
+
+
+def lose_a_rank(how):
+    group = dist.new_group(timeout=timedelta(seconds=0.3))
+    dist.barrier()
+    if dist.get_rank() == 1:
+        if how == "dies":
+            dist.destroy_process_group()
+        else:
+            time.sleep(1)
+        return None
+    try:
+        dist.all_reduce(torch.ones(1), group=group)
+    except RuntimeError as error:
+        return parallel.lost_rank(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_rank_that_is_lost(how):
+    text = run_distributed(lose_a_rank, 2, how)[0]
+    assert text.startswith("lost contact with another rank: ")
+    assert ("Timed out" if how == "hangs" else "Connection") in text
+
+
+def test_other_errors_are_not_a_lost_rank():
+    for error in (RuntimeError("CUDA out of memory"), RuntimeError(""), KeyError("gloo")):
+        assert parallel.lost_rank(error) is None
+
+
+def test_ranks_that_do_not_come(monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for key, value in {**environment, "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(key, value)
+    expected = rf"rank 0 waited 0\.01 min at 127\.0\.0\.1:{port} for 3 ranks, but not all came"
+    with pytest.raises(ValueError, match=expected):
+        parallel.start("cpu", timeout_minutes=0.01)
+
+
+def test_the_job_that_the_launcher_names(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert parallel.environment_job() == ""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert parallel.environment_job() == ""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "17")
+    assert parallel.environment_job() == "17"
+
+
+def end_many_times(folder):
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    for i in range(10):
+        where = f"file://{folder}/{i}"
+        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
+        model = DistributedDataParallel(torch.nn.Linear(4, 4))
+        # What is sent last is still held by a thread of the group when the main thread goes on.
+        dist.broadcast_object_list([None])
+        parallel.stop(World(rank, 2, CPU, owns_group=True))
+        del model
+    return True
+
+
+def test_a_run_ends_while_its_model_still_holds_the_group(tmp_path):
+    assert run_distributed(end_many_times, 2, str(tmp_path), timeout_s=60) == [True, True]
 
 
 def sums_and_actions(folder):

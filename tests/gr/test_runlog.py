@@ -52,6 +52,34 @@ def test_resume_of_nothing_starts_a_run(tmp_path):
     open_run_dir(tmp_path / "b", resume=False, resolved=config())
 
 
+def test_a_job_goes_on_with_the_run_that_it_began_and_with_no_other(tmp_path):
+    def begin(job, folder="run", resume=False):
+        return open_run_dir(tmp_path / folder, resume=resume, resolved=config(), job=job)
+
+    begin("17")
+    assert (tmp_path / "run" / "job.txt").read_text() == "17\n"
+    begin("17")
+    for other in ("18", "1", ""):
+        with pytest.raises(ValueError, match=r"not empty .*resume=true"):
+            begin(other)
+    # Taken up by hand, the run belongs to the job that took it up.
+    begin("18", resume=True)
+    begin("18")
+    with pytest.raises(ValueError, match="not empty"):
+        begin("17")
+    # Refused the first time, a job is refused when it is restarted too.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="not empty"):
+            begin("18", "other")
+    # Killed before config.yaml was there, it had begun nothing.
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early" / "job.txt").write_text("18\n")
+    begin("19", "early")
+    assert (tmp_path / "early" / "job.txt").read_text() == "19\n"
+
+
 def test_resume_takes_new_limits_and_records_them(tmp_path):
     open_run_dir(tmp_path, resume=False, resolved=config(), overrides=["a=1"])
     new = config(resume=True, max_steps=9, checkpoint={"keep": 5})
