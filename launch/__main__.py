@@ -34,7 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.dry_run:
             _say(describe(members))
             return 0
-        return 0 if run_sweep(config, members, say=_say) else 1
+        if not config.scheduler:
+            return 0 if run_sweep(config, members, say=_say) else 1
+        # TorchX is an extra that sweeps on this machine do without.
+        from launch.submit import TorchXRuns
+
+        jobs = TorchXRuns(config)
+        done = run_sweep(config, members, say=_say, submit=jobs, cancel=jobs.cancel)
+        return 0 if done else 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130

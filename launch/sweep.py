@@ -3,6 +3,9 @@
 import hashlib
 import itertools
 import json
+import os
+import queue
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from gr.config import TrainConfig
 from gr.config_io import load_config
 from launch.config import SweepConfig, VariantConfig
+from launch.layout import Layout
 
 # Set by the sweep itself.
 RESERVED = ("run_dir", "resume", "seed")
@@ -37,6 +41,8 @@ class Member:
     run_dir: Path
     log: Path
     """What the run prints."""
+    processes: int = 1
+    """On this machine, where it is no job of its own."""
 
     def is_finished(self) -> bool:
         """Return whether the run has written its overall evaluation."""
@@ -46,14 +52,26 @@ class Member:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # complete lines
         return bool(lines) and json.loads(lines[-1])["window"] == "all"
 
-    def command(self) -> list[str]:
-        """Return what starts the run, or goes on with it if it was cut short."""
+    def arguments(self) -> list[str]:
+        """Return all overrides: what starts the run, or goes on with it if it was cut short."""
         resume = self.run_dir.exists() and any(self.run_dir.iterdir())
         return [
-            *(sys.executable, "-m", "gr", "train", self.base, *self.overrides),
+            *self.overrides,
             f"run_dir={json.dumps(str(self.run_dir))}",
             *(["resume=true"] if resume else []),
         ]
+
+    def command(self) -> list[str]:
+        """Return what runs the member on this machine."""
+        python = [sys.executable, "-m"]
+        if self.processes > 1:
+            torchrun = (
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={self.processes}",
+            )
+            python += [*torchrun, "-m"]
+        return [*python, "gr", "train", self.base, *self.arguments()]
 
 
 def expand(sweep: SweepConfig) -> list[Member]:
@@ -61,8 +79,14 @@ def expand(sweep: SweepConfig) -> list[Member]:
 
     Raises:
         ValueError: if there are more than `limit`, two are the same, a key is set by the sweep
-            itself or a configuration is not valid.
+            itself, a configuration is not valid, or there are nodes but no scheduler.
     """
+    layout = Layout.parse(sweep.j)
+    if layout.nodes > 1 and not sweep.scheduler:
+        raise ValueError(
+            f"j={sweep.j} asks for {layout.nodes} nodes, but scheduler is empty, so all runs stay "
+            "on this machine: name a scheduler (slurm, kubernetes), or give j=1xPROCESSES"
+        )
     variants = sweep.runs or {"": VariantConfig()}
     _refuse_reserved(sweep, variants)
     axes = [[(key, value) for value in values] for key, values in sweep.grid.items()]
@@ -100,6 +124,7 @@ def run_sweep(
     *,
     say: Callable[[str], None],
     submit: Callable[[Member], int] | None = None,
+    cancel: Callable[[], None] = lambda: None,
 ) -> bool:
     """Run what is not finished, `sweep.jobs` at once, then write the report.
 
@@ -107,12 +132,13 @@ def run_sweep(
         sweep: its output folder gets report.md, report.csv, summary.csv and plots.
         members: of `expand`.
         say: prints a line.
-        submit: runs a member to its end and returns its exit status; None means run_locally.
+        submit: runs a member to its end and returns its exit status; None means LocalRuns.
+        cancel: ends what `submit` has started, after ctrl-C.
 
     Returns:
         Whether every run is finished.
     """
-    run = submit or run_locally
+    run = submit or LocalRuns(sweep.jobs, Layout.parse(sweep.j).processes)
     waiting = [member for member in members if not member.is_finished()]
     say(f"{len(members)} runs, {len(members) - len(waiting)} finished before")
     started = time.monotonic()
@@ -129,6 +155,7 @@ def run_sweep(
                 name = f"{member.label} seed {member.seed}"
                 say(f"[{done}/{len(waiting)}, {passed:.0f} s] {name}: {state}")
         except KeyboardInterrupt:
+            cancel()
             pool.shutdown(cancel_futures=True)
             raise
     finished = [member for member in members if member.is_finished()]
@@ -139,11 +166,56 @@ def run_sweep(
     return failed == 0
 
 
-def run_locally(member: Member) -> int:
-    """Run a member as a process of this machine; return its exit status."""
-    member.log.parent.mkdir(parents=True, exist_ok=True)
-    with member.log.open("a", encoding="utf-8") as log:
-        return subprocess.run(member.command(), stdout=log, stderr=subprocess.STDOUT).returncode
+class LocalRuns:
+    """Runs members as processes of this machine and shares its GPUs out among those at once."""
+
+    def __init__(self, jobs: int, processes: int, gpus: Sequence[str] | None = None) -> None:
+        """Share out the GPUs.
+
+        Args:
+            jobs: members at once.
+            processes: of each, one GPU a process.
+            gpus: ids for CUDA_VISIBLE_DEVICES; None means those that this process sees.
+
+        Raises:
+            ValueError: if a member has more processes than there are GPUs (none at all is fine).
+        """
+        gpus = visible_gpus() if gpus is None else gpus
+        if gpus and processes > len(gpus):
+            raise ValueError(
+                f"j=1x{processes} asks for {processes} GPUs a run, but this machine has {len(gpus)}"
+            )
+        self._shares: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+        for job in range(jobs):
+            first = job * processes
+            self._shares.put(
+                [gpus[(first + i) % len(gpus)] for i in range(processes if gpus else 0)]
+            )
+
+    def __call__(self, member: Member) -> int:
+        """Run a member to its end and return its exit status."""
+        member.log.parent.mkdir(parents=True, exist_ok=True)
+        share = self._shares.get()
+        environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(share)} if share else {})}
+        try:
+            with member.log.open("a", encoding="utf-8") as log:
+                return subprocess.run(
+                    member.command(), stdout=log, stderr=subprocess.STDOUT, env=environment
+                ).returncode
+        finally:
+            self._shares.put(share)
+
+
+def visible_gpus() -> list[str]:
+    """Return the ids of the GPUs that processes of this machine may use."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [gpu for gpu in chosen.split(",") if gpu.strip()]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    done = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
+    found = [line for line in done.stdout.splitlines() if line.startswith("GPU ")]
+    return [str(i) for i in range(len(found))]
 
 
 def describe(members: Sequence[Member]) -> str:
@@ -184,7 +256,14 @@ def _member(
     folder = f"{name or Path(base).stem}_s{seed}_{run_id}"
     output = Path(sweep.output)
     return Member(
-        label, seed, base, overrides, run_id, output / folder, output / "logs" / f"{folder}.log"
+        label=label,
+        seed=seed,
+        base=base,
+        overrides=overrides,
+        id=run_id,
+        run_dir=output / folder,
+        log=output / "logs" / f"{folder}.log",
+        processes=Layout.parse(sweep.j).processes,
     )
 
 

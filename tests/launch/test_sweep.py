@@ -1,22 +1,26 @@
 import itertools
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from torchx import specs
 
 from gr.config import TrainConfig
 from gr.config_io import load_config
+from launch import submit
 from launch import sweep as sweep_module
 from launch.__main__ import main
 from launch.config import SweepConfig, VariantConfig
-from launch.sweep import config_hash, describe, expand, run_sweep
+from launch.sweep import LocalRuns, config_hash, describe, expand, run_sweep, visible_gpus
 
 RUN = """
 data: {log: absent, num_items: 9, num_negatives: 2}
@@ -135,6 +139,7 @@ def test_a_sweep_that_cannot_be_expanded(base, tmp_path, fields, message):
         ({"grid": {"a": [1]}, "zip": {"a": [1]}}, "a is in grid and in zip"),
         ({"seeds": (1, 1)}, "none twice"),
         ({"jobs": 0}, "jobs must be at least 1"),
+        ({"scheduler_args": {"time": "1:00"}}, "scheduler_args and cluster are for jobs"),
     ],
 )
 def test_a_sweep_that_contradicts_itself(fields, message):
@@ -224,10 +229,125 @@ def test_a_run_is_a_process_whose_output_is_kept(base, tmp_path, monkeypatch):
     (member,) = expand(sweep_of(base, tmp_path, grid={"model.head.ranking_hidden": [[8, 4]]}))
     assert member.command()[:4] == [sys.executable, "-m", "gr", "train"]
     assert "model.head.ranking_hidden=[8, 4]" in member.command()
-    script = "print('hello'); raise SystemExit(7)"
+    script = "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES')); raise SystemExit(7)"
     monkeypatch.setattr(type(member), "command", lambda self: [sys.executable, "-c", script])
-    assert sweep_module.run_locally(member) == 7
-    assert member.log.read_text() == "hello\n"
+    assert LocalRuns(1, 2, gpus=["4", "GPU-a"])(member) == 7
+    assert member.log.read_text() == "4,GPU-a\n"
+
+
+def test_runs_at_once_share_the_gpus(base, tmp_path, monkeypatch):
+    members = expand(sweep_of(base, tmp_path, seeds=tuple(range(6)), j="1x2"))
+    seen, lock, now = [], threading.Lock(), set()
+
+    def fake(command, env, **rest):
+        share = env["CUDA_VISIBLE_DEVICES"]
+        with lock:
+            assert share not in now
+            now.add(share)
+        time.sleep(0.05)
+        with lock:
+            now.discard(share)
+            seen.append(share)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(sweep_module.subprocess, "run", fake)
+    runs = LocalRuns(3, 2, gpus=list("01234567"))
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(runs, members)) == [0] * 6
+    assert set(seen) == {"0,1", "2,3", "4,5"}
+    # Fewer GPUs than runs at once: they take turns on them.
+    shared = LocalRuns(3, 1, gpus=["0", "1"])
+    assert sorted(shared._shares.get()[0] for _ in range(3)) == ["0", "0", "1"]
+    with pytest.raises(ValueError, match="asks for 4 GPUs a run, but this machine has 2"):
+        LocalRuns(1, 4, gpus=["0", "1"])
+
+
+def test_gpus_of_this_machine(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert visible_gpus() == ["3", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(sweep_module.shutil, "which", lambda name: name)
+    listing = "GPU 0: NVIDIA H100 (UUID: x)\nGPU 1: NVIDIA H100 (UUID: y)\n"
+    done = subprocess.CompletedProcess([], 0, stdout=listing)
+    monkeypatch.setattr(sweep_module.subprocess, "run", lambda *a, **k: done)
+    assert visible_gpus() == ["0", "1"]
+
+
+def test_a_run_may_have_several_processes(base, tmp_path):
+    (member,) = expand(sweep_of(base, tmp_path, j="1x4"))
+    command = " ".join(member.command()[1:])
+    assert command.startswith(
+        "-m torch.distributed.run --standalone --nproc-per-node=4 -m gr train"
+    )
+    with pytest.raises(ValueError, match="j=2x4 asks for 2 nodes, but scheduler is empty"):
+        expand(sweep_of(base, tmp_path, j="2x4"))
+
+
+def stand_in(member, seconds=0.0, status=0):
+    """Return a job that leaves what a finished run leaves, for TorchX to run."""
+    script = f"sleep {seconds}; echo ran >> {member.log}.count; "
+    if status == 0:
+        row = json.dumps({"window": "all", "step": 3, "hr@10": 0.5})
+        script += f"mkdir -p {member.run_dir}; echo '{row}' > {member.run_dir}/eval.jsonl; "
+    script += f"exit {status}"
+    role = specs.Role(name="train", image="", entrypoint="bash", args=["-c", script])
+    return specs.AppDef(name="stand-in", roles=[role])
+
+
+def test_runs_as_torchx_jobs(base, tmp_path, monkeypatch):
+    config = sweep_of(base, tmp_path, seeds=(0, 1, 2), jobs=3, scheduler="local_cwd", j="2x2")
+    members = {str(member.run_dir): member for member in expand(config)}
+
+    def job(base, arguments, *, j, cluster, name):
+        assert j == "2x2"
+        (folder,) = (text for text in arguments if text.startswith("run_dir="))
+        member = members[json.loads(folder.removeprefix("run_dir="))]
+        assert name == f"sweep-{member.id}"
+        return stand_in(member, status=3 if member.seed == 1 else 0)
+
+    monkeypatch.setattr(submit, "train_job", job)
+    monkeypatch.setattr(sweep_module, "_report", lambda config, finished: None)
+    said = []
+    runs = submit.TorchXRuns(config)
+    members_of = list(members.values())
+    assert not run_sweep(config, members_of, say=said.append, submit=runs, cancel=runs.cancel)
+    assert [member.is_finished() for member in members_of] == [True, False, True]
+    assert "seed 1: FAILED" in "\n".join(said)
+    assert members_of[1].log.read_text().startswith("local_cwd://")
+
+
+def test_a_job_that_still_runs_is_waited_for_not_submitted_again(base, tmp_path, monkeypatch):
+    """A stand-in for Slurm's squeue: the job is listed twice, then it is gone."""
+    config = sweep_of(base, tmp_path, scheduler="slurm", cluster="")
+    (member,) = expand(config)
+    listing = tmp_path / "listing"
+    listing.write_text("RUNNING\nRUNNING\n")
+    tool = tmp_path / "squeue"
+    tool.write_text(f'#!/bin/sh\n[ "$3" = 17 ] || exit 1\nhead -1 {listing}; sed -i 1d {listing}\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(submit, "POLL_S", 0.01)
+    runs = submit.TorchXRuns(config)
+    monkeypatch.setattr(runs, "_submit", lambda member: pytest.fail("submitted"))
+    member.log.parent.mkdir(parents=True)
+    member.log.with_suffix(".job").write_text("slurm://gr/17\n")
+    finish(member)
+    assert runs(member) == 0
+    assert listing.read_text() == ""
+    # Gone before we looked: a new job goes on with the run.
+    monkeypatch.setattr(runs, "_submit", lambda member: "slurm://gr/18")
+    assert runs(member) == 0
+    assert member.log.with_suffix(".job").read_text() == "slurm://gr/18\n"
+
+
+def test_schedulers_that_are_not_there(base, tmp_path):
+    with pytest.raises(ValueError, match=r"scheduler: expected one of .*slurm.*found 'slrum'"):
+        submit.TorchXRuns(sweep_of(base, tmp_path, scheduler="slrum"))
+    wrong = sweep_of(base, tmp_path, scheduler="slurm", scheduler_args={"partition": 3})
+    with pytest.raises(ValueError, match=r"scheduler_args: .*partition"):
+        submit.TorchXRuns(wrong)
 
 
 def test_command_line(base, tmp_path, capsys):
