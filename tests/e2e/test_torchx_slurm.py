@@ -95,6 +95,28 @@ def test_a_job_that_failed_is_requeued_and_goes_on(cluster, log, tmp_path):
     assert steps == sorted(set(steps))
 
 
+def test_a_sweep_of_jobs(cluster, log, tmp_path):
+    config = write_config(tmp_path, log)
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(
+        f"base: {config}\noutput: {tmp_path}/out\nseeds: [0, 1]\njobs: 2\nj: 2x1\n"
+        "scheduler: slurm\nscheduler_args: {partition: debug}\noverrides: [max_steps=4]\n"
+    )
+    command = [sys.executable, "-m", "launch", "sweep", str(sweep)]
+    environment = {**cluster.environment, "PYTHONPATH": str(ROOT)}
+    options = {"cwd": tmp_path, "env": environment, "text": True, "capture_output": True}
+    done = subprocess.run(command, **options)
+    assert done.returncode == 0, done.stdout + done.stderr + cluster.logs()
+    assert "[2/2" in done.stdout
+    handles = [path.read_text() for path in (tmp_path / "out" / "logs").glob("*.job")]
+    assert len(set(handles)) == 2
+    assert all(handle.startswith("slurm://") for handle in handles)
+    assert (tmp_path / "out" / "report.csv").is_file()
+    # All finished: nothing is submitted.
+    done = subprocess.run(command, **options)
+    assert "2 runs, 2 finished before" in done.stdout
+
+
 def rank(job, number):
     """Return the process of a rank of a job."""
     for process in psutil.process_iter():

@@ -205,7 +205,8 @@ def train_variants(config: str, folder: str) -> str:
 def on_two_ranks(tmp_path_factory, log):
     """The variants, and half a run, each trained by two processes."""
     folder = tmp_path_factory.mktemp("two")
-    messages = run_distributed(train_variants, 2, str(write_config(folder, log)), str(folder))
+    config = str(write_config(folder, log))
+    messages = run_distributed(train_variants, 2, config, str(folder), timeout_s=240)
     (folder / "messages.txt").write_text("\n".join(messages))
     return folder
 
