@@ -27,3 +27,10 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def device() -> str:
     return "cpu" if INTERPRET or not torch.cuda.is_available() else "cuda"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    # Several processes test on one GPU: what a large test held goes back at once.
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -212,6 +212,7 @@ def test_compiles_without_graph_break():
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large")
 def test_more_than_int32_elements():
     rows, D = 2**31 // 1024 + 64, 1024
     x = torch.empty(rows, D, device="cuda", dtype=torch.bfloat16)

@@ -223,6 +223,7 @@ def test_compiles_without_graph_break():
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large")
 @pytest.mark.parametrize("D", [64, 60, 520])
 def test_more_than_int32_elements(D):
     L, F = 2**31 // 1024 + 200, 1024

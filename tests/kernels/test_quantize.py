@@ -187,6 +187,7 @@ def test_compiles_without_graph_break():
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large")
 def test_more_than_int32_elements():
     L, D = 2**31 // 1024 + 8, 1024
     x = torch.zeros(L, D, device="cuda", dtype=torch.bfloat16)
