@@ -1,23 +1,27 @@
 """`gr bench OP`: time an operator against its rivals and record the result.
 
-The operator's tests run first and nothing is recorded if they fail. Variants are interleaved, each
-call timed by itself with the cache flushed before it; a copy of as many bytes is one of them, so
-that shares of peak come from the same minutes on the same card.
+Tests run first: of an operator whose tests fail, nothing is timed or recorded. Variants are
+interleaved, each call timed by itself with the cache flushed before it; a copy of as many bytes is
+one of them, so that shares of peak come from the same minutes on the same card.
 """
 
 import argparse
 import datetime
 import functools
 import importlib
+import importlib.util
 import json
+import os
 import pathlib
 import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from xml.etree import ElementTree
 
 import torch
 
@@ -67,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ValueError: if there is no such operator, no GPU, or the operator's tests fail.
     """
     parser = argparse.ArgumentParser(prog="gr bench", description=__doc__)
-    parser.add_argument("op", help=f"one of {', '.join(operators())}, or all")
+    parser.add_argument("op", nargs="+", help=f"of {', '.join(operators())}; or all")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--rounds", type=int, default=5, help="rounds over the variants")
     parser.add_argument("--seconds", type=float, default=0.05, help="time of a variant in a round")
@@ -80,26 +84,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--plot",
         type=pathlib.Path,
-        help="draw the newest records of OP into this PNG file and do nothing else",
+        help="draw the newest records of the first OP into this PNG file and do nothing else",
     )
     parser.add_argument("--commit", default="", help="recorded where there is no git checkout")
     arguments = parser.parse_args(argv)
     if arguments.plot is not None:
-        load(arguments.op)
+        load(arguments.op[0])
         # Draws with matplotlib, which a machine that only measures need not have.
         from gr.bench_plot import draw_records
 
-        draw_records(arguments.records, arguments.op, arguments.plot)
+        draw_records(arguments.records, arguments.op[0], arguments.plot)
         return 0
-    names = operators() if arguments.op == "all" else [arguments.op]
+    names = operators() if arguments.op == ["all"] else arguments.op
     benches = {name: load(name) for name in names}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not arguments.no_record:
         raise ValueError("gr bench records on a GPU only and found none: use --no-record to try it")
     command = shlex.join(["gr", "bench", *(sys.argv[2:] if argv is None else argv)])
+    red = [] if arguments.no_record else red_operators(names)
     for name, bench in benches.items():
-        if not arguments.no_record:
-            run_tests(name)
+        if name in red:
+            continue
         for case in bench.CASES:
             if arguments.case not in case.name:
                 continue
@@ -117,6 +122,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if not arguments.no_record:
                     with arguments.records.open("a") as lines:
                         lines.write(json.dumps(asdict(record)) + "\n")
+    if red:
+        raise ValueError(
+            f"tests of {', '.join(red)} fail (see above): nothing of theirs is recorded until they "
+            "pass"
+        )
     return 0
 
 
@@ -137,20 +147,42 @@ def load(name: str) -> OperatorBench:
     return module
 
 
-def run_tests(name: str) -> None:
-    """Run the tests of an operator in a process of their own.
+def red_operators(names: Sequence[str]) -> list[str]:
+    """Run the tests of operators and return those of which one fails.
+
+    In as many processes as there are processors, where pytest-xdist is installed.
 
     Raises:
-        ValueError: if one fails, or none ran.
+        ValueError: if an operator has no tests.
     """
-    files = sorted(str(path) for path in (ROOT / "tests" / "kernels").glob(f"test_{name}*.py"))
-    if not files:
-        raise ValueError(f"tests/kernels/test_{name}*.py: expected tests of {name}, found none")
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *files], cwd=ROOT)
-    if done.returncode != 0:
-        raise ValueError(
-            f"the tests of {name} fail (see above): nothing is recorded until they pass"
-        )
+    files: dict[str, list[pathlib.Path]] = {}
+    for name in names:
+        files[name] = sorted((ROOT / "tests" / "kernels").glob(f"test_{name}*.py"))
+        if not files[name]:
+            raise ValueError(f"tests/kernels/test_{name}*.py: expected tests of {name}, found none")
+    has_xdist = importlib.util.find_spec("xdist") is not None
+    workers = ["-n", str(os.cpu_count()), "--dist", "loadgroup"] if has_xdist else []
+    with tempfile.TemporaryDirectory() as folder:
+        report = pathlib.Path(folder) / "report.xml"
+        options = ["-q", *workers, f"--junit-xml={report}"]
+        paths = [str(path) for found in files.values() for path in found]
+        done = subprocess.run([sys.executable, "-m", "pytest", *options, *paths], cwd=ROOT)
+        if done.returncode == 0:
+            return []
+        cases = ElementTree.parse(report).iter("testcase") if report.exists() else []
+        failed = [
+            f"{case.get('classname')}.{case.get('name')}"
+            for case in cases
+            if case.find("failure") is not None or case.find("error") is not None
+        ]
+    stems = {name: [path.stem for path in found] for name, found in files.items()}
+    red = [
+        name
+        for name, found in stems.items()
+        if any(stem in case.split(".") for stem in found for case in failed)
+    ]
+    # Red for another reason (pytest itself): none of them is known to be right.
+    return red or list(names)
 
 
 def measure(

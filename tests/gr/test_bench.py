@@ -84,6 +84,11 @@ def test_refuses_to_record_on_red(operator, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="tests of square fail"):
         bench.main(argv)
     assert not records.exists()
+    (tests / "test_root.py").write_text("def test_green():\n    pass\n")
+    assert bench.red_operators(["root", "square"]) == ["square"]
+    assert bench.red_operators(["root"]) == []
+    (tests / "test_root.py").write_text("import nothing_of_this_name\n")
+    assert bench.red_operators(["root"]) == ["root"]
 
 
 def test_records_one_line_a_case(operator, monkeypatch, tmp_path):
@@ -91,7 +96,7 @@ def test_records_one_line_a_case(operator, monkeypatch, tmp_path):
     monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench.torch.cuda, "get_device_name", lambda: "card")
     monkeypatch.setattr(bench, "driver", lambda: "1.2")
-    monkeypatch.setattr(bench, "run_tests", lambda name: None)
+    monkeypatch.setattr(bench, "red_operators", lambda names: [])
     monkeypatch.setattr(bench, "_time_cuda", bench._time_cpu)
     monkeypatch.setattr(bench, "matmul_tflops", lambda dtype, device: 100.0)
     variants = operator.variants
