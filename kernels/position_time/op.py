@@ -1,5 +1,6 @@
 """Input encoding: the operator, its checks and its gradient."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -111,13 +112,14 @@ def _forward(
     time: Tensor | None,
     scale: float,
 ) -> Tensor:
-    from kernels.position_time._triton import position_time_fwd
+    from kernels.position_time._triton import cast_tables, position_time_fwd
 
+    position_table, time_table = cast_tables(position_table, time_table, x.dtype)
     return position_time_fwd(
         x if x.stride(1) == 1 else x.contiguous(),
-        position_table.to(x.dtype).contiguous(),
+        position_table,
         position.contiguous(),
-        None if time_table is None else time_table.to(x.dtype).contiguous(),
+        time_table,
         None if time is None else time.contiguous(),
         scale,
     )
@@ -136,15 +138,16 @@ def _(
 
 
 @torch.library.custom_op("gr::sum_by_index", mutates_args=())
-def _sum_by_index(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
+def _sum_by_index(rows: Tensor, indices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     from kernels.position_time._triton import sum_by_index
 
-    return sum_by_index(rows if rows.stride(1) == 1 else rows.contiguous(), index, num_rows)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    return sum_by_index(rows, [index.contiguous() for index in indices], list(sizes))
 
 
 @_sum_by_index.register_fake
-def _(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
-    return rows.new_empty(num_rows, rows.shape[1], dtype=torch.float32)
+def _(rows: Tensor, indices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    return rows.new_empty(sum(sizes), rows.shape[1], dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -157,13 +160,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = (ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-    dposition, dtime = (
-        _sum_by_index(dout, index, table[0]).to(table[1]) if table and needed else None
-        for index, table, needed in zip(ctx.saved_tensors, ctx.tables, wanted, strict=True)
-    )
     dx = dout if ctx.scale == 1 else dout * ctx.scale
-    return dx, dposition, None, dtime, None, None
+    gradients: list[Tensor | None] = [None, None]
+    wanted = [i for i in range(2) if ctx.tables[i] is not None and ctx.needs_input_grad[1 + 2 * i]]
+    if wanted:
+        sizes, dtypes = zip(*(ctx.tables[i] for i in wanted), strict=True)
+        sums = _sum_by_index(dout, [ctx.saved_tensors[i] for i in wanted], sizes).split(sizes)
+        for i, table_sums, dtype in zip(wanted, sums, dtypes, strict=True):
+            gradients[i] = table_sums.to(dtype)
+    return dx, gradients[0], None, gradients[1], None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -144,7 +144,8 @@ def test_registration():
     leaves = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
     torch.library.opcheck(torch.ops.gr.position_time.default, (*leaves, 2.0))
     torch.library.opcheck(torch.ops.gr.position_time.default, (*leaves[:3], None, None, 1.0))
-    torch.library.opcheck(torch.ops.gr.sum_by_index.default, (inputs[0].detach(), inputs[2], 3))
+    arguments = (inputs[0].detach(), [inputs[2], inputs[4]], [3, 4])
+    torch.library.opcheck(torch.ops.gr.sum_by_index.default, arguments)
 
 
 @pytest.mark.gpu
@@ -155,6 +156,7 @@ def test_compiles_without_graph_break():
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large")
 def test_more_than_int32_elements():
     L, D = 2**31 // 1024 + 8, 1024
     x = torch.empty(L, D, device="cuda", dtype=torch.bfloat16)
@@ -164,7 +166,7 @@ def test_more_than_int32_elements():
     expected = position_time(x[-8:], table, index[-8:])
     assert torch.equal(position_time(x, table, index)[-8:], expected)
     x[:-8] = 0
-    found = torch.ops.gr.sum_by_index(x, index, 3)
+    found = torch.ops.gr.sum_by_index(x, [index], [3])
     expected = torch.zeros(3, D, device="cuda").index_add_(0, index[-8:], x[-8:].float())
     torch.testing.assert_close(found, expected)
 
