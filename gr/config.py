@@ -9,7 +9,14 @@ from typing import Literal
 from omegaconf import MISSING
 
 from embeddings.config import EmbeddingsConfig
-from pipelines.config import DataConfig, id_features
+from pipelines.config import (
+    ITEM_ID,
+    NEGATIVE_ITEM_ID,
+    TARGET_ITEM_ID,
+    DataConfig,
+    bag_features,
+    id_features,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,6 +203,21 @@ class HeadConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainedConfig:
+    """Frozen vectors of ids, a part of the tokens that carry the feature (gr/pretrained.py)."""
+
+    feature: str = MISSING
+    """item_id, or a feature of data.item_features or data.context_features with one id a token,
+    whose raw ids the file knows."""
+    path: str = MISSING
+    """Parquet file with one row an id, or .npy file with a matrix whose row i belongs to id i."""
+    id_column: str = "id"
+    """Of a Parquet file: integers, or text, which is hashed as gr sessionize does."""
+    vector_column: str = "vector"
+    """Of a Parquet file: lists of floating numbers, all of one length."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The dense part."""
 
@@ -213,6 +235,11 @@ class ModelConfig:
     """Of encoder dlrm."""
     encoding: EncodingConfig = field(default_factory=EncodingConfig)
     """Position and time."""
+    pooling: dict[str, str] = field(default_factory=dict)
+    """Feature with several ids a token (max_values) -> how their rows become one vector, mean or
+    attention; mean where it is not named (gr/bags.py)."""
+    pretrained: dict[str, PretrainedConfig] = field(default_factory=dict)
+    """Name -> frozen vectors. Ids without one are counted (data/without_vector/NAME)."""
     head: HeadConfig = field(default_factory=HeadConfig)
     """Ranking and retrieval."""
 
@@ -222,6 +249,9 @@ class ModelConfig:
                 "model.dim and model.num_layers must be at least 1, "
                 f"got {self.dim} and {self.num_layers}"
             )
+        for name, kind in self.pooling.items():
+            if kind not in ("mean", "attention"):
+                raise ValueError(f"model.pooling.{name} must be mean or attention, got {kind!r}")
         if self.encoder in ("sasrec", "transformer") and self.dim % self.transformer.num_heads:
             raise ValueError(
                 f"model.dim={self.dim} must be a multiple of model.transformer.num_heads="
@@ -400,11 +430,36 @@ def check_consistency(config: TrainConfig) -> None:
     """
     data, model = config.data, config.model
     served = {f for table in config.embeddings.tables.values() for f in table.features}
-    missing = [f for f in id_features(data) if f not in served]
+    missing = [f for f in (*id_features(data), *bag_features(data)) if f not in served]
     if missing:
         raise ValueError(
             f"no embedding table serves feature(s) {missing}: "
             "add them to embeddings.tables.NAME.features"
+        )
+    unpooled = sorted(set(model.pooling) - set(bag_features(data)))
+    if unpooled:
+        raise ValueError(
+            f"model.pooling names {unpooled}, which do not have several values a token; those that "
+            f"have max_values are {list(bag_features(data))}: name one of them, or set max_values"
+        )
+    with_ids = {ITEM_ID, *id_features(data)} - {TARGET_ITEM_ID, NEGATIVE_ITEM_ID}
+    if data.context == "none":
+        with_ids -= set(data.context_features)
+    for name, pretrained in model.pretrained.items():
+        if pretrained.feature not in with_ids:
+            raise ValueError(
+                f"model.pretrained.{name}.feature={pretrained.feature} has no token with one id; "
+                f"expected one of {sorted(with_ids)}"
+            )
+    if model.pretrained and model.encoder == "dlrm":
+        raise ValueError(
+            "model.pretrained is read by the tokens of a sequence, which model.encoder=dlrm does "
+            "not have: leave it out"
+        )
+    if model.encoder == "dlrm" and data.context == "merged":
+        raise ValueError(
+            "model.encoder=dlrm reads one value of each context feature, but data.context=merged "
+            "gives those at which a run begins: use data.context=none or prefix"
         )
     if model.encoding.position == "from_end" and data.anchor != "session":
         raise ValueError(

@@ -12,8 +12,9 @@ import numpy as np
 from gr.atomic import write_atomically
 from gr.inspect_plots import draw_log
 from gr.report import markdown_table
+from gr.tokens import carries_item, context_tokens
 from pipelines.batch import SequenceBatch, TokenKind
-from pipelines.config import ActionConfig, DataConfig, StochasticLengthConfig
+from pipelines.config import ActionConfig, DataConfig, StochasticLengthConfig, bag_features
 from pipelines.inspection import LogStatistics, expected_tokens, inspect_log
 from pipelines.manifest import Manifest, read_manifest
 from pipelines.stream import SessionStream
@@ -195,26 +196,43 @@ def _sequences(data: DataConfig, number: int, seed: int, zone: ZoneInfo) -> Iter
     yield from spare[: number - shown]
 
 
+def _features(batch: SequenceBatch, b: int, data: DataConfig) -> list[list[str]]:
+    """Return "name=value" of each feature of each token of a sequence."""
+    first, last = (int(x) for x in batch.offsets[b : b + 2])
+    shown: list[list[str]] = [[] for _ in range(first, last)]
+    carries = carries_item(batch.token_kind)
+    items = carries.nonzero()[:, 0]
+    places = dict.fromkeys(("item_id", *data.item_features), items)
+    if data.context != "none":
+        for index, name in enumerate(data.context_features):
+            places[name] = context_tokens(batch, index, name)
+    for name, tokens in places.items():
+        rows = [j for j, t in enumerate(tokens.tolist()) if first <= t < last]
+        for j in rows:
+            token = int(tokens[j])
+            if name in bag_features(data):
+                assert batch.bags is not None
+                value = str(batch.bags[name].to_dense()[token].tolist())
+            elif name in batch.numbers:
+                value = f"{float(batch.numbers[name][j]):.4g}"
+            else:
+                value = str(int(batch.ids[name].values()[j]))
+            shown[token - first].append(f"{name}={value}")
+    return shown
+
+
 def _sequence(batch: SequenceBatch, b: int, data: DataConfig, zone: ZoneInfo) -> str:
     """Return the newest tokens of a sequence, a line each; > marks those of the session."""
     first, last = (int(x) for x in batch.offsets[b : b + 2])
     kinds = [TokenKind(k) for k in batch.token_kind[first:last].tolist()]
-    item_kinds = (TokenKind.ITEM, TokenKind.EVENT, TokenKind.CANDIDATE)
     action_kinds = (TokenKind.ACTION, TokenKind.EVENT)
-    ids = {key: batch.ids[key].to_dense()[b].tolist() for key in ("item_id", *data.item_features)}
-    context = {key: batch.ids[key].to_dense()[b].tolist() for key in data.context_features}
+    features = _features(batch, b, data)
     before = batch.token_kind[:first]
     action = int(((before == TokenKind.ACTION) | (before == TokenKind.EVENT)).sum())
     ranked = {int(p) - first: j for j, p in enumerate(batch.ranking_positions)}
-    item = 0
     lines = []
     for i, kind in enumerate(kinds):
-        parts = []
-        if kind is TokenKind.CONTEXT:
-            parts += [f"{list(context)[i]}={list(context.values())[i]}"]
-        if kind in item_kinds:
-            parts += [f"{key}={values[item]}" for key, values in ids.items()]
-            item += 1
+        parts = list(features[i])
         if kind in action_kinds:
             codes = batch.action_codes[action].tolist()
             parts += [f"{name}:{code}" for name, code in zip(data.actions, codes, strict=True)]

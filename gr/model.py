@@ -16,10 +16,11 @@ from gr.config import TrainConfig
 from gr.encodings import TokenEncoding
 from gr.heads import RankingHead, RetrievalHead
 from gr.hstu import HSTUEncoder
+from gr.numbers import NumberEncodings
 from gr.sequence import SequenceInfo, sequence_index, tail_rows
-from gr.tokens import TokenEmbedding, carries_item
+from gr.tokens import BagVectors, TokenEmbedding, carries_item, new_numbers
 from pipelines.batch import SequenceBatch
-from pipelines.config import ITEM_ID, id_features
+from pipelines.config import ITEM_ID, bag_features, id_features, number_features
 
 ENCODERS = {"hstu": HSTUEncoder, "sasrec": SASRecEncoder, "transformer": TransformerEncoder}
 
@@ -52,6 +53,14 @@ class SequenceModel(nn.Module):
             else None
         )
 
+    def find_vectors(self, batch: SequenceBatch) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Return batch.vector_rows of a batch with raw ids, and how many ids have no vector."""
+        return self.tokens.find_vectors(batch)
+
+    def observe(self, batch: SequenceBatch) -> None:
+        """Add a batch to what numbers are encoded by, on all ranks together."""
+        self.tokens.observe(batch)
+
     def forward(
         self, batch: SequenceBatch, info: SequenceInfo, rows: Mapping[str, Tensor]
     ) -> Predictions:
@@ -81,10 +90,14 @@ class PointwiseModel(nn.Module):
         self.item_features = (ITEM_ID, *data.item_features)
         self.context_features = tuple(data.context_features)
         names = (*self.item_features, *self.context_features)
+        self.bags = BagVectors(data, model, feature_dims)
+        features = {**data.item_features, **data.context_features}
+        numbers = number_features(data)
+        self.numbers = NumberEncodings({name: features[name] for name in numbers}, model.dim)
         self.dlrm = DLRM(
             model.dlrm,
             num_dense=len(data.dense_features),
-            feature_dims={name: feature_dims[name] for name in names},
+            feature_dims={n: model.dim if n in numbers else feature_dims[n] for n in names},
             dim=model.dim,
         )
         self.ranking = RankingHead(model.dlrm.top[-1], data.tasks, ())
@@ -95,9 +108,30 @@ class PointwiseModel(nn.Module):
         """Return the predictions at every ranking position."""
         item_P = (carries_item(batch.token_kind).cumsum(0) - 1)[batch.ranking_positions]
         sequence_P = sequence_index(batch.offsets, batch.num_tokens)[batch.ranking_positions]
-        features = {name: rows[name][item_P] for name in self.item_features}
-        features |= {name: rows[name][sequence_P] for name in self.context_features}
+        vectors = {**rows, **{n: self.numbers.encode(n, x) for n, x in batch.numbers.items()}}
+        features = {}
+        for name in self.item_features:
+            features[name] = (
+                self.bags(name, batch, rows)[batch.ranking_positions]
+                if name in self.bags.names
+                else vectors[name][item_P]
+            )
+        for index, name in enumerate(self.context_features):
+            features[name] = (
+                self.bags(name, batch, rows)[batch.offsets[sequence_P] + index]
+                if name in self.bags.names
+                else vectors[name][sequence_P]
+            )
         return Predictions(self.ranking(self.dlrm(batch.dense_features, features)), None)
+
+    def find_vectors(self, batch: SequenceBatch) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Return nothing: there are no pretrained vectors here."""
+        return {}, {}
+
+    def observe(self, batch: SequenceBatch) -> None:
+        """Add a batch to what numbers are encoded by, on all ranks together."""
+        self.dlrm.observe(batch.dense_features)
+        self.numbers.observe(new_numbers(batch, self.item_features))
 
 
 def dense_model(
@@ -118,4 +152,4 @@ def dense_model(
 def feature_dims(config: TrainConfig) -> dict[str, int]:
     """Return the width of the rows of each looked-up feature."""
     dims = {f: t.dim for t in config.embeddings.tables.values() for f in t.features}
-    return {name: dims[name] for name in id_features(config.data)}
+    return {name: dims[name] for name in (*id_features(config.data), *bag_features(config.data))}

@@ -1,25 +1,30 @@
-"""From looked-up rows and action codes to one vector a token.
+"""From looked-up rows, numbers and action codes to one vector a token.
 
 Letters: B sequences, L tokens, I tokens with an item, A tokens with an action, S actions, D dim.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, ItemsView, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from gr.bags import BagPooling
 from gr.config import ModelConfig
+from gr.numbers import NumberEncodings
+from gr.pretrained import PretrainedVectors
+from gr.sequence import sequence_index
 from pipelines.batch import SequenceBatch, TokenKind
-from pipelines.config import ITEM_ID, DataConfig
+from pipelines.config import ITEM_ID, DataConfig, FeatureConfig, bag_features
 
 
 class TokenEmbedding(nn.Module):
     """x_l = sum of the token's parts: item (id and features), action (all signals), context.
 
     An action is the sum over signals of a learned vector of its code (unknown, or the interval that
-    its value falls into), and over data.action_context of a projection of the feature's row. Rows
-    narrower or wider than D are projected.
+    its value falls into), and over data.action_context of a projection of the feature's row. A
+    feature with several ids is pooled, a number encoded (gr/bags.py, gr/numbers.py). Rows narrower
+    or wider than D are projected.
 
     Args:
         data: names the features and the actions.
@@ -32,10 +37,16 @@ class TokenEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.dim = model.dim
-        self.item_features = (ITEM_ID, *data.item_features)
-        self.context_features = tuple(data.context_features) if data.context == "prefix" else ()
+        context = data.context_features if data.context != "none" else {}
+        self.item_features = (ITEM_ID, *_plain(data.item_features))
+        self.item_numbers = tuple(n for n, x in data.item_features.items() if x.is_number)
+        self.context_features = tuple(context)
+        self.bags = BagVectors(data, model, feature_dims)
+        numbers = {n: x for n, x in {**data.item_features, **context}.items() if x.is_number}
+        self.numbers = NumberEncodings(numbers, model.dim)
+        self.pretrained = PretrainedFeatures(model)
         self.project = nn.ModuleDict()
-        for name in (*self.item_features, *self.context_features):
+        for name in (*self.item_features, *_plain(context), *self.bags.names):
             if feature_dims[name] != model.dim:
                 self.project[name] = nn.Linear(feature_dims[name], model.dim, bias=False)
         sizes = [len(action.thresholds) + 2 for action in data.actions.values()]
@@ -69,6 +80,8 @@ class TokenEmbedding(nn.Module):
         """
         kind = batch.token_kind
         item_ID = self._sum(self.item_features, rows)
+        for name in self.item_numbers:
+            item_ID = item_ID + self.numbers.encode(name, batch.numbers[name])
         x_LD = item_ID.new_zeros(batch.num_tokens, self.dim)
         x_LD = x_LD.index_add(0, carries_item(kind).nonzero()[:, 0], item_ID)
         token_A = ((kind == TokenKind.ACTION) | (kind == TokenKind.EVENT)).nonzero()[:, 0]
@@ -82,13 +95,134 @@ class TokenEmbedding(nn.Module):
                 x_LD = x_LD.index_add(0, token_A, project(rows[name][is_known_I]))
         if self.candidate_action is not None:
             x_LD = x_LD + (kind == TokenKind.CANDIDATE)[:, None] * self.candidate_action
+        for name, frozen in self.pretrained.items():
+            feature = frozen.config.feature
+            if feature in self.item_features:
+                token_n = carries_item(kind).nonzero()[:, 0]
+            else:
+                token_n = context_tokens(batch, self.context_features.index(feature), feature)
+            x_LD = x_LD.index_add(0, token_n, frozen(batch.vector_rows[name]))
+        for name in self.bags.names:
+            x_LD = x_LD + self._sum((name,), {name: self.bags(name, batch, rows)})
         for index, name in enumerate(self.context_features):
-            x_LD = x_LD.index_add(0, batch.offsets[:-1] + index, self._sum((name,), rows))
+            if name in self.bags.names:
+                continue
+            is_number = name in batch.numbers
+            vectors = (
+                self.numbers.encode(name, batch.numbers[name])
+                if is_number
+                else self._sum((name,), rows)
+            )
+            x_LD = x_LD.index_add(0, context_tokens(batch, index, name), vectors)
         return x_LD
+
+    def find_vectors(self, batch: SequenceBatch) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Return batch.vector_rows of a batch with raw ids, on the CPU, and ids without a vector.
+
+        What stood in the history was counted before.
+        """
+        rows, lacking = {}, {}
+        for name, vectors in self.pretrained.items():
+            feature = vectors.config.feature
+            rows[name] = vectors.find(batch.ids[feature].values())
+            new_n = is_new(batch, feature, of_items=feature in self.item_features)
+            lacking[name] = int((new_n & (rows[name] < 0)).sum())
+        return rows, lacking
+
+    def observe(self, batch: SequenceBatch) -> None:
+        """Add the numbers of a batch's sessions to what numbers are encoded by, on all ranks."""
+        self.numbers.observe(new_numbers(batch, self.item_numbers))
 
     def _sum(self, names: tuple[str, ...], rows: Mapping[str, Tensor]) -> Tensor:
         parts = [self.project[n](rows[n]) if n in self.project else rows[n] for n in names]
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+class BagVectors(nn.Module):
+    """One vector a token of each feature that has several ids.
+
+    Args:
+        data: names the features.
+        model: how they are pooled.
+        feature_dims: feature -> width of its rows.
+    """
+
+    def __init__(
+        self, data: DataConfig, model: ModelConfig, feature_dims: Mapping[str, int]
+    ) -> None:
+        super().__init__()
+        self.names = bag_features(data)
+        self.pooling = nn.ModuleDict(
+            {
+                name: BagPooling(feature_dims[name], model.pooling.get(name, "mean"))
+                for name in self.names
+            }
+        )
+
+    def forward(self, name: str, batch: SequenceBatch, rows: Mapping[str, Tensor]) -> Tensor:
+        """Return (L, width of the rows): the pooled bag of each token, zero where there is none."""
+        assert batch.bags is not None
+        lengths_FL = batch.bags.lengths().view(len(self.names), batch.num_tokens)
+        return self.pooling[name](  # type: ignore[no-any-return]
+            rows[name], lengths_FL[self.names.index(name)]
+        )
+
+
+class PretrainedFeatures(nn.ModuleDict):
+    """All frozen vectors of a model, by name."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(
+            {name: PretrainedVectors(name, x, model.dim) for name, x in model.pretrained.items()}
+        )
+
+    def items(self) -> "ItemsView[str, PretrainedVectors]":
+        """Return (name, vectors) of each."""
+        return super().items()  # type: ignore[return-value]
+
+
+def new_numbers(batch: SequenceBatch, of_items: Collection[str]) -> dict[str, Tensor]:
+    """Return batch.numbers with NaN for what stood in the history: it was counted before.
+
+    Args:
+        batch: a batch.
+        of_items: those of batch.numbers that are features of items.
+    """
+    return {
+        name: values.where(is_new(batch, name, of_items=name in of_items), torch.nan)
+        for name, values in batch.numbers.items()
+    }
+
+
+def is_new(batch: SequenceBatch, name: str, *, of_items: bool) -> Tensor:
+    """Return (n,) bool: which values of a feature, as batch.ids holds them, are of the session.
+
+    The context of a sequence is, but a series that is merged also has tokens in the history.
+
+    Args:
+        batch: a batch.
+        name: of the feature.
+        of_items: whether it is a feature of items.
+    """
+    sequence_L = sequence_index(batch.offsets, batch.num_tokens)
+    place_L = torch.arange(batch.num_tokens, device=sequence_L.device) - batch.offsets[sequence_L]
+    is_new_L = place_L >= batch.session_start[sequence_L]
+    if of_items:
+        return is_new_L[carries_item(batch.token_kind)]
+    if name in batch.context_positions:
+        return is_new_L[batch.context_positions[name]]
+    return torch.ones(batch.num_sequences, dtype=torch.bool, device=sequence_L.device)
+
+
+def context_tokens(batch: SequenceBatch, index: int, name: str) -> Tensor:
+    """Return (n,) int64: the tokens of a context feature, the `index`th."""
+    if name in batch.context_positions:
+        return batch.context_positions[name]
+    return batch.offsets[:-1] + index
+
+
+def _plain(features: Mapping[str, FeatureConfig]) -> list[str]:
+    return [name for name, x in features.items() if not x.is_bag and not x.is_number]
 
 
 def carries_item(kind_L: Tensor) -> Tensor:

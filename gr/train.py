@@ -143,7 +143,7 @@ def loop(
                 "tokens": progress.tokens,
                 **trainer.take_losses(),
                 **values,
-                **progress.skipped_by_name(),
+                **trainer.skipped_by_name(),
                 **clock.read(),
             },
         )

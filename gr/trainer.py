@@ -32,7 +32,11 @@ from pipelines.config import ITEM_ID, TARGET_ITEM_ID
 from pipelines.rejects import REASONS
 
 EVALUATION = "evaluation"
-SKIPPED = (*(f"data/rejected/{reason}" for reason in REASONS), "data/clipped_histories")
+SKIPPED = (
+    *(f"data/rejected/{reason}" for reason in REASONS),
+    "data/clipped_histories",
+    "data/cut_bags",
+)
 
 
 @dataclass
@@ -48,11 +52,7 @@ class Progress:
     position: StreamPosition | None = None
     """Position of the stream after the last trained batch."""
     skipped: list[int] = field(default_factory=lambda: [0] * len(SKIPPED))
-    """What the data side left out, in the order of SKIPPED."""
-
-    def skipped_by_name(self) -> dict[str, int]:
-        """Return what was left out, where anything was."""
-        return {name: n for name, n in zip(SKIPPED, self.skipped, strict=True) if n}
+    """What the data side left out, in the order of SKIPPED, and ids without a pretrained vector."""
 
 
 class Trainer:
@@ -90,8 +90,11 @@ class Trainer:
             # After its first step, DDP lays gradients out anew in the order in which they came, so
             # with more than two ranks a resumed run would add them up in another order than one
             # that went on. It does not where it looks for unused parameters.
+            # Buffers are alike on all ranks, and frozen vectors are large.
             self.dense = DistributedDataParallel(
-                self.model, find_unused_parameters=config.deterministic
+                self.model,
+                find_unused_parameters=config.deterministic,
+                broadcast_buffers=False,
             )
         self.objective = Objective(config, self.item_table).to(world.device)
         self.optimizer = dense_optimizer(self.model, config.optim)
@@ -101,7 +104,9 @@ class Trainer:
             ks=config.eval.ks,
             lifetime_auc=config.eval.lifetime_auc,
         )
-        self.progress = Progress()
+        vectors = (f"data/without_vector/{name}" for name in config.model.pretrained)
+        self.skipped_names = (*SKIPPED, *vectors)
+        self.progress = Progress(skipped=[0] * len(self.skipped_names))
         lengths = config.data.stochastic_length
         self.load_target = LoadTarget(lengths.recalibrate_steps) if lengths.balance else None
         self.loss_sums = torch.zeros(2, len(self.objective.names), dtype=torch.float64)
@@ -128,7 +133,8 @@ class Trainer:
             group["lr"] = config.optim.lr * factor
         self.tables.set_lr(config.embeddings.optimizer.lr * factor)
 
-        batch, info, rows = self._prepare(batch)
+        vector_rows, without_vector = self.model.find_vectors(batch)
+        batch, info, rows = self._prepare(replace(batch, vector_rows=vector_rows))
         global_weights = self._sum_weights(batch)
         predictions = self._predict(self.dense, batch, info, rows)
         head = self.model.retrieval if isinstance(self.model, SequenceModel) else None
@@ -159,9 +165,15 @@ class Trainer:
         self.tables.optimizer_step()
         self.tables.optimizer_zero_grad()
         self.objective.count_targets(batch)
+        self.model.observe(batch)
 
         self.loss_sums += torch.stack([totals, global_weights]).cpu()
-        skipped = [*(batch.num_rejected.get(reason, 0) for reason in REASONS), batch.num_clipped]
+        skipped = [
+            *(batch.num_rejected.get(reason, 0) for reason in REASONS),
+            batch.num_clipped,
+            batch.num_cut_bags,
+            *without_vector.values(),
+        ]
         counts = torch.tensor(
             [batch.num_sequences, batch.num_tokens, *skipped], device=world.device
         )
@@ -177,6 +189,11 @@ class Trainer:
             "lr/dense": config.optim.lr * factor,
             "lr/embeddings": config.embeddings.optimizer.lr * factor,
         }
+
+    def skipped_by_name(self) -> dict[str, int]:
+        """Return what the data side left out so far, where it left out anything."""
+        counts = zip(self.skipped_names, self.progress.skipped, strict=True)
+        return {name: n for name, n in counts if n}
 
     def take_losses(self) -> dict[str, float]:
         """Return the mean of each loss since the last call, over all ranks, and their sum."""
@@ -208,14 +225,15 @@ class Trainer:
         Raises:
             ValueError: for an id outside a static table.
         """
-        batch, info, rows = self._prepare(batch)
+        vector_rows, _ = self.model.find_vectors(batch)
+        batch, info, rows = self._prepare(replace(batch, vector_rows=vector_rows))
         self._score(batch, rows, self._predict_undropped(batch, info, rows))
 
     def _prepare(
         self, batch: SequenceBatch
     ) -> tuple[SequenceBatch, SequenceInfo, dict[str, Tensor]]:
         """Return the batch on the device, ids mapped to rows; its structure; what is looked up."""
-        batch = replace(batch, ids=self.vocabulary.rows(batch.ids, batch.partition))
+        batch = replace(batch, ids=self.vocabulary.rows(batch.lookup_ids(), batch.partition))
         batch = batch.to(self.world.device, non_blocking=True)
         return batch, sequence_info(batch), self.tables.lookup(batch.ids)
 

@@ -1,11 +1,20 @@
-"""From gathered events to the tensors of a SequenceBatch."""
+"""From gathered events to the tensors of a SequenceBatch.
+
+Letters: B sequences, E events, L tokens.
+"""
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from pipelines.batch import SequenceBatch, StreamPosition
-from pipelines.config import ITEM_ID, DataConfig, id_features
+from pipelines.batch import SequenceBatch, StreamPosition, TokenKind
+from pipelines.config import DataConfig, bag_features, id_features
+from pipelines.context_series import Series, merge_series
+from pipelines.feature_columns import Slot, is_cut, read_bags, read_numbers
+from pipelines.features import EventEncoder
 from pipelines.gather import Gathered
 from pipelines.history import (
     FIRST_CONTEXT,
@@ -14,7 +23,6 @@ from pipelines.history import (
     PARTITION,
     PIECE,
     SESSION,
-    TIMESTAMP,
     USER,
     Ints,
 )
@@ -24,7 +32,7 @@ from pipelines.unify import Tokens, lay_out, layout_rules
 
 def assemble(
     gathered: Gathered,
-    config: DataConfig,
+    encoder: EventEncoder,
     *,
     seed: int,
     window: int,
@@ -38,7 +46,7 @@ def assemble(
 
     Args:
         gathered: the sequences.
-        config: how they are laid out.
+        encoder: of their events; its configuration says how they are laid out.
         seed: of the run; keys the negatives.
         window: of the batch.
         position: after the batch.
@@ -47,13 +55,17 @@ def assemble(
         expected_load: before stochastic length was balanced.
         num_sessions: of the global batch.
     """
-    sequences = gathered.sequences
+    config, sequences = encoder.config, gathered.sequences
     tokens = lay_out(sequences, gathered.ints, gathered.codes, layout_rules(config))
+    series = None
+    if encoder.merges_context:
+        tokens, series = merge_series(tokens, sequences, gathered.ints, encoder.series_slots)
+    values = _values(gathered, encoder, tokens, series)
     at_session = config.anchor == "session"
     num_tasks = len(config.tasks)
     labels = gathered.floats[:, :num_tasks].T
     return SequenceBatch(
-        ids=_ids(gathered, tokens, config, seed),
+        ids=_ids(gathered, tokens, values, config, seed),
         offsets=torch.from_numpy(tokens.offsets),
         max_len=int(np.diff(tokens.offsets).max(initial=0)),
         token_kind=torch.from_numpy(tokens.kind),
@@ -88,23 +100,106 @@ def assemble(
         num_clipped=gathered.num_clipped,
         expected_load=expected_load,
         num_sessions=num_sessions,
+        bags=_bags(values, config, len(tokens.kind)),
+        numbers={
+            x.slot.name: torch.from_numpy(read_numbers(x.rows, x.slot).astype(np.float32))
+            for x in values
+            if x.slot.feature.is_number
+        },
+        context_positions={
+            slot.name: torch.from_numpy(series.position[series.feature == i])
+            for i, slot in enumerate(encoder.context_slots)
+        }
+        if series is not None
+        else {},
+        num_cut_bags=sum(
+            _num_cut(x, tokens, layout_rules(config).num_context)
+            for x in values
+            if x.slot.feature.is_bag
+        ),
     )
 
 
-def _ids(gathered: Gathered, tokens: Tokens, config: DataConfig, seed: int) -> KeyedJaggedTensor:
+@dataclass(frozen=True, slots=True)
+class _Values:
+    """A feature's values in a batch."""
+
+    slot: Slot
+    rows: Ints
+    """(n, *) int64: rows of events or sessions whose columns `slot` says."""
+    lengths: Ints
+    """(B,) int64: rows of each sequence."""
+    tokens: Ints
+    """(n,) int64: token of each row; of bags only."""
+
+
+def _values(
+    gathered: Gathered, encoder: EventEncoder, tokens: Tokens, series: Series | None
+) -> list[_Values]:
+    """Return the values of the item features, then of the context features."""
+    sequences = gathered.sequences
+    num_events = sequences[:, NUM_HISTORY] + sequences[:, NUM_EVENTS]
+    has_bags = any(slot.feature.is_bag for slot in encoder.item_slots)
+    item_token = np.flatnonzero(_carries_item(tokens.kind)) if has_bags else np.empty(0, np.int64)
+    values = [_Values(x, gathered.ints, num_events, item_token) for x in encoder.item_slots]
+    if series is None:
+        context, ones = sequences[:, FIRST_CONTEXT:], np.ones(len(sequences), np.int64)
+        for i, slot in enumerate(encoder.context_slots):
+            values.append(_Values(slot, context, ones, tokens.offsets[:-1] + i))
+        return values
+    for i, slot in enumerate(encoder.series_slots):
+        mine = series.feature == i
+        lengths = np.bincount(series.sequence[mine], minlength=len(sequences))
+        rows = gathered.ints[series.event[mine]]
+        values.append(_Values(slot, rows, lengths, series.position[mine]))
+    return values
+
+
+def _carries_item(kind: Ints) -> NDArray[np.bool_]:
+    flags: NDArray[np.bool_] = (kind != TokenKind.CONTEXT) & (kind != TokenKind.ACTION)
+    return flags
+
+
+def _num_cut(values: _Values, tokens: Tokens, num_context: int) -> int:
+    """Return how many bags lack values, those of history left out: each was of a session once."""
+    in_history = np.zeros(len(tokens.kind) + 1, np.int64)
+    # Between the prefix and the session: +1 where a history begins, -1 behind it.
+    np.add.at(in_history, tokens.offsets[:-1] + num_context, 1)
+    np.add.at(in_history, tokens.offsets[:-1] + tokens.session_start, -1)
+    is_new = np.cumsum(in_history)[values.tokens] == 0
+    return int((is_new & is_cut(values.rows, values.slot)).sum())
+
+
+def _bags(values: list[_Values], config: DataConfig, num_tokens: int) -> KeyedJaggedTensor | None:
+    keys = bag_features(config)
+    if not keys:
+        return None
+    lengths = np.zeros((len(keys), num_tokens), np.int64)
+    ids = []
+    for i, bag in enumerate(x for x in values if x.slot.feature.is_bag):
+        found = read_bags(bag.rows, bag.slot)
+        lengths[i, bag.tokens] = found.lengths
+        ids.append(found.ids)
+    return KeyedJaggedTensor(
+        keys=list(keys),
+        values=torch.from_numpy(np.concatenate(ids)),
+        lengths=torch.from_numpy(lengths.reshape(-1)),
+        stride=num_tokens,
+        length_per_key=[len(x) for x in ids],
+    )
+
+
+def _ids(
+    gathered: Gathered, tokens: Tokens, features: list[_Values], config: DataConfig, seed: int
+) -> KeyedJaggedTensor:
     """Return the ids, feature after feature in one array."""
     sequences, ints = gathered.sequences, gathered.ints
     num_sequences, num_negatives = len(sequences), config.num_negatives
     keys = id_features(config)
-    item_keys = [ITEM_ID, *config.item_features]
-
-    ones = np.ones(num_sequences, np.int64)
     num_events = sequences[:, NUM_HISTORY] + sequences[:, NUM_EVENTS]
-    lengths = [num_events for _ in item_keys] + [ones for _ in config.context_features]
-    lengths.append(tokens.num_targets)
-    values = [ints[:, i] for i in range(ints.shape[1]) if i != TIMESTAMP]
-    values += list(sequences[:, FIRST_CONTEXT:].T)
-    values.append(tokens.target_item_id)
+    plain = [x for x in features if not x.slot.feature.is_bag and not x.slot.feature.is_number]
+    lengths = [num_events, *(x.lengths for x in plain), tokens.num_targets]
+    values = [ints[:, 0], *(x.rows[:, x.slot.first] for x in plain), tokens.target_item_id]
     if num_negatives > 0:
         negatives = np.empty((num_sequences, num_negatives), np.int64)
         draw_items(
@@ -116,7 +211,7 @@ def _ids(gathered: Gathered, tokens: Tokens, config: DataConfig, seed: int) -> K
             config.num_items,
             negatives,
         )
-        lengths.append(ones * num_negatives)
+        lengths.append(np.full(num_sequences, num_negatives))
         values.append(negatives.reshape(-1))
     return KeyedJaggedTensor(
         keys=list(keys),

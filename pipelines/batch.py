@@ -4,7 +4,7 @@ Letters: B sequences, L tokens of all sequences, I tokens that carry an item, A 
 action, P positions at which the ranking head is read, R positions at which retrieval is read.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from typing import Any, Self
 
@@ -43,7 +43,8 @@ class SequenceBatch:
 
     ids: KeyedJaggedTensor
     """Stride B. Features of the item: one id for each of the sequence's tokens that carry an item
-    (ITEM, EVENT, CANDIDATE), in token order. Features of the context: one id a sequence.
+    (ITEM, EVENT, CANDIDATE), in token order. Features of the context: one id a sequence, merged:
+    one for each of its tokens of the feature (`context_positions`).
     target_item_id: one id for each retrieval position of the sequence. negative_item_id: the
     negatives drawn for the sequence. Raw ids, -1 unknown, until a vocabulary maps them to rows."""
     offsets: Tensor
@@ -104,6 +105,20 @@ class SequenceBatch:
     (data.stochastic_length.balance)."""
     num_sessions: int = 0
     """Sessions of the global batch, over all ranks, skipped ones included."""
+    bags: KeyedJaggedTensor | None = None
+    """Stride L: the ids of each feature that has several a token (data...max_values), none at the
+    tokens that do not carry the feature. None without such features."""
+    numbers: dict[str, Tensor] = field(default_factory=dict)
+    """Feature with encoding zscore or quantile -> (n,) float32, as `ids` would hold its ids;
+    missing is NaN."""
+    context_positions: dict[str, Tensor] = field(default_factory=dict)
+    """Context feature -> (n,) int64 ascending: its tokens, where data.context=merged."""
+    vector_rows: dict[str, Tensor] = field(default_factory=dict)
+    """Name of pretrained vectors -> (n,) int64, as `ids` holds their feature: the row of each id,
+    -1 without one. Set by who has the vectors."""
+    num_cut_bags: int = 0
+    """Bags of this rank's share that lack values, because the log has more than max_values; those
+    of history are not counted again."""
 
     @property
     def num_sequences(self) -> int:
@@ -114,6 +129,22 @@ class SequenceBatch:
     def num_tokens(self) -> int:
         """L."""
         return self.token_kind.numel()
+
+    def lookup_ids(self) -> KeyedJaggedTensor:
+        """Return all ids to look up, stride B: `ids`, and those of `bags` joined by sequence."""
+        if self.bags is None:
+            return self.ids
+        num_keys, num_tokens = len(self.bags.keys()), self.num_tokens
+        ends_FL = torch.zeros(num_keys, num_tokens + 1, dtype=torch.int64)
+        ends_FL[:, 1:] = self.bags.lengths().view(num_keys, num_tokens).cumsum(1)
+        lengths = ends_FL[:, self.offsets].diff(dim=1).flatten()
+        return KeyedJaggedTensor(
+            keys=[*self.ids.keys(), *self.bags.keys()],
+            values=torch.cat([self.ids.values(), self.bags.values()]),
+            lengths=torch.cat([self.ids.lengths(), lengths]),
+            stride=self.num_sequences,
+            length_per_key=[*self.ids.length_per_key(), *self.bags.length_per_key()],
+        )
 
     @property
     def lengths(self) -> Tensor:
@@ -134,10 +165,10 @@ class SequenceBatch:
 
     def _map(self, apply: Any) -> Self:
         changed: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for each in fields(self):
+            value = getattr(self, each.name)
             if isinstance(value, (Tensor, KeyedJaggedTensor)):
-                changed[field.name] = apply(value)
-            elif field.name in ("labels", "weights"):
-                changed[field.name] = {name: apply(x) for name, x in value.items()}
+                changed[each.name] = apply(value)
+            elif each.name in ("labels", "weights", "numbers", "context_positions", "vector_rows"):
+                changed[each.name] = {name: apply(x) for name, x in value.items()}
         return replace(self, **changed)

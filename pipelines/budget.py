@@ -21,7 +21,7 @@ from numba import njit
 from pipelines.batch import StreamPosition
 from pipelines.config import DataConfig
 from pipelines.cost import CostRules, sequence_cost
-from pipelines.features import integers
+from pipelines.feature_columns import integers
 from pipelines.history import Ints, Rules
 from pipelines.reader import explain_corruption, open_parquet
 from pipelines.schedule import Schedule

@@ -88,11 +88,15 @@ class SessionizeConfig:
     actions: tuple[str, ...] = MISSING
     """Action columns: bool, integer or float. Null is unknown, which is not zero."""
     features: tuple[str, ...] = ()
-    """Further columns of the event: item features, place, device. Strings are hashed to 64 bits."""
+    """Further columns of the event: item features, place, device. Strings are hashed to 64 bits;
+    lists of integers or strings stay lists."""
     context: tuple[str, ...] = ()
     """Columns that hold for the whole session, as its first event has them."""
     joins: tuple[JoinConfig, ...] = ()
     """Features that lie in other files."""
+    split: dict[str, str] = field(default_factory=dict)
+    """Column of `features`, `context` or `joins` whose text holds several values -> what is between
+    them (genres: '|'): it becomes the list of those that are not empty."""
     counters: dict[str, CounterConfig] = field(default_factory=dict)
     """Prefix -> counts to add: float32 columns PREFIX_count, PREFIX_ACTION, PREFIX_known_ACTION;
     null in the starting histories."""
@@ -150,6 +154,27 @@ class FeatureConfig:
     boundaries: tuple[float, ...] = ()
     """Ascending bounds that turn a number into the id of its interval; empty means the column holds
     the id itself. Null is id -1, which every table maps to its row 0."""
+    max_values: int = 0
+    """0: the column holds one value. More: it holds a list (genres, followed creators), the first
+    so many values of which are a bag that the model pools (model.pooling). A null list is a bag of
+    the unknown id; an empty one is an empty bag. Each event of history takes 8 (max_values + 1)
+    bytes for it."""
+    encoding: Literal["id", "zscore", "quantile"] = "id"
+    """id: a row of an embedding table. zscore, quantile: the column is a number, which the model
+    standardises, or sorts into `bins` equally full bins, by the values of earlier batches; missing
+    is a value of its own."""
+    bins: int = 16
+    """Of `encoding: quantile`."""
+
+    @property
+    def is_bag(self) -> bool:
+        """Whether a token has several values of it."""
+        return self.max_values > 0
+
+    @property
+    def is_number(self) -> bool:
+        """Whether the model gets its value, not an id."""
+        return self.encoding != "id"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -252,8 +277,11 @@ class DataConfig:
     overlap_slack: int = 64
     """Events held of each user beyond `max_history_tokens`, so that a session finds its history
     behind so many events of sessions that overlap with it in time. What it lacks is counted."""
-    context: Literal["none", "prefix"] = "none"
-    """prefix: one token a context feature before the history."""
+    context: Literal["none", "prefix", "merged"] = "none"
+    """prefix: one token a context feature before the history. merged: each context feature is a
+    slowly changing series; of each run of equal values in a sequence the first is a token, in front
+    of the event that it begins with (unknown begins no run). Its tokens come on top of
+    max_history_tokens and of what stochastic length counts."""
     actions: dict[str, ActionConfig] = field(default_factory=dict)
     """Action columns that the action token encodes."""
     item_features: dict[str, FeatureConfig] = field(default_factory=dict)
@@ -262,7 +290,8 @@ class DataConfig:
     """Those of `item_features` that say how the user acted too (device, place, hour): part of the
     action as well, by a projection of their own."""
     context_features: dict[str, FeatureConfig] = field(default_factory=dict)
-    """Features of the session."""
+    """Features of the session: tokens of their own by `context`; model.encoder=dlrm reads them in
+    any case."""
     dense_features: tuple[str, ...] = ()
     """Numeric event columns known before the user acts (counters), at ranking positions only."""
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
@@ -295,11 +324,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_supervision(self)
         check_ranges(self)
+        check_features(self)
         check_balance(self)
-        if self.context == "prefix" and not self.context_features:
+        if self.context != "none" and not self.context_features:
             raise ValueError(
-                "data.context=prefix has no token to put in front: name data.context_features, or "
-                "use data.context=none"
+                f"data.context={self.context} has no feature to make tokens of: name "
+                "data.context_features, or use data.context=none"
             )
         if self.dense_features and not self.tasks:
             raise ValueError(
@@ -310,10 +340,24 @@ class DataConfig:
 
 def id_features(data: DataConfig) -> tuple[str, ...]:
     """Return the features whose ids a batch brings, in the order of SequenceBatch.ids."""
-    names = [ITEM_ID, *data.item_features, *data.context_features, TARGET_ITEM_ID]
+    features = {**data.item_features, **data.context_features}
+    names = [name for name, x in features.items() if not x.is_bag and not x.is_number]
+    names = [ITEM_ID, *names, TARGET_ITEM_ID]
     if data.num_negatives > 0:
         names.append(NEGATIVE_ITEM_ID)
     return tuple(names)
+
+
+def bag_features(data: DataConfig) -> tuple[str, ...]:
+    """Return the features with several ids a token, in the order of SequenceBatch.bags."""
+    features = {**data.item_features, **data.context_features}
+    return tuple(name for name, feature in features.items() if feature.is_bag)
+
+
+def number_features(data: DataConfig) -> tuple[str, ...]:
+    """Return the features whose values a batch brings, in the order of SequenceBatch.numbers."""
+    features = {**data.item_features, **data.context_features}
+    return tuple(name for name, feature in features.items() if feature.is_number)
 
 
 def check_supervision(data: DataConfig) -> None:
@@ -346,12 +390,60 @@ def check_supervision(data: DataConfig) -> None:
         )
 
 
+def check_features(data: DataConfig) -> None:
+    """Refuse features that contradict themselves or have no token.
+
+    Raises:
+        ValueError: naming the feature and what to change.
+    """
+    groups = {"item_features": data.item_features, "context_features": data.context_features}
+    for group, features in groups.items():
+        for name, feature in features.items():
+            key = f"data.{group}.{name}"
+            _check_ascending(f"{key}.boundaries", feature.boundaries)
+            if feature.max_values < 0:
+                raise ValueError(
+                    f"{key}.max_values must be 0 (one value) or more, got {feature.max_values}"
+                )
+            if feature.is_number and (feature.boundaries or feature.is_bag):
+                raise ValueError(
+                    f"{key}.encoding={feature.encoding} reads one number, which boundaries or "
+                    f"max_values make ids of; got boundaries={list(feature.boundaries)} and "
+                    f"max_values={feature.max_values}: leave them out, or use encoding=id"
+                )
+            if feature.encoding == "quantile" and feature.bins < 2:
+                raise ValueError(f"{key}.bins must be at least 2, got {feature.bins}")
+            if feature.encoding != "quantile" and feature.bins != 16:
+                raise ValueError(
+                    f"{key}.bins={feature.bins} is read with encoding=quantile only, got encoding="
+                    f"{feature.encoding}: leave it out"
+                )
+            if feature.is_bag and group == "context_features" and data.context == "none":
+                raise ValueError(
+                    f"{key} holds several values, which belong to a token, but data.context=none "
+                    "has none for it: use data.context=prefix or merged"
+                )
+    plain = [n for n, x in data.item_features.items() if not x.is_bag and not x.is_number]
+    if set(data.action_context) - set(plain) or len(set(data.action_context)) < len(
+        data.action_context
+    ):
+        raise ValueError(
+            "data.action_context must name features of data.item_features that are ids, one value "
+            f"a token, each once, got {list(data.action_context)}; data.item_features has {plain}"
+        )
+
+
 def check_balance(data: DataConfig) -> None:
     """Refuse settings of `fill` and of balanced stochastic length that contradict each other.
 
     Raises:
         ValueError: naming the settings and what to change.
     """
+    if data.fill != "sessions" and data.context == "merged":
+        raise ValueError(
+            f"data.fill={data.fill} plans batches before values are read, so it cannot know how "
+            "many tokens data.context=merged adds: use data.context=prefix, or data.fill=sessions"
+        )
     if (data.budget > 0) != (data.fill != "sessions"):
         raise ValueError(
             f"data.fill={data.fill} with data.budget={data.budget}: fill=tokens and fill=flops "
@@ -420,16 +512,6 @@ def check_ranges(data: DataConfig) -> None:
                 f"{len(action.thresholds)}"
             )
         _check_ascending(f"data.actions.{name}.thresholds", action.thresholds)
-    features = {"item_features": data.item_features, "context_features": data.context_features}
-    for group, named in features.items():
-        for name, feature in named.items():
-            _check_ascending(f"data.{group}.{name}.boundaries", feature.boundaries)
-    strangers = [name for name in data.action_context if name not in data.item_features]
-    if strangers or len(set(data.action_context)) < len(data.action_context):
-        raise ValueError(
-            "data.action_context must name features of data.item_features, each once, got "
-            f"{list(data.action_context)}; data.item_features has {list(data.item_features)}"
-        )
     made = {ITEM_ID, TARGET_ITEM_ID, NEGATIVE_ITEM_ID}
     names = [*data.item_features, *data.context_features]
     taken = sorted({name for name in names if names.count(name) > 1 or name in made})

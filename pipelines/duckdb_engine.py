@@ -23,6 +23,8 @@ _SQL: dict[Kind, str] = {
     "float": "CASE WHEN isnan({0}) THEN NULL ELSE CAST({0} AS DOUBLE) END",
     "string": "CAST({0} AS VARCHAR)",
     "timestamp": "epoch_us({0})",
+    "integers": "CAST({0} AS BIGINT[])",
+    "strings": "CAST({0} AS VARCHAR[])",
 }
 
 

@@ -8,7 +8,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-Kind = Literal["bool", "integer", "float", "string", "timestamp"]
+Kind = Literal["bool", "integer", "float", "string", "timestamp", "integers", "strings"]
 
 IBIS_TYPES = {
     "bool": "boolean",
@@ -16,6 +16,8 @@ IBIS_TYPES = {
     "float": "float64",
     "string": "string",
     "timestamp": "int64",
+    "integers": "array<int64>",
+    "strings": "array<string>",
 }
 
 
@@ -139,4 +141,7 @@ def _kind(arrow: pa.DataType) -> Kind | None:
         return "float"
     if pa.types.is_string(arrow) or pa.types.is_large_string(arrow):
         return "string"
+    if pa.types.is_list(arrow) or pa.types.is_large_list(arrow):
+        lists: dict[Kind | None, Kind] = {"integer": "integers", "string": "strings"}
+        return lists.get(_kind(arrow.value_type))
     return "timestamp" if pa.types.is_timestamp(arrow) else None

@@ -6,18 +6,15 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.config import ActionConfig, DataConfig, FeatureConfig, TaskConfig
-from pipelines.history import EventRows
+from pipelines.feature_columns import Floats, end_of, fill_columns, integers, numbers, slots
+from pipelines.history import EventRows, Ints
 from pipelines.schema import EVENT_ITEM_ID, EVENT_TIMESTAMP, USER_ID
 
-Floats = NDArray[np.float64]
 Place = Literal["session", "context", "events"]
-Kind = Literal["integer", "number"]
-
-UNKNOWN_ID = -1
+Kind = Literal["integer", "number", "integers", "numbers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +25,7 @@ class Column:
     """session: of the row itself."""
     name: str
     kind: Kind
-    """integer: a whole number or a flag; number: also floating point."""
+    """integer: a whole number or a flag; number: also floating point; integers, numbers: lists."""
     wanted_by: str
     """Key of the configuration, for messages."""
 
@@ -36,8 +33,8 @@ class Column:
 class EventEncoder:
     """Encodes events as rows.
 
-    ints: item id, timestamp, item features. floats: labels, dense features. codes: action codes,
-    then 1 where the event is positive.
+    ints: item id, timestamp, item features, with data.context=merged the context features too.
+    floats: labels, dense features. codes: action codes, then 1 where the event is positive.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -45,7 +42,15 @@ class EventEncoder:
         self.config = config
         # The labels and dense features are read at ranking positions only.
         self.dense_features = config.dense_features if config.tasks else ()
-        self.num_ints = 2 + len(config.item_features)
+        self.item_slots = slots(config.item_features, 2)
+        self.num_ints = end_of(self.item_slots, 2)
+        self.context_slots = slots(config.context_features, 0)
+        self.num_context = end_of(self.context_slots, 0)
+        """Columns of the context of a session."""
+        self.merges_context = config.context == "merged"
+        self.series_slots = slots(config.context_features, self.num_ints)
+        """The same in a row of an event, if they are merged."""
+        self.num_ints += self.num_context * self.merges_context
         self.num_floats = len(config.tasks) + len(self.dense_features)
         self.num_codes = len(config.actions) + 1
 
@@ -72,12 +77,16 @@ class EventEncoder:
             columns.append(_feature_column(place, name, feature, f"data.context_features.{name}"))
         return columns
 
-    def encode(self, events: Mapping[str, pa.Array], item_id: NDArray[np.int64]) -> EventRows:
+    def encode(
+        self, events: Mapping[str, pa.Array], item_id: Ints, context: Ints, offsets: Ints
+    ) -> EventRows:
         """Encode the events of some sessions.
 
         Args:
             events: column -> (E,) values; null is unknown.
             item_id: (E,) int64, without nulls.
+            context: (n, X) int64, `encode_context` of the sessions.
+            offsets: (n + 1,) int64: events of session s are offsets[s]:offsets[s + 1].
 
         Returns:
             Rows in the order of `events`.
@@ -90,8 +99,12 @@ class EventEncoder:
         ints = np.empty((num_events, self.num_ints), np.int64)
         ints[:, 0] = item_id
         ints[:, 1] = integers(events[EVENT_TIMESTAMP])
-        for i, (name, feature) in enumerate(config.item_features.items(), start=2):
-            ints[:, i] = feature_ids(events[feature.column or name], feature)
+        for slot in self.item_slots:
+            fill_columns(events[slot.feature.column or slot.name], slot, ints)
+        if self.merges_context:
+            ints[:, self.num_ints - self.num_context :] = np.repeat(
+                context, np.diff(offsets), axis=0
+            )
 
         floats = np.empty((num_events, self.num_floats), np.float32)
         with np.errstate(
@@ -109,6 +122,18 @@ class EventEncoder:
         for name in config.positive:
             codes[:, -1] |= signals[name] >= 0.5
         return EventRows(ints.reshape(-1), floats.reshape(-1), codes.reshape(-1))
+
+    def encode_context(self, columns: Mapping[str, pa.Array], num_sessions: int) -> Ints:
+        """Return (n, X) int64: the context features of some sessions.
+
+        Args:
+            columns: column of the context, and user_id, -> (n,) values; null is unknown.
+            num_sessions: n.
+        """
+        rows = np.empty((num_sessions, self.num_context), np.int64)
+        for slot in self.context_slots:
+            fill_columns(columns[slot.feature.column or slot.name], slot, rows)
+        return rows
 
 
 def action_codes(values: Floats, action: ActionConfig) -> NDArray[np.uint8]:
@@ -135,32 +160,8 @@ def task_labels(values: Floats, task: TaskConfig) -> Floats:
     return labels
 
 
-def feature_ids(values: pa.Array, feature: FeatureConfig) -> NDArray[np.int64]:
-    """Return the id of each value: itself, or the number of boundaries <= value; null is -1."""
-    if not feature.boundaries:
-        return integers(values)
-    numeric = numbers(values)
-    ids = np.searchsorted(feature.boundaries, numeric, side="right")
-    ids[np.isnan(numeric)] = UNKNOWN_ID
-    return ids
-
-
-def integers(values: pa.Array) -> NDArray[np.int64]:
-    """Return int64 values, -1 where null."""
-    if values.type != pa.int64():
-        values = pc.cast(values, pa.int64())
-    if values.null_count:
-        values = values.fill_null(UNKNOWN_ID)
-    return np.asarray(values.to_numpy(zero_copy_only=False))
-
-
-def numbers(values: pa.Array) -> Floats:
-    """Return float64 values, NaN where null."""
-    if values.type != pa.float64():
-        values = pc.cast(values, pa.float64(), safe=False)
-    return np.asarray(values.to_numpy(zero_copy_only=False))
-
-
 def _feature_column(place: Place, name: str, feature: FeatureConfig, key: str) -> Column:
-    kind: Kind = "number" if feature.boundaries else "integer"
+    kind: Kind = "number" if feature.boundaries or feature.is_number else "integer"
+    if feature.is_bag:
+        kind = "numbers" if feature.boundaries else "integers"
     return Column(place, feature.column or name, kind, key)

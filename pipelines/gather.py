@@ -42,7 +42,7 @@ class Gathered:
     sequences: Ints
     """(B, FIRST_CONTEXT + X) int64, columns as in pipelines.history."""
     ints: Ints
-    """(E, I) int64: item id, timestamp, item features; history, then session, of each sequence."""
+    """(E, I) int64, as EventEncoder makes them; history, then session, of each sequence."""
     codes: NDArray[np.uint8]
     """(E, S + 1): action codes, then 1 where the event is positive."""
     floats: NDArray[np.float32]
@@ -54,10 +54,10 @@ class Gathered:
 class SequenceBuffer:
     """Memory that the sequences of a step are written to, used again for each step."""
 
-    def __init__(self, rules: Rules, num_context_features: int) -> None:
-        """Start without memory."""
+    def __init__(self, rules: Rules, num_context: int) -> None:
+        """Start without memory; num_context: columns of a session's context."""
         self._rules = rules
-        self._width = FIRST_CONTEXT + num_context_features
+        self._width = FIRST_CONTEXT + num_context
         self._out = _allocate(rules, self._width, 0, 0)
 
     def gather(self, spans: Sequence[Span], *, extend: bool = True) -> Gathered:

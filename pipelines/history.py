@@ -35,7 +35,7 @@ class EventRows(NamedTuple):
     """Encoded events, one a row, flattened."""
 
     ints: Ints
-    """(E * I,) int64: item id, timestamp, item features."""
+    """(E * I,) int64: item id, timestamp, features (pipelines/feature_columns.py)."""
     floats: NDArray[np.float32]
     """(E * G,) float32: labels and dense features; G = 0 where they are not kept."""
     codes: NDArray[np.uint8]
@@ -56,7 +56,7 @@ class SessionRows(NamedTuple):
     reason: NDArray[np.uint8]
     """(n,) uint8: 0 is usable; else why the session is skipped."""
     context: Ints
-    """(n, X) int64: ids of the context features."""
+    """(n, X) int64: columns of the context features."""
 
 
 class SequenceRows(NamedTuple):

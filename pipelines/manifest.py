@@ -15,6 +15,9 @@ from pipelines.schema import CONTEXT, MANIFEST, session_schema
 
 FORMAT = "gr session-end log"
 VERSION = 1
+
+LIST = "list<int64>"
+"""Type of a column that holds several values."""
 _ANEW = "make the log anew with `gr sessionize CONFIG overwrite=true`"
 
 
@@ -109,7 +112,10 @@ def log_schema(
 
 
 def _types(columns: dict[str, str]) -> Iterator[tuple[str, pa.DataType]]:
-    return ((name, pa.type_for_alias(kind)) for name, kind in columns.items())
+    return (
+        (name, pa.list_(pa.int64()) if kind == LIST else pa.type_for_alias(kind))
+        for name, kind in columns.items()
+    )
 
 
 def write_manifest(manifest: Manifest) -> None:

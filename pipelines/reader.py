@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipelines.features import UNKNOWN_ID, Column, EventEncoder, feature_ids, integers
+from pipelines.feature_columns import UNKNOWN_ID, Flags, integers, read_numbers
+from pipelines.features import Column, EventEncoder
 from pipelines.history import EventRows, Ints, SessionRows
 from pipelines.schema import (
     CONTEXT,
@@ -29,8 +30,6 @@ END_OF_TIME = 253_402_300_800  # 1 January 10000 UTC; milliseconds taken for sec
 
 UNREADABLE = 9  # code of SessionRows.reason (pipelines.rejects.REASONS)
 DISORDERED = 10
-
-Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,32 +183,53 @@ def _leaf_paths(file: pq.ParquetFile, wanted: Iterable[Column], path: Path) -> l
             )
         _check_type(column, there[column.name], path)
         needed.add((column.name,) if column.place == "session" else (column.place, column.name))
-    return [leaf for leaf in _parquet_leaves(file) if _column_of(leaf) in needed]
+    return [leaf for leaf in _parquet_leaves(file) if needed & _columns_of(leaf)]
 
 
 def _check_type(column: Column, found: pa.DataType, path: Path) -> None:
-    numeric = pa.types.is_integer(found) or pa.types.is_boolean(found)
-    if column.kind == "number":
-        numeric = numeric or pa.types.is_floating(found)
-    if not numeric:
-        expected = "an integer or bool" if column.kind == "integer" else "a number or bool"
-        fix = "give it boundaries" if pa.types.is_floating(found) else "take another column"
-        raise ValueError(
-            f"{column.wanted_by}: {column.place} column {column.name!r} must be {expected} column, "
-            f"found {found} in {path}. Correct the configuration: {fix}."
-        )
+    is_list = any(
+        test(found)
+        for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    )
+    value = found.value_type if is_list else found
+    numeric = pa.types.is_integer(value) or pa.types.is_boolean(value)
+    if column.kind in ("number", "numbers"):
+        numeric = numeric or pa.types.is_floating(value)
+    if numeric and is_list == column.kind.endswith("s"):
+        return
+    expected = {
+        "integer": "an integer or bool",
+        "number": "a number or bool",
+        "integers": "a list-of-integers",
+        "numbers": "a list-of-numbers",
+    }[column.kind]
+    if is_list != column.kind.endswith("s"):
+        fix = "set max_values to how many values to keep" if is_list else "leave max_values out"
+    elif pa.types.is_floating(value):
+        fix = "give it boundaries, or encoding=zscore or quantile"
+    else:
+        fix = "take another column"
+    raise ValueError(
+        f"{column.wanted_by}: {column.place} column {column.name!r} must be {expected} column, "
+        f"found {found} in {path}. Correct the configuration: {fix}."
+    )
 
 
 def _parquet_leaves(file: pq.ParquetFile) -> list[str]:
     return [file.schema.column(i).path for i in range(len(file.schema))]
 
 
-def _column_of(leaf: str) -> tuple[str, ...]:
-    """Return what a Parquet path stands for: (name,), (context, name) or (events, name)."""
+def _columns_of(leaf: str) -> set[tuple[str, ...]]:
+    """Return what a Parquet path may stand for: (name,), (context, name) or (events, name).
+
+    A list ends in .list.element, and a name may have dots of its own.
+    """
     top, _, rest = leaf.partition(".")
+    if top not in (EVENTS, CONTEXT):
+        return {(leaf,)}
     if top == EVENTS:
-        return (top, rest.split(".", 2)[-1])  # events.list.element.NAME
-    return (top, rest) if top == CONTEXT else (leaf,)
+        rest = rest.split(".", 2)[-1]  # events.list.element.NAME
+    return {(top, rest), (top, rest.rsplit(".", 2)[0])}
 
 
 def _decode(batch: pa.RecordBatch, encoder: EventEncoder, path: Path, first_row: int) -> Block:
@@ -222,14 +242,15 @@ def _decode(batch: pa.RecordBatch, encoder: EventEncoder, path: Path, first_row:
     columns = dict(zip((f.name for f in structs.type), structs.flatten(), strict=True))
 
     item_id = integers(columns[EVENT_ITEM_ID])
-    events = encoder.encode(columns, item_id)
+    context = encoder.encode_context(_context_columns(batch), batch.num_rows)
+    events = encoder.encode(columns, item_id, context, offsets)
     sessions = SessionRows(
         user_id=_owned(integers(batch.column(USER_ID))),
         session_id=_owned(integers(batch.column(SESSION_ID))),
         start_ts=_owned(integers(batch.column(START_TS))),
         offsets=offsets,
-        reason=_reasons(batch, columns, offsets, events, encoder),
-        context=_context_ids(batch, encoder),
+        reason=_reasons(batch, columns, offsets, events, context, encoder),
+        context=context,
     )
     return Block(path, first_row, sessions, events)
 
@@ -246,7 +267,7 @@ def _unreadable(path: Path, first_row: int, num_sessions: int, encoder: EventEnc
             start_ts=unknown,
             offsets=np.zeros(num_sessions + 1, np.int64),
             reason=np.full(num_sessions, UNREADABLE, np.uint8),
-            context=np.full((num_sessions, len(encoder.config.context_features)), UNKNOWN_ID),
+            context=np.full((num_sessions, encoder.num_context), UNKNOWN_ID),
         ),
         EventRows(np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.uint8)),
     )
@@ -274,16 +295,13 @@ def _owned(values: Ints) -> Ints:
     return np.array(values, np.int64)
 
 
-def _context_ids(batch: pa.RecordBatch, encoder: EventEncoder) -> Ints:
-    features = encoder.config.context_features
+def _context_columns(batch: pa.RecordBatch) -> dict[str, pa.Array]:
+    """Return the columns that a feature of the context may read."""
     columns: dict[str, pa.Array] = {USER_ID: batch.column(USER_ID)}
     if CONTEXT in batch.schema.names:
         context = batch.column(CONTEXT)
         columns |= dict(zip((f.name for f in context.type), context.flatten(), strict=True))
-    ids = np.empty((batch.num_rows, len(features)), np.int64)
-    for i, (name, feature) in enumerate(features.items()):
-        ids[:, i] = feature_ids(columns[feature.column or name], feature)
-    return ids
+    return columns
 
 
 def _reasons(
@@ -291,6 +309,7 @@ def _reasons(
     columns: dict[str, pa.Array],
     offsets: Ints,
     events: EventRows,
+    context: Ints,
     encoder: EventEncoder,
 ) -> NDArray[np.uint8]:
     """Return for each session 0, or why it cannot be used (pipelines.rejects.REASONS)."""
@@ -309,6 +328,14 @@ def _reasons(
     descends[1:] = (timestamp[1:] < timestamp[:-1]) & (session[1:] == session[:-1])
     outside = (timestamp < start_ts[session]) | (timestamp > end_ts[session])
     infinite = np.isinf(events.floats.reshape(len(timestamp), encoder.num_floats)).any(axis=1)
+    infinite_context = np.zeros(batch.num_rows, bool)
+    for rows, placed, flags in (
+        (ints, encoder.item_slots, infinite),
+        (context, encoder.context_slots, infinite_context),
+    ):
+        for slot in placed:
+            if slot.feature.is_number:
+                flags |= np.isinf(read_numbers(rows, slot))
     tests = (
         null_key,
         np.diff(offsets) == 0,
@@ -317,7 +344,7 @@ def _reasons(
         any_event(is_absurd(timestamp)) | is_absurd(start_ts) | is_absurd(end_ts),
         any_event(descends),
         any_event(outside),
-        any_event(infinite),
+        any_event(infinite) | infinite_context,
     )
     reason = np.zeros(batch.num_rows, np.uint8)
     for code, failed in reversed(list(enumerate(tests, start=1))):

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipelines.features import UNKNOWN_ID
+from pipelines.feature_columns import UNKNOWN_ID
 from pipelines.reader import Block
 
 # Codes of SessionRows.reason. Where several hold, the first one counts.

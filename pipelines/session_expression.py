@@ -89,8 +89,13 @@ def with_ids(
     """Return the columns that the log needs, strings as 64-bit ids."""
 
     def value(name: str) -> Any:
-        column = events["raw_" + name]
-        return string_id_column(column, hex_to_integer) if kinds[name] == "string" else column
+        column, kind = events["raw_" + name], kinds[name]
+        if name in config.split:
+            column, kind = column.split(config.split[name]), "strings"
+            column = column.filter(lambda text: text != "")
+        if kind == "strings":
+            return column.map(lambda text: string_id_column(text, hex_to_integer))
+        return string_id_column(column, hex_to_integer) if kind == "string" else column
 
     columns = {name: events[name] for name in _PLACE}
     columns["user_id"] = value(config.user_id)

@@ -101,7 +101,10 @@ def _encoding(schema: pa.Schema) -> dict[str, object]:
     """
     times = [START_TS, END_TS, f"{EVENTS}.list.element.timestamp"]
     names = (
-        [f"{CONTEXT}.{x.name}" for x in schema.field(CONTEXT).type]
+        [
+            f"{CONTEXT}.{x.name}" + ".list.element" * pa.types.is_list(x.type)
+            for x in schema.field(CONTEXT).type
+        ]
         if CONTEXT in schema.names
         else []
     )

@@ -28,7 +28,7 @@ from pipelines.config import SessionizeConfig
 from pipelines.counters import counter_names
 from pipelines.duckdb_engine import DuckDBEngine, open_duckdb
 from pipelines.event_log import IBIS_TYPES, Kind, Source, find_source
-from pipelines.manifest import Manifest, log_schema, read_manifest, write_manifest
+from pipelines.manifest import LIST, Manifest, log_schema, read_manifest, write_manifest
 from pipelines.output_folder import check_output, new_folder
 from pipelines.schema import EVENT_ITEM_ID, EVENT_TIMESTAMP, history_name, part_name
 from pipelines.session_cutter import CutRules, Dealer, write_cut
@@ -43,13 +43,15 @@ HELD_SHARE = 0.25  # of memory_gb that rows may take while DuckDB still runs
 _IDS: frozenset[Kind] = frozenset({"integer", "string"})
 _TIMES: frozenset[Kind] = frozenset({"integer", "timestamp"})
 _NUMBERS: frozenset[Kind] = frozenset({"bool", "integer", "float"})
-_VALUES: frozenset[Kind] = _NUMBERS | {"string"}
-_ANY: frozenset[Kind] = _VALUES | {"timestamp"}
+_VALUES: frozenset[Kind] = _NUMBERS | {"string", "integers", "strings"}
+_ANY: frozenset[Kind] = _NUMBERS | {"string", "timestamp"}
 _ARROW_TYPES: dict[Kind, str] = {
     "bool": "bool",
     "integer": "int64",
     "float": "double",
     "string": "int64",
+    "integers": LIST,
+    "strings": LIST,
 }
 
 
@@ -222,7 +224,10 @@ def _columns(
     """Return name -> Arrow type of the actions, the further event columns and the context."""
 
     def types(names: tuple[str, ...]) -> dict[str, str]:
-        return {name: _ARROW_TYPES[inputs.kinds[name]] for name in names}
+        return {
+            name: LIST if name in config.split else _ARROW_TYPES[inputs.kinds[name]]
+            for name in names
+        }
 
     counters = [name for x, y in config.counters.items() for name in counter_names(x, y)]
     features = types(inputs.features) | dict.fromkeys(counters, "float")
@@ -255,6 +260,13 @@ def _check_names(config: SessionizeConfig) -> None:
                 )
     raw = [*config.actions, *config.features, *config.context]
     raw += [config.user_id, config.item_id, config.timestamp]
+    values = {*config.features, *config.context, *joined}
+    for name, delimiter in config.split.items():
+        if name not in values or not delimiter:
+            raise ValueError(
+                f"split.{name}={delimiter!r}: expected a column of features, context or joins "
+                f"({sorted(values)}) and the text between its values, such as '|'"
+            )
     clash = sorted(set(joined) & set(raw))
     if clash:
         raise ValueError(f"joins add column(s) {clash} that the event log has: choose other names")
@@ -320,6 +332,17 @@ def _find_inputs(config: SessionizeConfig) -> _Inputs:
             )
         kinds.update({new: source.kinds[old] for new, old in join.columns.items()})
         joins.append(source)
+    for name in config.split:
+        if kinds[name] != "string":
+            raise ValueError(
+                f"split.{name}: expected a column of text, found {kinds[name]}: leave it out"
+            )
+    keys = {key for counter in config.counters.values() for key in counter.keys}
+    lists = sorted(x for x in keys if x in config.split or kinds.get(x) in ("integers", "strings"))
+    if lists:
+        raise ValueError(
+            f"counters have keys {lists} that hold lists: a counter counts by single values"
+        )
     features, context = list(config.features), list(config.context)
     for join in config.joins:
         (features if join.into == "event" else context).extend(join.columns)

@@ -27,6 +27,8 @@ _SQL = {
     "integer": "CAST({0} AS BIGINT)",
     "float": "CASE WHEN isnan({0}) THEN NULL ELSE CAST({0} AS DOUBLE) END",
     "string": "CAST({0} AS STRING)",
+    "integers": "CAST({0} AS ARRAY<BIGINT>)",
+    "strings": "CAST({0} AS ARRAY<STRING>)",
 }
 
 
@@ -177,6 +179,8 @@ def _read_schema(found: Any, source: Source) -> Any:
 
     wide = {"bool": t.BooleanType(), "integer": t.LongType(), "float": t.DoubleType()}
     wide["string"] = t.StringType()
+    wide["integers"] = t.ArrayType(t.LongType())
+    wide["strings"] = t.ArrayType(t.StringType())
     fields = [
         t.StructField(column, wide.get(kind) or found[column].dataType)
         for column, kind in source.kinds.items()

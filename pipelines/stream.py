@@ -175,7 +175,7 @@ class SessionStream:
     ) -> Generator[tuple[SequenceBatch, list[Reject]], None, None]:
         """Yield all batches from a step on of the segments that are known."""
         segments = self._segments
-        buffer = SequenceBuffer(self._rules, len(self.config.context_features))
+        buffer = SequenceBuffer(self._rules, self._encoder.num_context)
         rows = segments.rows_at(step)
         while step < segments.num_steps:
             for reader in readers.values():
@@ -231,7 +231,7 @@ class SessionStream:
             gathered, expected_load = self._shorten(gathered, step, num_sessions)
         batch = assemble(
             gathered,
-            self.config,
+            self._encoder,
             seed=self.seed,
             window=segment.schedule.window_of(within),
             position=self._segments.position(num_done),

@@ -7,13 +7,10 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from gr.config import DLRMConfig
-
-MAX_DEVIATIONS = 10.0
-"""Standardised values are cut here: the first batches know the spread of a feature badly."""
+from gr.numbers import RunningStandardization, sum_over_ranks
 
 
 class DLRM(nn.Module):
@@ -86,53 +83,11 @@ class DLRM(nn.Module):
         inputs.append(dots_PNN.flatten(1).index_select(1, self.pair_index))
         return self.top(torch.cat(inputs, dim=1))  # type: ignore[no-any-return]
 
-
-class RunningStandardization(nn.Module):
-    """Heavy-tailed features on one scale, by what earlier batches held.
-
-        v = sign(x) log(1 + |x|);   z = clip((v - mean) / deviation, -10, 10), 0 where missing
-        result = [z, 1 where missing]
-
-    Mean and deviation are of all values of earlier training batches of all ranks: in training, a
-    batch is added after it has been standardised, so that nothing later enters a prediction. The
-    sums are buffers, hence part of the state. Before the first value: mean 0, deviation 1; so too
-    where a feature has not varied yet.
-
-    Args:
-        num_features: F.
-    """
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.sums_3F: Tensor
-        self.register_buffer("sums_3F", torch.zeros(3, num_features, dtype=torch.float64))
-
-    def forward(self, dense_PF: Tensor) -> Tensor:
-        """Return (P, 2 F) in the dtype of `dense_PF`."""
-        is_present_PF = dense_PF.isfinite()
-        value_PF = dense_PF.where(is_present_PF, 0.0).double()
-        value_PF = value_PF.sign() * value_PF.abs().log1p()
-        count_F, sum_F, square_F = self.sums_3F.clone()
-        mean_F = sum_F / count_F.clamp_min(1)
-        mean_square_F = square_F / count_F.clamp_min(1)
-        variance_F = mean_square_F - mean_F.square()
-        # Below this the difference of the two may be rounding.
-        has_varied_F = variance_F > 1e-9 * mean_square_F
-        deviation_F = torch.where(has_varied_F, variance_F, 1.0).sqrt()
-        z_PF = ((value_PF - mean_F) / deviation_F).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
-        if self.training:
-            self._add(value_PF, is_present_PF)
-        return torch.cat([z_PF.where(is_present_PF, 0.0), ~is_present_PF], 1).to(dense_PF.dtype)
-
     @torch.no_grad()
-    def _add(self, value_PF: Tensor, is_present_PF: Tensor) -> None:
-        # Missing values are 0 here.
-        batch_3F = torch.stack(
-            [is_present_PF.sum(0).double(), value_PF.sum(0), value_PF.square().sum(0)]
-        )
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(batch_3F)
-        self.sums_3F += batch_3F
+    def observe(self, dense_PF: Tensor) -> None:
+        """Add a batch to what dense features are standardised by, on all ranks together."""
+        (sums_3F,) = sum_over_ranks([self.normalize.statistics(dense_PF)])
+        self.normalize.add(sums_3F)
 
 
 def _mlp(widths: Sequence[int]) -> nn.Sequential:

@@ -38,10 +38,15 @@ def random_sessions(seed: int, *, partitions: int = 2) -> list[list[dict]]:
                         "tab": rng.choice([None, 0, 3]),
                         "price": rng.choice([None, 0.5, 1.0, 9.0]),
                         "seen": rng.choice([None, 1.5]),
+                        "genres": rng.choice([None, [], [3], [0, None, 4]]),
                     }
                 )
             row = session(3 * p + number % 3, number, events)
-            row["context"] = {"country": rng.choice([None, 4]), "age": rng.choice([None, 30.0])}
+            row["context"] = {
+                "country": rng.choice([None, 4, 5]),
+                "age": rng.choice([None, 30.0]),
+                "creators": rng.choice([None, [], [1, 2], [2, 1, 0]]),
+            }
             rows.append(row)
         parts.append(sorted(rows, key=lambda row: row["end_ts"]))
     return parts
@@ -66,6 +71,10 @@ def train_config(data, *, loss=None, **model) -> TrainConfig:
             init_std=1.0,
         ),
         "bins": TableConfig(num_embeddings=9, dim=4, features=("tab", "price_bin"), init_std=1.0),
+        "genres": TableConfig(
+            num_embeddings=6, dim=DIM, features=("genres", "genre_bins"), init_std=1.0
+        ),
+        "creators": TableConfig(num_embeddings=4, dim=4, features=("creators",), init_std=1.0),
         "context": TableConfig(
             num_embeddings=7,
             dim=12,

@@ -235,7 +235,7 @@ def test_dlrm_reads_each_event_by_itself(tmp_path, mode):
                 features = {"item_id": row("item_id", sequence["item_id"][item])}
                 for name, values in sequence["item_features"].items():
                     features[name] = row(name, values[item])
-                for name, value in zip(data.context_features, sequence["context"], strict=True):
+                for name, (value,) in sequence["context"].items():
                     features[name] = row(name, value)
                 out = model.ranking(model.dlrm(torch.tensor([dense]), features))
                 for task, value in out.items():

@@ -1,5 +1,7 @@
 """Token embeddings against loops over sequences and tokens, in float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -15,9 +17,10 @@ from tests.gr.batches import (
     look_up,
     make_tables,
     random_log,
+    random_sessions,
     train_config,
 )
-from tests.pipelines.logs import MODES, take_apart
+from tests.pipelines.logs import MERGED_MODES, MODES, RICH, take_apart
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +42,39 @@ def oracle(sequence, config, module, tables):
             vector = torch.stack([(weight[i] * vector).sum() for i in range(DIM)])
         return vector
 
+    def value_part(name, feature, value):
+        """Return the vector of an id, a bag or a number."""
+        if feature.is_number:
+            number = torch.tensor([math.nan if value is None else value])
+            return module.numbers.encode(name, number)[0]
+        if not feature.is_bag:
+            return part(name, value)
+        if not value:
+            return torch.zeros(DIM, dtype=torch.float64)
+        table = table_of[name]
+        ids = vocabulary.row_of(table, torch.tensor(value))
+        vectors = tables.weights[table][ids].double()
+        scores = torch.zeros(len(value), dtype=torch.float64)
+        if config.model.pooling.get(name) == "attention":
+            query = module.bags.pooling[name].query_D
+            scores = torch.stack([(v * query).sum() for v in vectors]) / math.sqrt(len(query))
+        weights = scores.exp() / scores.exp().sum()
+        pooled = sum(w * v for w, v in zip(weights, vectors, strict=True))
+        return module.project[name](pooled) if name in module.project else pooled
+
+    at = {t: (n, v) for n, values in sequence["context"].items() for t, v in pairs(values, data, n)}
     sizes = [len(action.thresholds) + 2 for action in data.actions.values()]
     item = action = 0
     vectors = []
     for place, kind in enumerate(sequence["kind"]):
         x = torch.zeros(DIM, dtype=torch.float64)
         if kind == TokenKind.CONTEXT:
-            x = x + part(list(data.context_features)[place], sequence["context"][place])
+            name, value = at[place]
+            x = x + value_part(name, data.context_features[name], value)
         if kind in (TokenKind.ITEM, TokenKind.EVENT, TokenKind.CANDIDATE):
             x = x + part("item_id", sequence["item_id"][item])
             for name, values in sequence["item_features"].items():
-                x = x + part(name, values[item])
+                x = x + value_part(name, data.item_features[name], values[item])
             item += 1
         if kind in (TokenKind.ACTION, TokenKind.EVENT):
             for signal, code in enumerate(sequence["action_codes"][action]):
@@ -64,6 +89,13 @@ def oracle(sequence, config, module, tables):
     assert item == len(sequence["item_id"])
     assert action == len(sequence["action_codes"])
     return vectors
+
+
+def pairs(values, data, name):
+    """Return (token, value) of a context feature."""
+    if data.context == "merged":
+        return values
+    return [(list(data.context_features).index(name), values[0])]
 
 
 @pytest.mark.parametrize("action_context", [(), ("price_bin", "tab")], ids=["", "context"])
@@ -90,6 +122,57 @@ def test_every_token_is_the_sum_of_its_parts(log, mode, candidate_action, action
     expected_kinds |= {TokenKind.CANDIDATE} if candidates else set()
     expected_kinds |= {TokenKind.CONTEXT} if mode[3] == "prefix" else set()
     assert kinds == expected_kinds
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ("interleaved", "event", "session", "prefix"),
+        ("merged", "session", "session", "prefix"),
+        *MERGED_MODES,
+    ],
+    ids="-".join,
+)
+def test_bags_numbers_and_series(log, mode):
+    data = data_config(log, mode, **RICH)
+    encoding = EncodingConfig(position="none")
+    pooling = {"genres": "attention", "creators": "attention"}
+    config = train_config(data, encoding=encoding, pooling=pooling)
+    tables = make_tables(config)
+    torch.manual_seed(1)
+    module = TokenEmbedding(config.data, config.model, feature_dims(config)).double()
+    for name in pooling:
+        torch.nn.init.normal_(module.bags.pooling[name].query_D)
+    num_context = 0
+    for batch in batches(config.data):
+        sequences = take_apart(batch, config.data)
+        batch.ids = batch.lookup_ids()
+        x_LD = module(batch, look_up(config, tables, batch))
+        expected = [x for s in sequences for x in oracle(s, config, module, tables)]
+        torch.testing.assert_close(x_LD, torch.stack(expected), rtol=1e-12, atol=1e-12)
+        num_context += int((batch.token_kind == TokenKind.CONTEXT).sum())
+        module.observe(batch)
+    assert num_context > 20
+
+
+def test_numbers_are_observed_once(log):
+    data = data_config(log, ("interleaved", "event", "session", "prefix"), **RICH)
+    config = train_config(data)
+    module = TokenEmbedding(config.data, config.model, feature_dims(config))
+    for batch in batches(config.data):
+        module.observe(batch)
+    seen, ages, sessions = [], 0, 0
+    for rows in random_sessions(0):
+        for row in rows:
+            seen += [e["seen"] for e in row["events"] if e["seen"] is not None]
+            pieces = -(-len(row["events"]) // data.max_session_events)
+            ages += pieces * (row["context"]["age"] is not None)
+            sessions += 1
+    assert 0 < ages < sessions * 2
+    count, total, _ = module.numbers.statistics["seen_number"].sums_3F[:, 0].tolist()
+    assert count == len(seen)
+    assert total == pytest.approx(sum(math.log1p(x) for x in seen))
+    assert module.numbers.statistics["age_number"].counts_C.sum() == ages
 
 
 def test_rows_as_wide_as_the_model_are_not_projected(log):

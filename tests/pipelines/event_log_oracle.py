@@ -20,11 +20,20 @@ def partition(user: int, seed: int, partitions: int) -> int:
 
 def identity(value):
     """Strings are the first 16 hexadecimal digits of their MD5, less the top bit."""
+    if isinstance(value, list):
+        return [identity(x) for x in value]
     if isinstance(value, str):
         return int(hashlib.md5(value.encode()).hexdigest()[:16], 16) % 2**63
     if isinstance(value, float) and math.isnan(value):
         return None
     return value
+
+
+def values_of(config, column, value):
+    """Return the values of a text that is to be split."""
+    if column not in config.split or value is None:
+        return value
+    return [x for x in value.split(config.split[column]) if x]
 
 
 def reject_reason(config, row, is_log):
@@ -63,11 +72,12 @@ def read_events(config, rows, is_log, tables):
             rejects[reason] += 1
             continue
         own = {
-            x: identity(row.get(x)) for x in (*config.actions, *config.features, *config.context)
+            x: identity(values_of(config, x, row.get(x)))
+            for x in (*config.actions, *config.features, *config.context)
         }
         key = (row[config.user_id], row[config.item_id], row[config.timestamp])
         if config.duplicates == "exact":
-            key += (row.get(config.session_id), *own.values())
+            key += (row.get(config.session_id), *map(repr, own.values()))
         if config.duplicates != "keep" and key in seen:
             repeats += 1
             continue

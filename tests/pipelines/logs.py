@@ -22,6 +22,28 @@ MODES = [
     for layout in ("interleaved", "merged")
     for supervise in ("all", "sampled")
 ]
+MERGED_MODES = [
+    (layout, anchor, supervise, "merged")
+    for layout in ("interleaved", "merged")
+    for anchor, supervise in (("event", "session"), ("session", "session"), ("event", "all"))
+]
+# Bags and numbers beside the features of make_config.
+RICH = {
+    "item_features": {
+        "tab": FeatureConfig(),
+        "genres": FeatureConfig(max_values=2),
+        "seen_number": FeatureConfig(column="seen", encoding="zscore"),
+        "price_bin": FeatureConfig(column="price", boundaries=(1.0, 2.0)),
+        "genre_bins": FeatureConfig(column="genres", max_values=3, boundaries=(2.0,)),
+    },
+    "context_features": {
+        "age": FeatureConfig(boundaries=(18.0, 40.0)),
+        "creators": FeatureConfig(max_values=2),
+        "user": FeatureConfig(column="user_id"),
+        "age_number": FeatureConfig(column="age", encoding="quantile", bins=4),
+        "country": FeatureConfig(),
+    },
+}
 
 
 def make_config(log, layout, anchor, supervise, context, **changes) -> DataConfig:
@@ -66,6 +88,11 @@ def make_config(log, layout, anchor, supervise, context, **changes) -> DataConfi
     return DataConfig(**(fields | changes))
 
 
+def bags():
+    """Draw a list of ids, which may be null, empty or hold nulls."""
+    return st.one_of(st.none(), st.lists(st.one_of(st.none(), st.integers(0, 4)), max_size=4))
+
+
 def events(start, size):
     """Draw the events of a session from `start` on."""
     optional = lambda values: st.one_of(st.none(), values)  # noqa: E731
@@ -79,6 +106,7 @@ def events(start, size):
             "tab": optional(st.integers(-3, 9)),
             "price": optional(numbers),
             "seen": optional(numbers),
+            "genres": bags(),
         }
     )
 
@@ -161,6 +189,7 @@ def logs(draw, *, defects=True, max_partitions=3, max_sessions=9):
                         {
                             "country": st.one_of(st.none(), st.integers(0, 5)),
                             "age": st.one_of(st.none(), st.sampled_from([1.0, 18.0, 50.0])),
+                            "creators": bags(),
                         }
                     ),
                 )
@@ -185,15 +214,41 @@ def take_apart(batch, config: DataConfig) -> list[dict]:
     """Return the sequences of a batch in the form of the oracle, without `clipped`."""
     # Not to_dict(), which fails on a batch without sequences (torchrec 1.8).
     jagged = {key: batch.ids[key].to_dense() for key in batch.ids.keys()}  # noqa: SIM118
+    bags = {key: batch.bags[key].to_dense() for key in batch.bags.keys()} if batch.bags else {}  # noqa: SIM118
     offsets = batch.offsets.tolist()
     carries_action = ((batch.token_kind == 2) | (batch.token_kind == 3)).tolist()
     action_rows = np.concatenate([[0], np.cumsum(carries_action)]).tolist()
+    carries_item = ((batch.token_kind != 0) & (batch.token_kind != 2)).tolist()
+    item_rows = np.concatenate([[0], np.cumsum(carries_item)]).tolist()
     codes = batch.action_codes.tolist()
     of = lambda key, b: jagged[key][b].tolist()  # noqa: E731
     sequences = []
     targets = batch.ids["target_item_id"].values().tolist()
+
+    def values(name, feature, tokens, rows, b):
+        """Return the value of a feature at each of some tokens, whose rows are `rows`."""
+        if feature.is_bag:
+            rest = [t for t in range(*offsets[b : b + 2]) if t not in tokens]
+            if name in config.item_features:
+                assert not any(len(bags[name][t]) for t in rest)
+            return [bags[name][t].tolist() for t in tokens]
+        if feature.is_number:
+            return [None if math.isnan(x) else x for x in batch.numbers[name][rows].tolist()]
+        return of(name, b)
+
     for b in range(batch.num_sequences):
         first, last = offsets[b], offsets[b + 1]
+        items = [t for t in range(first, last) if carries_item[t]]
+        context = {}
+        for i, (name, feature) in enumerate(config.context_features.items()):
+            if config.context != "merged":
+                context[name] = values(name, feature, [first + i], slice(b, b + 1), b)
+                continue
+            places = batch.context_positions[name].tolist()
+            rows = [i for i, t in enumerate(places) if first <= t < last]
+            mine = [places[i] for i in rows]
+            found = values(name, feature, mine, rows, b)
+            context[name] = [(t - first, v) for t, v in zip(mine, found, strict=True)]
         sequences.append(
             {
                 "user_id": int(batch.user_id[b]),
@@ -206,8 +261,11 @@ def take_apart(batch, config: DataConfig) -> list[dict]:
                 "session_start": int(batch.session_start[b]),
                 "num_candidates": int(batch.num_candidates[b]),
                 "item_id": of("item_id", b),
-                "item_features": {name: of(name, b) for name in config.item_features},
-                "context": [i for name in config.context_features for i in of(name, b)],
+                "item_features": {
+                    name: values(name, x, items, slice(item_rows[first], item_rows[last]), b)
+                    for name, x in config.item_features.items()
+                },
+                "context": context,
                 "action_codes": codes[action_rows[first] : action_rows[last]],
                 "ranking": [
                     (

@@ -4,6 +4,7 @@ Sequences are dictionaries of lists; positions count from the head of the sequen
 """
 
 import math
+import struct
 
 from pipelines.config import DataConfig
 
@@ -76,6 +77,16 @@ def feature_id(value, feature):
     return int(value)
 
 
+def kept_value(value, feature):
+    """Return an id, a list of ids, or a number (None where it is unknown)."""
+    if feature.is_bag:
+        ids = [-1] if value is None else [feature_id(v, feature) for v in value]
+        return ids[: feature.max_values]
+    if feature.is_number:
+        return None if unknown(value) else struct.unpack("f", struct.pack("f", value))[0]
+    return feature_id(value, feature)
+
+
 def action_code(value, action):
     return 0 if unknown(value) else 1 + sum(bound <= float(value) for bound in action.thresholds)
 
@@ -118,9 +129,32 @@ def reject_reason(row, config: DataConfig):
     if config.tasks:
         numbers = [task_label(e.get(t.action), t) for e in events for t in config.tasks.values()]
         numbers += [e.get(name) for e in events for name in config.dense_features]
-        if any(x is not None and math.isinf(x) for x in numbers):
-            return "label or dense feature not finite"
+    else:
+        numbers = []
+    for rows, features in (
+        (events, config.item_features),
+        ([row["context"]], config.context_features),
+    ):
+        numbers += [
+            (e or {}).get(f.column or name)
+            for e in rows
+            for name, f in features.items()
+            if f.is_number
+        ]
+    if any(x is not None and math.isinf(x) for x in numbers):
+        return "label or dense feature not finite"
     return None
+
+
+def is_cut(row, name, feature):
+    """Return whether a bag lacks values of the log."""
+    return (
+        feature.is_bag and len((row or {}).get(feature.column or name) or ()) > feature.max_values
+    )
+
+
+def with_context(row):
+    return [event | {"context": row["context"]} for event in row["events"]]
 
 
 class Oracle:
@@ -134,7 +168,7 @@ class Oracle:
         for p, rows in enumerate(histories or []):
             for number, row in enumerate(rows):
                 if self.usable(p, number, row):
-                    self.seen.setdefault(row["user_id"], []).extend(row["events"])
+                    self.seen.setdefault(row["user_id"], []).extend(with_context(row))
 
     def usable(self, partition, number, row):
         reason = reject_reason(row, self.config)
@@ -176,7 +210,7 @@ class Oracle:
         sequences = []
         size = config.max_session_events
         for piece, first in enumerate(range(0, len(row["events"]), size)):
-            events = row["events"][first : first + size]
+            events = with_context(row)[first : first + size]
             anchor = row["start_ts"] if piece == 0 else events[0]["timestamp"]
             seen = self.seen.setdefault(user, [])
             budget = config.max_history_tokens // (2 if config.layout == "interleaved" else 1)
@@ -196,7 +230,7 @@ class Oracle:
                 kept = uniform(key) * n < config.sampled_rate
             history = self.shortened(history, len(events), anchor, user, row["session_id"], piece)
             if kept:
-                sequence = self.lay_out(history, events, anchor, row["context"], user)
+                sequence = self.lay_out(history, events, anchor, user)
                 sequence |= {
                     "user_id": user,
                     "session_id": row["session_id"],
@@ -238,15 +272,28 @@ class Oracle:
         key = sequence_key(self.seed, 1, user, session, piece)
         return [draw(key, i) % self.config.num_items for i in range(self.config.num_negatives)]
 
-    def lay_out(self, history, events, anchor, context, user):
+    def lay_out(self, history, events, anchor, user):
         config = self.config
         interleaved, candidates = config.layout == "interleaved", config.anchor == "session"
-        row = {"user_id": user, **(context or {})}
-        context_ids = [
-            feature_id(row.get(f.column or name), f) for name, f in config.context_features.items()
-        ]
-        tokens = [(CONTEXT, anchor) for _ in context_ids] if config.context == "prefix" else []
+        tokens = []
+        features = config.context_features.items()
+
+        def context_of(event):
+            row = {"user_id": user, **(event["context"] or {})}
+            return {name: kept_value(row.get(f.column or name), f) for name, f in features}
+
+        found = {name: [value] for name, value in context_of(events[0]).items()}
+        if config.context == "merged":
+            found = {name: [] for name in config.context_features}
+        if config.context == "prefix":
+            tokens = [(CONTEXT, anchor) for _ in features]
         num_context = len(tokens)
+        last_known = {}
+        num_cut = sum(
+            is_cut(e, name, f) for e in events for name, f in config.item_features.items()
+        )
+        if config.context == "prefix":
+            num_cut += sum(is_cut(events[0]["context"], name, f) for name, f in features)
         ranking, retrieval, codes = [], [], []
         start_of_session = None
         last_of_history = None
@@ -254,6 +301,16 @@ class Oracle:
             in_session = i >= len(history)
             if i == len(history):
                 start_of_session = len(tokens)
+            if config.context == "merged":
+                time = anchor if in_session and candidates else event["timestamp"]
+                for name, value in context_of(event).items():
+                    if value not in (None, -1, [-1], last_known.get(name, "none yet")):
+                        found[name].append((len(tokens), value))
+                        tokens.append((CONTEXT, time))
+                        last_known[name] = value
+                        f = config.context_features[name]
+                        num_cut += in_session and is_cut(event["context"], name, f)
+            if i == len(history):
                 last_of_history = len(tokens) - 1 if history else None
             supervised = in_session or config.supervise != "session"
             positive = not config.positive or any(
@@ -285,12 +342,13 @@ class Oracle:
             "num_candidates": len(events) if candidates else 0,
             "item_id": [e["item_id"] for e in everything],
             "item_features": {
-                name: [feature_id(e.get(f.column or name), f) for e in everything]
+                name: [kept_value(e.get(f.column or name), f) for e in everything]
                 for name, f in config.item_features.items()
             },
-            "context": context_ids,
+            "context": found,
             "action_codes": codes,
             "ranking": ranking,
             "retrieval": retrieval,
             "num_events": len(events if config.supervise == "session" else everything),
+            "num_cut": num_cut,
         }

@@ -9,8 +9,9 @@ from pipelines.manifest import Manifest, PartitionFile, write_manifest
 from pipelines.schema import history_name, part_name, session_schema
 
 ACTIONS = {"click": pa.bool_(), "watch": pa.float64()}
-FEATURES = {"tab": pa.int64(), "price": pa.float64(), "seen": pa.float32()}
-CONTEXT = {"country": pa.int64(), "age": pa.float64()}
+IDS = pa.list_(pa.int64())
+FEATURES = {"tab": pa.int64(), "price": pa.float64(), "seen": pa.float32(), "genres": IDS}
+CONTEXT = {"country": pa.int64(), "age": pa.float64(), "creators": IDS}
 SCHEMA = session_schema(actions=ACTIONS.items(), features=FEATURES.items(), context=CONTEXT.items())
 
 

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.config import ActionConfig, DataConfig, FeatureConfig, TaskConfig
-from pipelines.features import action_codes, feature_ids, numbers, task_labels
+from pipelines.feature_columns import feature_ids, numbers
+from pipelines.features import action_codes, task_labels
 from tests.pipelines.logs import MODES, make_config
 from tests.pipelines.oracle import action_code, feature_id, task_label
 
@@ -62,7 +63,30 @@ def test_ids_of_every_integer_type(kind):
         ({"anchor": "session", "supervise": "all"}, "predicts the session's events only"),
         ({"supervise": "all", "context": "prefix"}, "holds what is known at the session's start"),
         ({"sampled_rate": 2.0}, "data.supervise=sampled only"),
-        ({"context": "prefix", "context_features": {}}, "no token to put in front"),
+        ({"context": "prefix", "context_features": {}}, "no feature to make tokens of"),
+        ({"context": "merged", "context_features": {}}, "no feature to make tokens of"),
+        ({"context": "merged", "fill": "tokens", "budget": 9.0}, "cannot know how many tokens"),
+        (
+            {"context_features": {"creators": FeatureConfig(max_values=2)}},
+            r"data.context_features.creators holds several values",
+        ),
+        ({"item_features": {"x": FeatureConfig(max_values=-1)}}, "x.max_values must be 0"),
+        (
+            {"item_features": {"x": FeatureConfig(encoding="zscore", boundaries=(1.0,))}},
+            "x.encoding=zscore reads one number",
+        ),
+        (
+            {"item_features": {"x": FeatureConfig(encoding="quantile", bins=1)}},
+            "x.bins must be at least 2",
+        ),
+        ({"item_features": {"x": FeatureConfig(bins=3)}}, "read with encoding=quantile only"),
+        (
+            {
+                "item_features": {"x": FeatureConfig(max_values=2)},
+                "action_context": ("x",),
+            },
+            "one value a token",
+        ),
         ({"tasks": {}}, "data.tasks is empty"),
         ({"max_session_events": 0}, "data.max_session_events must be at least 1, got 0"),
         ({"max_history_tokens": -1}, "data.max_history_tokens must be at least 0, got -1"),

@@ -52,13 +52,16 @@ def event_logs(draw):
             "watch": draw(one_of(None, 0.0, 1.5, -2.0, math.nan)),
             "tab": draw(one_of(None, 4, 5)),
             "place": draw(one_of(None, "home", "")),
+            "tags": draw(one_of(None, [], ["a"], ["b", None, "a"])),
+            "codes": draw(one_of(None, [], [3, None])),
+            "genres": draw(one_of(None, "", "x", "x.y", "y..x.")),
         }
 
     log = [row() for _ in range(draw(st.integers(1, 40)))]
     log.append({**row(), "u": users[0], "i": 1, "t": times[0], "visit": "x"})
     history = [row() for _ in range(draw(st.integers(0, 12)))]
     for x in history:
-        del x["click"], x["place"], x["visit"]
+        del x["click"], x["place"], x["visit"], x["tags"]
     return log, history, unit, strings
 
 
@@ -73,6 +76,9 @@ def arrow_schema(strings, unit, as_timestamp):
         "watch": pa.float64(),
         "tab": pa.int16(),
         "place": pa.dictionary(pa.int32(), pa.string()),
+        "tags": pa.list_(pa.string()),
+        "codes": pa.large_list(pa.int16()),
+        "genres": pa.string(),
     }
 
 
@@ -126,8 +132,9 @@ def test_equals_the_plain_python_oracle(
         session_id="visit" if named else "",
         duplicates=duplicates,
         actions=("click", "watch"),
-        features=("tab",),
-        context=("place",),
+        features=("tab", "tags", "genres"),
+        context=("place", "codes"),
+        split={"genres": "."},
         joins=(
             JoinConfig(
                 path=str(tmp / "items.parquet"),

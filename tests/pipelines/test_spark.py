@@ -107,8 +107,9 @@ def test_drawn_logs(spark, drawn, duplicates, order, named, as_timestamp, tmp_pa
         session_id="visit" if named else "",
         duplicates=duplicates,
         actions=("click", "watch"),
-        features=("tab",),
-        context=("place",),
+        features=("tab", "tags", "genres"),
+        context=("place", "codes"),
+        split={"genres": "."},
         joins=(
             JoinConfig(
                 path=str(tmp / "items.parquet"),

@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from pipelines.batch import StreamPosition
 from pipelines.config import StochasticLengthConfig
 from pipelines.stream import SessionStream
-from tests.pipelines.logs import MODES, SEED, as_float32, content, logs, make_config, take_apart
+from tests.pipelines.logs import (
+    MERGED_MODES,
+    MODES,
+    RICH,
+    SEED,
+    as_float32,
+    content,
+    logs,
+    make_config,
+    take_apart,
+)
 from tests.pipelines.oracle import Oracle
 from tests.pipelines.session_log import SCHEMA, session, write_log
 
@@ -43,13 +53,15 @@ def small_blocks_and_regions(monkeypatch):
     monkeypatch.setattr("pipelines.stream.EXTRA_ROWS", 2)
 
 
-@pytest.mark.parametrize("mode", MODES, ids="-".join)
+@pytest.mark.parametrize("mode", [*MODES, *MERGED_MODES], ids="-".join)
 @given(log=logs(), history=st.integers(0, 9), sessions=st.integers(1, 3), data=st.data())
 @FEW
 def test_stream_equals_oracle(mode, log, history, sessions, data):
     partitions, histories = log
     if not any(partitions):
         return
+    # A bag of the context needs a token.
+    rich = mode[3] != "none" and data.draw(st.booleans(), label="rich")
     with tempfile.TemporaryDirectory() as folder:
         write_log(Path(folder), partitions, histories)
         config = make_config(
@@ -64,6 +76,7 @@ def test_stream_equals_oracle(mode, log, history, sessions, data):
             positive=data.draw(st.sampled_from([(), ("click",), ("click", "watch")])),
             num_negatives=data.draw(st.sampled_from([0, 3])),
             stochastic_length=data.draw(lengths(history)),
+            **(RICH if rich else {}),
         )
         rejects = []
         stream = SessionStream(config, seed=SEED, on_reject=rejects.append)
@@ -78,11 +91,13 @@ def test_stream_equals_oracle(mode, log, history, sessions, data):
         found = [as_float32(s) for s in take_apart(batch, config)]
         clipped = sum(s.pop("clipped") for s in sequences)
         num_events = sum(s.pop("num_events") for s in sequences)
+        num_cut = sum(s.pop("num_cut") for s in sequences)
         assert found == [as_float32(s) for s in sequences]
         assert batch.window == window
         assert batch.position == StreamPosition(rows, step + 1)
         assert batch.num_clipped == clipped
         assert batch.num_events == num_events
+        assert batch.num_cut_bags == num_cut
         assert batch.num_rejected == Counter(reason for *_, reason in refused)
         assert batch.max_len == max((len(s["kind"]) for s in sequences), default=0)
         expected_rejects += refused
@@ -200,13 +215,23 @@ def disturbed(rows, moment):
             "tab": (event["tab"] or 0) + 1,
             "price": 9.0,
             "seen": 9.0,
+            "genres": [0, 1],
         }
 
-    return [row | {"events": [other(e) for e in row["events"]]} for row in rows]
+    def other_context(row):
+        if row["start_ts"] < moment:
+            return row["context"]
+        known = row["context"] or {"country": None}
+        return {"country": (known["country"] or 0) + 1, "age": 99.0, "creators": [3]}
+
+    return [
+        row | {"events": [other(e) for e in row["events"]], "context": other_context(row)}
+        for row in rows
+    ]
 
 
 @given(
-    mode=st.sampled_from(MODES),
+    mode=st.sampled_from([*MODES, *MERGED_MODES]),
     log=logs(defects=False),
     moment=st.sampled_from([2, 6, 7, 8, 9, 3601, 3606]),
 )
@@ -224,7 +249,8 @@ def test_no_event_reaches_what_is_before_it(mode, log, moment):
                 for table in (partitions, histories)
             ]
             write_log(Path(folder), *tables)
-            config = make_config(folder, *mode, positive=())
+            rich = RICH if mode[3] != "none" else {}
+            config = make_config(folder, *mode, positive=(), **rich)
             seen.append([s for b in SessionStream(config, seed=0) for s in take_apart(b, config)])
     assert len(seen[0]) == len(seen[1])
     for before, after in zip(*seen, strict=True):
@@ -238,25 +264,34 @@ def known_before(sequence, moment):
     own = len(sequence["kind"]) - candidates
     context = sequence["num_context"]
     num_tokens = sum(t < moment for t in sequence["timestamp"][context:own])
-    per_event = 2 if 1 in sequence["kind"] else 1
-    num_events = num_tokens // per_event
+    num_events = sum(kind in (1, 3) for kind in sequence["kind"][: context + num_tokens])
+    series = {
+        name: [x for x in v if isinstance(x, tuple)] for name, v in sequence["context"].items()
+    }
+    if any(series.values()):
+        known = {name: [x for x in v if x[0] < num_tokens] for name, v in series.items()}
+        retrieval = [p for p, _ in sequence["retrieval"] if p + 1 < num_tokens]
+    else:
+        starts = sequence["timestamp"][sequence["session_start"]]
+        known = sequence["context"] if starts < moment else None
+        retrieval = [p for p, _ in sequence["retrieval"]]
     anchor = sequence["timestamp"][own] if candidates else None
     return {
         "tokens": list(
             zip(sequence["kind"], sequence["timestamp"], sequence["query_time"], strict=True)
         )[: context + num_tokens],
-        "context": sequence["context"],
+        "context": known,
         "items": sequence["item_id"][:num_events],
         "features": [ids[:num_events] for ids in sequence["item_features"].values()],
         "codes": sequence["action_codes"][:num_events],
         "ranking": [repr(r) for r in sequence["ranking"] if r[0] < context + num_tokens],
-        "retrieval": [p for p, _ in sequence["retrieval"]],
+        "retrieval": retrieval,
         "anchor": anchor,
         "negatives": sequence["negatives"],
     }
 
 
-@given(log=logs(defects=False), mode=st.sampled_from(MODES))
+@given(log=logs(defects=False), mode=st.sampled_from([*MODES, *MERGED_MODES]))
 @FEW
 def test_times_ascend_up_to_the_anchor(log, mode):
     partitions, histories = log
