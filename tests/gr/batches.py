@@ -71,10 +71,6 @@ def train_config(data, *, loss=None, **model) -> TrainConfig:
             init_std=1.0,
         ),
         "bins": TableConfig(num_embeddings=9, dim=4, features=("tab", "price_bin"), init_std=1.0),
-        "genres": TableConfig(
-            num_embeddings=6, dim=DIM, features=("genres", "genre_bins"), init_std=1.0
-        ),
-        "creators": TableConfig(num_embeddings=4, dim=4, features=("creators",), init_std=1.0),
         "context": TableConfig(
             num_embeddings=7,
             dim=12,
@@ -83,6 +79,13 @@ def train_config(data, *, loss=None, **model) -> TrainConfig:
             init_std=1.0,
         ),
     }
+    if "genres" in data.item_features:
+        tables["genres"] = TableConfig(
+            num_embeddings=6, dim=DIM, features=("genres", "genre_bins"), init_std=1.0
+        )
+        tables["creators"] = TableConfig(
+            num_embeddings=4, dim=4, features=("creators",), init_std=1.0
+        )
     defaults = {
         "dim": DIM,
         "hstu": HSTUConfig(
