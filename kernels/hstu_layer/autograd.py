@@ -16,7 +16,9 @@ from kernels.hstu_layer.structure import (
     FIRST_OPTION,
     FIRST_VALUE,
     FIRST_WEIGHT,
+    FP8,
     INPUTS_SCHEMA,
+    PRODUCTS,
     Inputs,
     Options,
     Saved,
@@ -28,7 +30,7 @@ _OF_SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
 
 def apply(inputs: Inputs) -> Tensor:
     """Return the result of the layer, differentiable."""
-    flat = (*inputs[:3], *inputs.weights, *inputs.options, *inputs.structure)
+    flat = inputs.flat
     if type(inputs.x) is Tensor and not torch.compiler.is_compiling():
         # The same, without the registered operator: it takes 0.2 ms of a processor a call.
         direct: Tensor = _Layer.apply(*flat)[0]  # type: ignore[no-untyped-call]
@@ -57,7 +59,8 @@ _forward = torch.library.custom_op(
 
 @_forward.register_fake
 def _(*inputs: Any) -> tuple[Tensor, ...]:
-    x, tail, _, weights, options, structure = Inputs.of(inputs)
+    given = Inputs.of(inputs)
+    x, tail, _, weights, _, options, structure = given
     (L, D), H = x.shape, options.num_heads
     R = L if tail is None else tail.shape[0]
     uvqk, uq = weights.uvqk.shape[1], H * (options.qk_dim + options.v_dim)
@@ -68,14 +71,25 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
     def float32(*shape: int) -> Tensor:
         return x.new_empty(shape, dtype=torch.float32)
 
+    def fp8(keep: bool, *shape: int) -> tuple[Tensor, Tensor]:
+        if not keep:
+            return x.new_empty(0), x.new_empty(0)
+        return x.new_empty(shape, dtype=torch.float8_e4m3fn), float32(shape[0])
+
+    normed = given.reads_normed
+    normed_fp8, normed_scale = fp8(options.keep_normed and normed.fp8, L, D)
+    keeps_gated = options.keep_gated and not given.folds_output
+
     return (
         x.new_empty(R, D),
         *Saved(
-            normed=kept(options.keep_normed, L, D),
+            normed=kept(options.keep_normed and normed.plain, L, D),
+            normed_fp8=normed_fp8,
+            normed_scale=normed_scale,
             uvqk=kept(options.keep_uvqk, R, uvqk if tail is None else uq),
             vk=kept(options.keep_uvqk and tail is not None, L, uq),
             attended=x.new_empty(R, H, options.v_dim),
-            gated=kept(options.keep_gated, R, weights.output.shape[1]),
+            gated=kept(keeps_gated, R, weights.output.shape[1]),
             lse=float32(R, H) if structure.softmax else float32(0),
             mean=float32(L),
             rstd=float32(L),
@@ -105,7 +119,7 @@ _backward = torch.library.custom_op(
 
 @_backward.register_fake
 def _(dy: Tensor, needs_bias_grad: bool, *inputs: Any) -> tuple[Tensor, ...]:
-    x, _, _, weights, _, structure = Inputs.of(inputs[len(Saved._fields) :])
+    x, _, _, weights, _, _, structure = Inputs.of(inputs[len(Saved._fields) :])
     tables = structure.position_table, structure.time_table
 
     def like(x: Tensor | None, none: Tensor) -> Tensor:
@@ -121,22 +135,25 @@ def _(dy: Tensor, needs_bias_grad: bool, *inputs: Any) -> tuple[Tensor, ...]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.options, ctx.values = inputs[FIRST_OPTION:FIRST_OF_STRUCTURE], inputs[FIRST_VALUE:]
-    # x, tail, seed and weights; offsets, tables and times.
-    tensors = *inputs[:FIRST_OPTION], *inputs[FIRST_OF_STRUCTURE:FIRST_VALUE]
+    # x, tail, seed, weights and those in fp8; offsets, tables and times.
+    tensors = *inputs[:FP8], *inputs[FP8], *inputs[FIRST_OF_STRUCTURE:FIRST_VALUE]
     ctx.save_for_backward(*output[1:], *tensors)
 
 
 def _differentiate(
     ctx: Any, dy: Tensor, *_: None, backward: Callable[..., Any] = _backward
 ) -> tuple[Any, ...]:
-    weights = ctx.needs_input_grad[FIRST_WEIGHT:FIRST_OPTION]
+    weights = ctx.needs_input_grad[FIRST_WEIGHT:FP8]
     needs = Structure(*ctx.needs_input_grad[FIRST_OF_STRUCTURE:])
     needs_bias_grad = bool(needs.position_table or needs.time_table)
-    before = len(Saved._fields) + FIRST_OPTION
-    saved, of_structure = ctx.saved_tensors[:before], ctx.saved_tensors[before:]
+    before = len(Saved._fields) + FP8
+    after = before + 4 * len(PRODUCTS)
+    saved, fp8 = ctx.saved_tensors[:before], list(ctx.saved_tensors[before:after])
+    of_structure = ctx.saved_tensors[after:]
     dx, *dweights, dposition, dtime = backward(
-        dy, needs_bias_grad, *saved, *ctx.options, *of_structure, *ctx.values
+        dy, needs_bias_grad, *saved, fp8, *ctx.options, *of_structure, *ctx.values
     )
+    is_list = backward is _backward and all(x is not None for x in fp8)
     grads: dict[str, Tensor | None] = dict.fromkeys(Structure._fields)
     grads["position_table"] = dposition if needs.position_table else None
     grads["time_table"] = dtime if needs.time_table else None
@@ -145,6 +162,8 @@ def _differentiate(
         None,
         None,
         *(d if needed else None for d, needed in zip(dweights, weights, strict=True)),
+        # Of a list of tensors torch wants a list; one that holds None it takes for a value.
+        [None] * len(fp8) if is_list else None,
         *[None] * len(Options._fields),
         *grads.values(),
     )

@@ -1,7 +1,8 @@
 """A whole HSTU layer, forward and backward, against the same layer of torch's operators.
 
 FLOPs count the products of the linear maps three times (forward, and two backward), those of the
-visible pairs of attention 3.5 times; what is computed again does not count.
+visible pairs of attention 3.5 times; what is computed again does not count. Times in
+fp8 hold the rounding of the weights.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional
 from kernels.bench import Case, timed
 from kernels.dispatch import Impl
 from kernels.hstu_attention import hstu_attention
-from kernels.hstu_layer import LayerWeights, hstu_layer
+from kernels.hstu_layer import RECOMPUTABLE, LayerWeights, hstu_layer, quantize_weights
 
 CASES = [
     Case(
@@ -19,9 +20,11 @@ CASES = [
         {"B": B, "N": N, "D": D, "H": H},
         ("forward", "both"),
     )
-    for D, H, N, B in ((1024, 4, 4096, 32), (512, 4, 8192, 16))
+    for D, H, N, B in ((1024, 4, 4096, 32), (512, 4, 8192, 16), (2048, 8, 4096, 16))
 ]
 KEPT = {"ours, 14d kept": ("gated",), "ours, all kept": ()}
+LEAST_OUTPUT_FP8 = 2048
+"""D from which the output projection gains in fp8."""
 
 
 def variants(case, mode, device):
@@ -43,15 +46,19 @@ def variants(case, mode, device):
         dy = draw(B * N, D)
         return lambda: torch.autograd.grad(layer(*leaves), leaves, dy)
 
-    def ours(recompute):
+    def ours(recompute, in_fp8=False):
+        products = ("uvqk", "output") if D >= LEAST_OUTPUT_FP8 else ("uvqk",)
+
         def layer(x, uvqk, output):
+            weights = LayerWeights(uvqk=uvqk, output=output)
             return hstu_layer(
-                *(x, LayerWeights(uvqk=uvqk, output=output), offsets),
+                *(x, weights, offsets),
                 **structure,
                 num_heads=H,
                 qk_dim=D // H,
                 v_dim=D // H,
                 recompute=recompute,
+                fp8=quantize_weights(weights, products) if in_fp8 else None,
                 impl=impl,
             )
 
@@ -65,8 +72,9 @@ def variants(case, mode, device):
         gated = functional.layer_norm(attended, (D,), eps=1e-6) * u
         return x + functional.linear(gated, output.to(x.dtype))
 
-    found = {"ours": ours(("normed", "uvqk", "gated"))}
+    found = {"ours": ours(RECOMPUTABLE), "ours, fp8": ours(RECOMPUTABLE, in_fp8=True)}
     if mode == "both":
+        found["ours, fp8, 14d kept"] = ours(("gated",), in_fp8=True)
         found |= {name: ours(recompute) for name, recompute in KEPT.items()}
     return {**found, "torch operators, our attention": run(separate)}
 

@@ -22,7 +22,17 @@ from kernels.hstu_attention.mask import AttentionMask
 from kernels.hstu_attention.structure import structure_of
 from kernels.hstu_layer import reference
 from kernels.hstu_layer.autograd import apply
-from kernels.hstu_layer.structure import RECOMPUTABLE, Inputs, LayerWeights, Options, Weights
+from kernels.hstu_layer.structure import (
+    PRODUCTS,
+    RECOMPUTABLE,
+    Fp8Weights,
+    Inputs,
+    LayerWeights,
+    Options,
+    Weights,
+)
+from kernels.linear import QuantizedWeight, faster_wgrad, quantize_weight
+from kernels.quantize.op import check_triton_rows
 from kernels.rotary import Rotation
 
 
@@ -52,6 +62,8 @@ def hstu_layer(
     seed: Tensor | None = None,
     eps: float = 1e-6,
     recompute: Sequence[str] = RECOMPUTABLE,
+    fp8: Fp8Weights | None = None,
+    fp8_wgrad: Literal["auto", "fold", "bf16"] = "auto",
     deterministic: bool = False,
     impl: Impl | str = Impl.AUTO,
     attention_impl: Impl | str = Impl.REFERENCE,
@@ -67,6 +79,11 @@ def hstu_layer(
     bits with H V = D, and what `recompute` does not name: 2 D for "normed", 4 H (K + V) for "uvqk"
     (Z, of which both U, V, Q, K and the slope of SiLU are made), 2 C for "gated". What is computed
     again has the same bits: gradients do not depend on `recompute`.
+
+    In fp8 a product rounds what it reads, the weight, and the gradient of its result by rows to
+    e4m3 (kernels/linear/fp8.py); the norms round what they write in the same pass, SiLU's gradient
+    likewise. Where the weight's gradient is in fp8 too, X' takes D bytes and a scale a token if it
+    is kept, and the gated rows are not kept at all.
 
     Args:
         x_LD: (L, D) floating, any row stride. Its dtype is that of every product and of the result.
@@ -98,23 +115,30 @@ def hstu_layer(
         eps: added to the variance, in both norms.
         recompute: names of RECOMPUTABLE: what the backward pass computes again. The reference,
             which leaves this to autograd, does not read it.
+        fp8: quantize_weights(weights), for the products that run in fp8; it must be made anew when
+            the weights change. None: all in the dtype of x.
+        fp8_wgrad: how gradients of these weights are computed: fold in fp8, bf16 in the dtype of x,
+            auto as was faster (kernels.linear.faster_wgrad).
         deterministic: the same bits for the same input; see hstu_attention.
         impl: which implementation runs. TRITON takes float32, float16 and bfloat16; HOPPER what
             hstu_attention's takes.
-        attention_impl: of the attention within the reference, whose other operators are torch's.
+        attention_impl: of the attention within the reference, whose other operators are torch's,
+            products in fp8 emulated.
             The kernels do not read it.
 
     Returns:
         (L, D) or (R, D), dtype of x.
 
     Raises:
-        ValueError: if an argument does not fit the others, or the implementation, naming it.
+        ValueError: if an argument does not fit the others, or the implementation, naming it: so
+            fp8 with float32 tokens, or on a GPU below compute capability 8.9.
 
     Source: HSTU (arXiv 2402.17152) equations 1 to 3; which tensors to recompute: arXiv 2602.16986
         and the flags of DLRM-v3 in meta-recsys/generative-recommenders.
     """
     _check_options(activate, norm, recompute)
     _check_tensors(x_LD, weights, offsets, num_candidates, num_heads, qk_dim, v_dim, concat_ua)
+    _check_fp8(fp8, fp8_wgrad, weights)
     check_scaling(attention, scaling_length)
     _check_dropout(dropout, seed, x_LD)
     if tail_R is None:
@@ -166,6 +190,8 @@ def hstu_layer(
             dropout=dropout,
             seed=seed,
             eps=eps,
+            fp8=Fp8Weights() if fp8 is None else fp8,
+            fp8_wgrad=fp8_wgrad,
             deterministic=deterministic,
             attention_impl=attention_impl,
         )
@@ -175,6 +201,8 @@ def hstu_layer(
             "impl='reference', attention_impl='auto'"
         )
     _check_triton(x_LD, qk_dim, v_dim, num_heads, norm)
+    if fp8 is not None:
+        _check_fp8_triton(fp8, x_LD, qk_dim, v_dim, num_heads)
     structure = structure_of(
         offsets,
         q_offsets,
@@ -192,6 +220,7 @@ def hstu_layer(
     flat = Weights(*(getattr(weights, name) for name in Weights._fields))
     inputs = (x_LD, *flat, structure.position_table, structure.time_table)
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    fp8 = Fp8Weights() if fp8 is None else fp8
     options = Options(
         num_heads=num_heads,
         qk_dim=qk_dim,
@@ -205,8 +234,30 @@ def hstu_layer(
         keep_uvqk=learns and "uvqk" not in recompute,
         keep_gated=learns and "gated" not in recompute,
         hopper_products=impl != Impl.TRITON,
+        folds_uvqk=_folds(fp8_wgrad, fp8.uvqk, has_silu=True),
+        folds_output=_folds(fp8_wgrad, fp8.output, has_silu=False),
     )
-    return apply(Inputs(x_LD, tail_R, seed, flat, options, structure))
+    return apply(Inputs(x_LD, tail_R, seed, flat, fp8, options, structure))
+
+
+def quantize_weights(
+    weights: LayerWeights, products: Sequence[str] = PRODUCTS, *, impl: Impl | str = Impl.AUTO
+) -> Fp8Weights:
+    """Return the weights of these products in fp8: once a step will do. Not differentiable.
+
+    Args:
+        weights: of a layer, float32, float16 or bfloat16.
+        products: names of PRODUCTS.
+        impl: which implementation runs. All give the same bits.
+
+    Raises:
+        ValueError: if a name is unknown, or as quantize_weight.
+    """
+    unknown = [name for name in products if name not in PRODUCTS]
+    if isinstance(products, str) or unknown:
+        raise ValueError(f"products must hold names of {list(PRODUCTS)}, got {products!r}")
+    by_output = {"uvqk": weights.uvqk.T, "output": weights.output}
+    return Fp8Weights(**{name: quantize_weight(by_output[name], impl=impl) for name in products})
 
 
 def _check_options(activate: str, norm: str, recompute: Sequence[str]) -> None:
@@ -287,6 +338,48 @@ def _check_dropout(dropout: float, seed: Tensor | None, x_LD: Tensor) -> None:
     ):
         found = "None" if seed is None else _describe(seed)
         raise ValueError(f"dropout needs a seed: one int64 on {x_LD.device}, got {found}")
+
+
+def _folds(wgrad: str, weight: QuantizedWeight | None, *, has_silu: bool) -> bool:
+    """Return whether the gradient of this weight, if there is one, is computed in fp8."""
+    if wgrad == "auto" and weight is not None:
+        F, D = weight.rows.values.shape
+        wgrad = faster_wgrad(F, D, weight.rows.values.device, has_silu=has_silu)
+    return wgrad == "fold"
+
+
+def _check_fp8(fp8: Fp8Weights | None, wgrad: str, weights: LayerWeights) -> None:
+    if wgrad not in ("auto", "fold", "bf16"):
+        raise ValueError(f"fp8_wgrad must be auto, fold or bf16, got {wgrad!r}")
+    if fp8 is None:
+        return
+    shapes = {"uvqk": weights.uvqk.shape[::-1], "output": weights.output.shape}
+    for name, (F, D) in shapes.items():
+        weight: QuantizedWeight | None = getattr(fp8, name)
+        if weight is None:
+            continue
+        found = weight.rows.values.shape, weight.columns.values.shape
+        if found != ((F, D), (D, F)):
+            raise ValueError(
+                f"fp8.{name} must be of a weight of {F} outputs and {D} inputs, got "
+                f"{tuple(found[0])} and transposed {tuple(found[1])}: pass "
+                "quantize_weights(weights)"
+            )
+
+
+def _check_fp8_triton(
+    fp8: Fp8Weights, x_LD: Tensor, qk_dim: int, v_dim: int, num_heads: int
+) -> None:
+    if x_LD.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"fp8 needs float16 or bfloat16 tokens on impl='triton', got {x_LD.dtype}: cast x, "
+            "leave fp8 out, or pass impl='reference'"
+        )
+    check_triton_rows("x", x_LD, x_LD.shape[1])
+    if fp8.uvqk is not None:
+        HV, HK = num_heads * v_dim, num_heads * qk_dim
+        columns = 2 * sum(2 ** (width - 1).bit_length() for width in (HV, HK))
+        check_triton_rows("the UVQK projection in fp8", x_LD, columns)
 
 
 def _check_triton(x_LD: Tensor, qk_dim: int, v_dim: int, num_heads: int, norm: str) -> None:

@@ -13,8 +13,10 @@ from torch.nn import functional
 
 from kernels.dispatch import Impl
 from kernels.hstu_attention import AttentionMask, RelativeBias, hstu_attention
-from kernels.hstu_layer.structure import LayerWeights
+from kernels.hstu_layer.structure import Fp8Weights, LayerWeights
+from kernels.linear import QuantizedWeight, linear_fp8
 from kernels.norm_gate.reference import kept
+from kernels.quantize import QuantizedRows
 from kernels.rotary import Rotation, rotary
 
 
@@ -43,11 +45,14 @@ def hstu_layer(
     dropout: float,
     seed: Tensor | None,
     eps: float,
+    fp8: Fp8Weights,
+    fp8_wgrad: Literal["auto", "fold", "bf16"],
     deterministic: bool,
     attention_impl: Impl | str,
 ) -> Tensor:
     """Return (R, D): the layer of `kernels.hstu_layer`, whose arguments these are."""
     weights = _cast(weights, x_LD.dtype)
+    in_fp8 = fp8.uvqk, fp8_wgrad
     HK, HV = num_heads * qk_dim, num_heads * v_dim
     widths = {"u": HV, "v": HV, "q": HK, "k": HK}
     normed_LD = functional.layer_norm(
@@ -55,12 +60,12 @@ def hstu_layer(
     )
     if tail_R is None:
         x_RD = x_LD
-        u, v, q, k = _project(normed_LD, "uvqk", weights, widths, activate)
+        u, v, q, k = _project(normed_LD, "uvqk", weights, widths, activate, in_fp8)
     else:
         x_RD = x_LD.index_select(0, tail_R)
         normed_RD = normed_LD.index_select(0, tail_R)
-        u, q = _project(normed_RD, "uq", weights, widths, activate)
-        v, k = _project(normed_LD, "vk", weights, widths, activate)
+        u, q = _project(normed_RD, "uq", weights, widths, activate, in_fp8)
+        v, k = _project(normed_LD, "vk", weights, widths, activate, in_fp8)
     q_RHK, k_LHK = (x.view(len(x), num_heads, qk_dim) for x in (q, k))
     if rotations is not None:
         of_queries, of_keys = rotations
@@ -96,7 +101,17 @@ def hstu_layer(
         assert seed is not None
         keep_RC = kept(seed, gated_RC.shape[0], gated_RC.shape[1], dropout)
         gated_RC = torch.where(keep_RC, gated_RC / (1 - dropout), 0)
-    return x_RD + functional.linear(gated_RC, weights.output, weights.output_bias)
+    if fp8.output is None:
+        return x_RD + functional.linear(gated_RC, weights.output, weights.output_bias)
+    return linear_fp8(
+        gated_RC,
+        weights.output,
+        weights.output_bias,
+        residual_LF=x_RD,
+        quantized=fp8.output,
+        wgrad=fp8_wgrad,
+        impl=Impl.REFERENCE,
+    )
 
 
 def _cast(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
@@ -108,7 +123,12 @@ def _cast(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
 
 
 def _project(
-    normed_LD: Tensor, parts: str, weights: LayerWeights, widths: dict[str, int], activate: str
+    normed_LD: Tensor,
+    parts: str,
+    weights: LayerWeights,
+    widths: dict[str, int],
+    activate: str,
+    in_fp8: tuple[QuantizedWeight | None, Literal["auto", "fold", "bf16"]],
 ) -> list[Tensor]:
     """Return the named parts of act(X' W_uvqk + b), heads side by side.
 
@@ -118,8 +138,23 @@ def _project(
         weights: of the layer.
         widths: columns of each part.
         activate: "all" or "u_only".
+        in_fp8: the weight in fp8, or None; and how its gradient is computed then.
     """
     weight = _columns(weights.uvqk, parts, widths)
+    quantized, wgrad = in_fp8
+    if quantized is not None:
+        active = parts if activate == "all" else parts[: parts.startswith("u")]
+        projected = linear_fp8(
+            normed_LD,
+            weight.T,
+            None if weights.uvqk_bias is None else _columns(weights.uvqk_bias, parts, widths),
+            activation="silu" if active else "none",
+            silu_columns=sum(widths[part] for part in active) or None,
+            quantized=_rows_of_parts(quantized, parts, widths),
+            wgrad=wgrad,
+            impl=Impl.REFERENCE,
+        )
+        return list(torch.split(projected, [widths[part] for part in parts], dim=1))
     if weights.uvqk_bias is None:
         projected = normed_LD @ weight
     else:
@@ -138,3 +173,15 @@ def _columns(x: Tensor, parts: str, widths: dict[str, int]) -> Tensor:
     columns = torch.split(x, list(widths.values()), dim=-1)
     by_part = dict(zip(widths, columns, strict=True))
     return torch.cat([by_part[part] for part in parts], dim=-1)
+
+
+def _rows_of_parts(weight: QuantizedWeight, parts: str, widths: dict[str, int]) -> QuantizedWeight:
+    if parts == "uvqk":
+        return weight
+    rows, columns = weight
+    names = torch.arange(len(rows.scale), device=rows.scale.device)
+    index = _columns(names, parts, widths)
+    return QuantizedWeight(
+        QuantizedRows(rows.values[index], rows.scale[index]),
+        QuantizedRows(columns.values[:, index], columns.scale),
+    )

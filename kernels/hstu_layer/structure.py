@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from kernels.hstu_attention.structure import SCHEMA, Structure
+from kernels.linear import QuantizedWeight
+from kernels.quantize import QuantizedRows
 
 RECOMPUTABLE = ("normed", "uvqk", "gated")
 """What the backward pass can compute again instead of reading it: norm(X); the projection that U,
@@ -39,6 +41,20 @@ class LayerWeights:
     """(D,), or None for 0."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8Weights:
+    """The weights of the products that run in fp8: a product whose weight is None does not."""
+
+    uvqk: QuantizedWeight | None = None
+    """Of the transpose of LayerWeights.uvqk, outputs first as in LayerWeights.output."""
+    output: QuantizedWeight | None = None
+    """Of LayerWeights.output."""
+
+
+PRODUCTS = ("uvqk", "output")
+"""What Fp8Weights may hold."""
+
+
 class Weights(NamedTuple):
     """LayerWeights in the order of WEIGHTS_SCHEMA."""
 
@@ -56,6 +72,35 @@ WEIGHTS_SCHEMA = (
     "Tensor uvqk, Tensor output, Tensor? input_norm, Tensor? input_norm_bias, Tensor? uvqk_bias, "
     "Tensor? attention_norm, Tensor? attention_norm_bias, Tensor? output_bias"
 )
+
+
+def flat_fp8(weights: Fp8Weights | None) -> list[Tensor | None]:
+    """Return the tensors of both products, four each, None where a product is not in fp8."""
+    found: list[Tensor | None] = []
+    for product in PRODUCTS:
+        weight = None if weights is None else getattr(weights, product)
+        found += [None] * 4 if weight is None else [*weight.rows, *weight.columns]
+    return found
+
+
+def _of_flat(tensors: Sequence[Tensor | None]) -> Fp8Weights:
+    """Undo flat_fp8."""
+    found: dict[str, QuantizedWeight] = {}
+    for i, product in enumerate(PRODUCTS):
+        rows, row_scale, columns, column_scale = tensors[4 * i : 4 * i + 4]
+        if rows is None or row_scale is None or columns is None or column_scale is None:
+            continue
+        found[product] = QuantizedWeight(
+            QuantizedRows(rows, row_scale), QuantizedRows(columns, column_scale)
+        )
+    return Fp8Weights(**found)
+
+
+class Reads(NamedTuple):
+    """In which forms the backward pass reads some rows."""
+
+    plain: bool
+    fp8: bool
 
 
 class Options(NamedTuple):
@@ -76,6 +121,20 @@ class Options(NamedTuple):
     keep_gated: bool
     hopper_products: bool
     """Whether the products may run on the Hopper kernels."""
+    folds_uvqk: bool
+    """Whether the gradient of this weight, if it is in fp8, is computed in fp8 too."""
+    folds_output: bool
+    """Likewise."""
+
+    @property
+    def products(self) -> str:
+        """What a product is asked to run on."""
+        return "auto" if self.hopper_products else "triton"
+
+    @property
+    def gate_is_whole(self) -> bool:
+        """Whether one program of the gated norm holds a whole row of its result."""
+        return self.norm_groups == 1 and not self.concat_ua
 
     @property
     def widths(self) -> dict[str, int]:
@@ -92,7 +151,7 @@ class Options(NamedTuple):
 OPTIONS_SCHEMA = (
     "SymInt num_heads, SymInt qk_dim, SymInt v_dim, bool activate_all, SymInt norm_groups, "
     "bool concat_ua, float dropout, float eps, bool keep_normed, bool keep_uvqk, bool keep_gated, "
-    "bool hopper_products"
+    "bool hopper_products, bool folds_uvqk, bool folds_output"
 )
 
 
@@ -106,9 +165,33 @@ class Inputs(NamedTuple):
     seed: Tensor | None
     """One int64, with dropout."""
     weights: Weights
+    fp8: Fp8Weights
     options: Options
     structure: Structure
     """Of the attention."""
+
+    @property
+    def reads_normed(self) -> Reads:
+        """Of norm(X): by the weight's gradient, and by the projection that is made again."""
+        if self.fp8.uvqk is None:
+            return Reads(plain=True, fp8=False)
+        folds = self.options.folds_uvqk
+        return Reads(plain=not folds, fp8=folds or not self.options.keep_uvqk)
+
+    @property
+    def folds_output(self) -> bool:
+        """Whether the output projection's weight gradient reads fp8.
+
+        Those rows are never kept: the gated norm's backward kernel writes them at the price of the
+        byte a number that keeping them would take.
+        """
+        return self.fp8.output is not None and self.options.folds_output
+
+    @property
+    def flat(self) -> tuple[Any, ...]:
+        """The arguments of INPUTS_SCHEMA."""
+        fp8 = flat_fp8(self.fp8)
+        return *self[:3], *self.weights, fp8, *self.options, *self.structure
 
     @staticmethod
     def of(flat: Sequence[Any]) -> "Inputs":
@@ -118,17 +201,23 @@ class Inputs(NamedTuple):
             x,
             tail,
             seed,
-            Weights(*flat[FIRST_WEIGHT:FIRST_OPTION]),
+            Weights(*flat[FIRST_WEIGHT:FP8]),
+            _of_flat(flat[FP8]),
             Options(*flat[FIRST_OPTION:FIRST_OF_STRUCTURE]),
             Structure(*flat[FIRST_OF_STRUCTURE:]),
         )
 
 
 INPUTS_SCHEMA = (
-    f"Tensor x, Tensor? tail, Tensor? seed, {WEIGHTS_SCHEMA}, {OPTIONS_SCHEMA}, {SCHEMA}"
+    f"Tensor x, Tensor? tail, Tensor? seed, {WEIGHTS_SCHEMA}, Tensor?[] fp8, "
+    f"{OPTIONS_SCHEMA}, {SCHEMA.replace('=False', '')}"
 )
+"""Without defaults: torch 2.11 leaves out arguments that equal them, and then misses them where
+there is a list of tensors among the others."""
 FIRST_WEIGHT = 3
-FIRST_OPTION = FIRST_WEIGHT + len(Weights._fields)
+FP8 = FIRST_WEIGHT + len(Weights._fields)
+"""A list: a registered operator takes at most 64 arguments."""
+FIRST_OPTION = FP8 + 1
 FIRST_OF_STRUCTURE = FIRST_OPTION + len(Options._fields)
 FIRST_VALUE = FIRST_OF_STRUCTURE + Structure._fields.index("max_len")
 """Of the structure, what is no tensor."""
@@ -142,6 +231,10 @@ class Saved(NamedTuple):
 
     normed: Tensor
     """(L, D)."""
+    normed_fp8: Tensor
+    """(L, D) float8_e4m3fn."""
+    normed_scale: Tensor
+    """(L,) float32, of its rows."""
     uvqk: Tensor
     """(L, H (2 K + 2 V)) before SiLU; with tails (R, H (K + V)), U and Q."""
     vk: Tensor

@@ -6,6 +6,7 @@ Backward: n is computed again from x, mean and rstd; what dropout kept, from the
           dx = rstd * (g - mean(g) - xh * mean(g * xh)) [+ dout_x]
           dw = sum(dy * u * xh),  db = sum(dy * u)
           out is written again where it is asked for: all that it is made of is at hand.
+          In a layer u is silu(z): from z the kernel makes u and, of du, du * silu'(z).
 
 L rows of C = G * V channels; a program owns one group (axis 1 of the grid), so that the sums of its
 weights stay in registers. Sums over rows as in layer_norm: partial rows, added in a fixed order.
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from kernels._triton.fp8 import quantize_tile
 from kernels._triton.rows import backward_tile, forward_tile, num_programs
+from kernels._triton.silu import is_fast, silu, silu_derivative
+from kernels.quantize import QuantizedRows
 
 
 @triton.jit
@@ -152,12 +155,16 @@ def _norm_gate_bwd_kernel(
     dx_ptr,
     du_ptr,
     out_ptr,
+    q_ptr,
+    q_scale_ptr,
     dweight_ptr,
     dbias_ptr,
+    du_sum_ptr,
     L,
     stride_dout,
     stride_x,
     stride_u,
+    stride_du,
     threshold,
     scale,
     C: tl.constexpr,
@@ -168,6 +175,8 @@ def _norm_gate_bwd_kernel(
     HAS_BIAS: tl.constexpr,
     CONCAT: tl.constexpr,
     DROPOUT: tl.constexpr,
+    SILU: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     pid = tl.program_id(0)
     group = tl.program_id(1)
@@ -181,6 +190,7 @@ def _norm_gate_bwd_kernel(
         bias = tl.load(bias_ptr + channels, mask=cols < V, other=0.0).to(tl.float32)
     dweight = tl.zeros((ROWS, BLOCK_V), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK_V), tl.float32)
+    du_sum = tl.zeros((ROWS, BLOCK_V), tl.float32)
     for block in range(pid, tl.cdiv(L, ROWS), tl.num_programs(0)):
         rows = block * ROWS + tl.arange(0, ROWS).to(tl.int64)
         mask = (rows < L)[:, None] & (cols < V)[None, :]
@@ -203,6 +213,9 @@ def _norm_gate_bwd_kernel(
         x = tl.load(x_ptr + rows[:, None] * stride_x + channels[None, :], mask=mask, other=0.0)
         u = tl.load(u_ptr + rows[:, None] * stride_u + channels[None, :], mask=mask, other=0.0)
         x = x.to(tl.float32)
+        if SILU:
+            z = u.to(tl.float32)
+            u = silu(z, FAST).to(u.dtype)  # The bits that the forward pass read.
         u = u.to(tl.float32)
         per_group = rows * (C // V) + group
         mean = tl.load(mean_ptr + per_group, mask=rows < L, other=0.0)
@@ -214,7 +227,12 @@ def _norm_gate_bwd_kernel(
         gate_grad = dy * n
         if CONCAT:
             gate_grad += du
-        tl.store(du_ptr + offs, gate_grad.to(du_ptr.dtype.element_ty), mask=mask)
+        if SILU:
+            gate_grad *= silu_derivative(z, FAST)
+        if du_sum_ptr is not None:
+            du_sum += gate_grad
+        offs_du = rows[:, None] * stride_du + channels[None, :]
+        tl.store(du_ptr + offs_du, gate_grad.to(du_ptr.dtype.element_ty), mask=mask)
 
         dn = dy * u
         if HAS_WEIGHT:
@@ -232,11 +250,20 @@ def _norm_gate_bwd_kernel(
             y = n * u
             out = out_ptr + rows[:, None] * (3 * C if CONCAT else C) + channels[None, :]
             _store_out(out, u, x, y, keys, channels, mask, threshold, scale, C, CONCAT, DROPOUT)
+        if q_ptr is not None:
+            y = n * u
+            if DROPOUT:
+                y = _dropped(y, keys, channels, threshold, scale)
+            q, q_scale = quantize_tile(y)
+            tl.store(q_ptr + offs, q, mask=mask)
+            tl.store(q_scale_ptr + rows, q_scale, mask=rows < L)
     offs_sum = pid.to(tl.int64) * C + channels
     if HAS_WEIGHT:
         tl.store(dweight_ptr + offs_sum, tl.sum(dweight, 0), mask=cols < V)
     if HAS_BIAS:
         tl.store(dbias_ptr + offs_sum, tl.sum(dbias, 0), mask=cols < V)
+    if du_sum_ptr is not None:
+        tl.store(du_sum_ptr + offs_sum, tl.sum(du_sum, 0), mask=cols < V)
 
 
 def norm_gate_fwd(
@@ -342,7 +369,6 @@ def norm_gate_bwd(
     num_groups: int,
     concat: bool,
     dropout: float,
-    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dx, du (L, C), and dweight and dbias in float32 (zero where there is none).
 
@@ -358,18 +384,89 @@ def norm_gate_bwd(
         num_groups: as in the forward pass, like the rest.
         concat: likewise.
         dropout: likewise.
-        out: of the shape of dout, contiguous: is given what the forward pass returned, to the bit.
     """
+    du = u.new_empty(u.shape)
+    vectors = (weight, bias, seed, mean, rstd)
+    dx, *sums = _backward(dout, x, u, *vectors, num_groups, concat, dropout, du)
+    return dx, du, sums[0], sums[1]
+
+
+def norm_gate_silu_bwd(
+    dout: Tensor,
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    concat: bool,
+    dropout: float,
+    dz: Tensor,
+    has_dz_sum: bool,
+    out: Tensor | None = None,
+    rows: QuantizedRows | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what norm_gate_bwd does for u = silu(z), but the sum of dz over rows in place of du.
+
+    The sum is float32, zero unless `has_dz_sum`.
+
+    Args:
+        dout: as in norm_gate_bwd, like the others.
+        x: likewise.
+        z: (L, C), any row stride; silu(z) rounded to its dtype was u.
+        weight: likewise.
+        bias: likewise.
+        seed: likewise.
+        mean: likewise.
+        rstd: likewise.
+        num_groups: likewise.
+        concat: likewise.
+        dropout: likewise.
+        dz: (L, C), any row stride, is given the gradient of z; may be z itself.
+        has_dz_sum: whether the sum is wanted.
+        out: of the shape of dout, contiguous: is given what the forward pass returned, to the bit.
+        rows: of (L, C), contiguous: is given what norm_gate_fp8 returned; for one group, no concat.
+    """
+    vectors = (weight, bias, seed, mean, rstd)
+    options = (num_groups, concat, dropout)
+    return _backward(dout, x, z, *vectors, *options, dz, True, has_dz_sum, out, rows)
+
+
+def _backward(
+    dout: Tensor,
+    x: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    concat: bool,
+    dropout: float,
+    du: Tensor,
+    has_silu: bool = False,
+    has_du_sum: bool = False,
+    out: Tensor | None = None,
+    quantized: QuantizedRows | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fill du, out and quantized; return dx, dweight, dbias and the sum of du over rows."""
     L, C = x.shape
     V = C // num_groups
-    dx, du = x.new_empty(L, C), u.new_empty(L, C)
+    dx = x.new_empty(L, C)
     rows, columns, warps, per_processor = backward_tile(V)
+    if has_du_sum and weight is not None:
+        rows = max(1, rows // 2)  # Three sums: with whole tiles one program a processor would fit.
     blocks = triton.cdiv(L, rows)
     programs = min(
         blocks, triton.cdiv(num_programs(x.device, blocks * num_groups, per_processor), num_groups)
     )
-    wanted = (weight is not None, bias is not None)
-    dweight, dbias = (x.new_empty(programs if w else 0, C, dtype=torch.float32) for w in wanted)
+    wanted = (weight is not None, bias is not None, has_du_sum)
+    dweight, dbias, du_sum = (
+        x.new_empty(programs if w else 0, C, dtype=torch.float32) for w in wanted
+    )
     if L > 0:
         _norm_gate_bwd_kernel[(programs, num_groups)](
             dout,
@@ -383,12 +480,15 @@ def norm_gate_bwd(
             dx,
             du,
             out,
+            *((None, None) if quantized is None else quantized),
             dweight,
             dbias,
+            du_sum if has_du_sum else None,
             L,
             dout.stride(0),
             x.stride(0),
             u.stride(0),
+            du.stride(0),
             round(dropout * 2**24),
             1 / (1 - dropout),
             C=C,
@@ -399,6 +499,8 @@ def norm_gate_bwd(
             HAS_BIAS=wanted[1],
             CONCAT=concat,
             DROPOUT=dropout > 0,
+            SILU=has_silu,
+            FAST=is_fast(x.dtype),
             num_warps=warps,
         )
-    return dx, du, dweight.sum(0), dbias.sum(0)
+    return dx, dweight.sum(0), dbias.sum(0), du_sum.sum(0)

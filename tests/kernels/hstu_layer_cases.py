@@ -7,7 +7,7 @@ from itertools import combinations, product
 import torch
 
 from kernels.hstu_attention import AttentionMask, RelativeBias
-from kernels.hstu_layer import RECOMPUTABLE, LayerWeights, hstu_layer
+from kernels.hstu_layer import RECOMPUTABLE, LayerWeights, hstu_layer, quantize_weights
 
 OPTIONS = {
     "activate": ("all", "u_only"),
@@ -74,6 +74,8 @@ class Layer:
     uvqk_bias: bool = True
     norm_affine: bool = True
     recompute: tuple = RECOMPUTABLE
+    fp8: tuple = ()
+    fp8_wgrad: str = "auto"
     tensors: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -120,7 +122,10 @@ class Layer:
         found = {"y": y.detach()}
         if gradients:
             dy = self.dy.to(rounded_to or dtype).to(device, dtype)
-            grads = torch.autograd.grad(y, list(inputs.values()), dy)
+            # In this thread: one of autograd's own, whose first call is a product of torch's, would
+            # warn of a missing context of CUDA.
+            with torch.autograd.set_multithreading_enabled(False):
+                grads = torch.autograd.grad(y, list(inputs.values()), dy)
             found |= dict(zip(inputs, grads, strict=True))
         return found
 
@@ -171,6 +176,10 @@ class Layer:
             **(tails if self.has_tail else {}),
         }
         weights = LayerWeights(**{name: inputs[name] for name in names})
+        if self.fp8 and inputs["x"].dtype != torch.float64:
+            rowwise = "reference" if options.get("impl") == "reference" else "triton"
+            arguments["fp8"] = quantize_weights(weights, self.fp8, impl=rowwise)
+            arguments["fp8_wgrad"] = self.fp8_wgrad
         return hstu_layer(inputs["x"], weights, offsets, **(arguments | options))
 
 

@@ -31,7 +31,8 @@ def check(layer, dtype, device, impl="triton", **options):
     for name, exact in high.items():
         assert got[name].dtype == dtype
         assert got[name].shape == exact.shape
-        if exact.numel() and not (name.endswith("_table") and dtype != torch.float32):
+        cancels = dtype != torch.float32 or layer.attention == "softmax"
+        if exact.numel() and not (name.endswith("_table") and cancels):
             # Gradients pass eight operators, each of which rounds in an order of its own.
             times = 2.0 if name == "y" else 5.0
             assert_within_reference_error(got[name], low[name], exact, times=times)
@@ -204,8 +205,7 @@ def test_registration(has_tail, recompute, device):
         patch.setattr("kernels.hstu_layer.op.apply", calls.append)
         layer.call(inputs, device, impl="triton", recompute=recompute)
     (call,) = calls
-    flat = (*call[:3], *call.weights, *call.options, *call.structure)
-    torch.library.opcheck(torch.ops.gr.hstu_layer.default, flat)
+    torch.library.opcheck(torch.ops.gr.hstu_layer.default, call.flat)
 
 
 @pytest.mark.interpret

@@ -291,3 +291,32 @@ ONES = torch.ones(3, 4)
 def test_wrong_input(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         norm_gate(*arguments, **options)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_backward_from_what_silu_read(options, device):
+    """With u = silu(z): the gradient of z in place of z, its sum, and the output once more."""
+    from kernels.norm_gate._triton import norm_gate_fwd, norm_gate_silu_bwd
+
+    inputs, dout, seed = make(9, 40, torch.float32, device, concat=options.get("concat", False))
+    x, z, weight, bias = inputs
+
+    def whole(x, z, weight, bias):
+        u = torch.nn.functional.silu(z)
+        return norm_gate(x, u, weight, bias, seed=seed, eps=EPS, impl="reference", **options)
+
+    high = outputs_and_gradients(whole, double(inputs), dout.double())
+    low = outputs_and_gradients(whole, inputs, dout)
+    flat = (options.get("num_groups", 1), options.get("concat", False), options.get("dropout", 0.0))
+    u = torch.nn.functional.silu(z)
+    out, mean, rstd = norm_gate_fwd(x, u, weight, bias, seed, flat[0], EPS, *flat[1:])
+    dz, again = z.clone(), torch.full_like(out, float("nan"))
+    statistics = (mean, rstd)
+    dx, dweight, dbias, dz_sum = norm_gate_silu_bwd(
+        dout, x, dz, weight, bias, seed, *statistics, *flat, dz, True, again
+    )
+    got = (again, dx, dz, dweight, dbias)
+    for i, expected in enumerate(high):
+        assert_within_reference_error(got[i], low[i], expected, times=2.0)
+    assert_within_reference_error(dz_sum, low[2].sum(0), high[2].sum(0))

@@ -3,16 +3,15 @@
 Forward:  y = silu(z)
 Backward: dz = dy * silu'(z) or dy,  db = sum(dz) over rows, as partial sums in a fixed order
 
-The gradients of U, V, Q and K come from different operators, each in its own buffer. Here each is
-read once and written to its columns of the one dUVQK that both products of the projection read: no
-copy puts them together.
+The gradients of V, Q and K come from the attention, each in its own buffer. Here each is read once
+and written to its columns of the one dUVQK that both products of the projection read: no copy puts
+them together. U's columns are the gated norm's, whose backward kernel writes them there.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional
 
 from kernels._triton.rows import num_programs
 from kernels._triton.silu import is_fast, silu, silu_derivative
@@ -50,6 +49,7 @@ def _silu_bwd_kernel(
     stride_dbias,
     F,
     SILU: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_F: tl.constexpr,
     FAST: tl.constexpr,
@@ -65,21 +65,21 @@ def _silu_bwd_kernel(
         if SILU:
             z = tl.load(z_ptr + rows[:, None] * stride_z + cols[None, :], mask=mask, other=0.0)
             dz *= silu_derivative(z.to(tl.float32), FAST)
-        dbias += dz
+        if HAS_BIAS:
+            dbias += dz
         offs = rows[:, None] * stride_dz + cols[None, :]
         tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
-    offs = pid.to(tl.int64) * stride_dbias + cols
-    tl.store(dbias_ptr + offs, tl.sum(dbias, 0), mask=cols < F)
+    if HAS_BIAS:
+        offs = pid.to(tl.int64) * stride_dbias + cols
+        tl.store(dbias_ptr + offs, tl.sum(dbias, 0), mask=cols < F)
 
 
 def silu_fwd(z: Tensor) -> Tensor:
-    """Return silu(z), (L, F), the very bits that the epilogue of the projection gives.
+    """Return silu(z), (L, F), in 16 bits the very bits that the epilogue of a product gives.
 
     Args:
         z: (L, F), columns contiguous.
     """
-    if z.dtype == torch.float32:
-        return functional.silu(z)  # as kernels/linear has it
     L, F = z.shape
     y = z.new_empty(L, F)
     rows, block_f = _tile(F)
@@ -98,45 +98,52 @@ def silu_fwd(z: Tensor) -> Tensor:
     return y
 
 
-def silu_bwd(parts: list[Tensor], z: Tensor, silu_columns: int) -> tuple[Tensor, Tensor]:
-    """Return dz (L, F) in one buffer, and its sum over rows (F,) in float32.
+def silu_bwd(
+    parts: list[Tensor], z: Tensor, dz: Tensor, *, has_silu: bool, has_bias: bool
+) -> Tensor:
+    """Fill the last columns of dz; return their sum over rows in float32, zero unless `has_bias`.
 
     Args:
-        parts: gradients of neighbouring columns of silu(z), each (L, any), columns contiguous.
+        parts: gradients of the last columns of the projection, neighbours, each (L, any), columns
+            contiguous.
         z: (L, F), columns contiguous.
-        silu_columns: how many first columns have SiLU, whole parts.
+        dz: (L, F), columns contiguous; may be z itself.
+        has_silu: whether these are gradients of silu(z), or of z.
+        has_bias: whether the sum is wanted.
     """
-    L, F = z.shape
-    dz = z.new_empty(L, F)
-    rows, block_f = _tile(max(dy.shape[1] for dy in parts))
-    tiles_f = triton.cdiv(max(dy.shape[1] for dy in parts), block_f)
+    (L, F), widths = z.shape, [dy.shape[1] for dy in parts]
+    first = F - sum(widths)
+    rows, block_f = _tile(max(widths))
+    tiles_f = triton.cdiv(max(widths), block_f)
     blocks = triton.cdiv(L, rows)
-    programs = min(blocks, triton.cdiv(num_programs(z.device, blocks * tiles_f, 4), tiles_f))
-    dbias = z.new_empty(programs, F, dtype=torch.float32)
-    first = 0
-    for dy in parts:
-        width = dy.shape[1]
-        columns = slice(first, first + width)
+    # As many as run at once, by 46 registers a thread, 90 with sums.
+    programs = num_programs(z.device, blocks * tiles_f, 5 if has_bias else 10)
+    programs = min(blocks, triton.cdiv(programs, tiles_f))
+    dbias = z.new_empty(programs if has_bias else 0, sum(widths), dtype=torch.float32)
+    done = 0
+    for dy, width in zip(parts, widths, strict=True):
+        columns = slice(first + done, first + done + width)
         if L > 0:
             _silu_bwd_kernel[(programs, triton.cdiv(width, block_f))](
                 dy,
                 z[:, columns],
                 dz[:, columns],
-                dbias[:, columns],
+                dbias[:, done : done + width],
                 L,
                 dy.stride(0),
                 z.stride(0),
-                F,
-                F,
+                dz.stride(0),
+                dbias.stride(0),
                 width,
-                SILU=first < silu_columns,
+                SILU=has_silu,
+                HAS_BIAS=has_bias,
                 ROWS=rows,
                 BLOCK_F=block_f,
                 FAST=is_fast(z.dtype),
                 num_warps=4,
             )
-        first += width
-    return dz, dbias.sum(0)
+        done += width
+    return dbias.sum(0)
 
 
 def _tile(F: int) -> tuple[int, int]:

@@ -1,0 +1,284 @@
+"""The two products of a layer and their gradients, in 16 bits or in fp8.
+
+Letters: L tokens, R rows of the result (the tails, or R = L), D model dim, H heads, K dim of
+queries and keys, V dim of values, F columns of a projection.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import is_hopper
+from kernels.hstu_layer._triton import silu_bwd, silu_bwd_fp8, silu_fwd
+from kernels.hstu_layer.structure import Inputs, Options
+from kernels.linear import (
+    QuantizedWeight,
+    linear_fp8_dgrad,
+    linear_fp8_forward,
+    linear_fp8_wgrad,
+)
+from kernels.linear.op import why_not_hopper
+from kernels.quantize import QuantizedRows, quantize_rows
+
+
+class Rows(NamedTuple):
+    """Rows that a product reads, in the forms that are at hand: None where one is not."""
+
+    plain: Tensor | None
+    """In the dtype of the layer."""
+    fp8: QuantizedRows | None = None
+
+    def select(self, rows: Tensor | None) -> "Rows":
+        """Return the rows of this index; all for None."""
+        if rows is None:
+            return self
+        return Rows(
+            None if self.plain is None else self.plain.index_select(0, rows),
+            None if self.fp8 is None else _select(self.fp8, 0, rows),
+        )
+
+
+class Projection:
+    """Columns of the UVQK projection for some of the tokens: act(X' W + b).
+
+    Args:
+        parts: letters of "uvqk", which stand in this order in `widths`.
+        rows: index of the tokens; None means all.
+        inputs: of the layer.
+    """
+
+    def __init__(self, parts: str, rows: Tensor | None, inputs: Inputs) -> None:
+        self.parts, self.rows, self.options = parts, rows, inputs.options
+        self.widths = [self.options.widths[part] for part in parts]
+        self.silu_columns = self.options.silu_columns(parts)
+        self.has_silu = self.silu_columns == sum(self.widths)
+        """Whether on all columns; else on U's, if any."""
+        self.dtype = inputs.x.dtype
+        bias = inputs.weights.uvqk_bias
+        self.bias = None if bias is None else self._columns(bias).contiguous()
+        self.weight_DF = self._columns(inputs.weights.uvqk)
+
+    def _columns(self, x: Tensor) -> Tensor:
+        if self.parts == "uvqk":
+            return x
+        by_part = dict(
+            zip("uvqk", torch.split(x, [*self.options.widths.values()], -1), strict=True)
+        )
+        return torch.cat([by_part[part] for part in self.parts], -1)
+
+    def forward(self, normed: Rows, keep: bool) -> tuple[Tensor, Tensor]:
+        """Return act(Z), and Z if `keep`, else an empty tensor."""
+        columns, normed = self.silu_columns, normed.select(self.rows)
+        if self.dtype == torch.float32 and columns > 0:
+            # torch's product, whose epilogue is a pass apart: the one that the backward has.
+            z = self._product(normed, 0, False)[0]
+            y = silu_fwd(z[:, :columns])
+            y = y if columns == z.shape[1] else torch.cat([y, z[:, columns:]], 1)
+            return y, z if keep else z.new_empty(0)
+        y, z = self._product(normed, columns, keep and columns > 0)
+        return y, y if keep and columns == 0 else z
+
+    def _product(self, normed: Rows, silu_columns: int, keep: bool) -> tuple[Tensor, Tensor]:
+        assert normed.plain is not None
+        weight_FD = self.weight_DF.to(self.dtype).T.contiguous()
+        return _linear(normed.plain, weight_FD, self.bias, None, silu_columns, keep, self.options)
+
+    def activate(self, z: Tensor) -> dict[str, Tensor]:
+        """Return the parts of act(Z) but U."""
+        parts = self.split(z)
+        parts.pop("u", None)
+        if not self.has_silu:
+            return parts
+        width = sum(part.shape[1] for part in parts.values())
+        y = silu_fwd(z[:, z.shape[1] - width :])
+        return dict(
+            zip(parts, torch.split(y, [p.shape[1] for p in parts.values()], 1), strict=True)
+        )
+
+    def split(self, y: Tensor) -> dict[str, Tensor]:
+        """Return the parts, views of y."""
+        return dict(zip(self.parts, torch.split(y, self.widths, 1), strict=True))
+
+    def gradient_buffer(self, z: Tensor) -> Tensor:
+        """Return where the gradient of Z goes; U's, if any, is put in its first columns."""
+        # Z is ours where it was computed again, and each element is read before it is written.
+        return torch.empty_like(z) if self.options.keep_uvqk else z
+
+    def gradients(
+        self, dparts: dict[str, Tensor], z: Tensor, dz: Tensor, normed: Rows
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of X' and of the weight, and of the bias without U's columns.
+
+        Args:
+            dparts: gradient of each part of act(Z) but U, columns contiguous.
+            z: Z.
+            dz: gradient_buffer(z), with U's gradient in it.
+            normed: X', of all tokens.
+        """
+        given = [dparts[part] for part in self.parts if part != "u"]
+        dbias = silu_bwd(given, z, dz, has_silu=self.has_silu, has_bias=self.bias is not None)
+        x = normed.select(self.rows).plain
+        assert x is not None
+        return dz @ self.weight_DF.to(self.dtype).T, x.T @ dz, dbias
+
+
+class Fp8Projection(Projection):
+    """The same with X', the weight and the gradient of Z rounded to fp8 by rows."""
+
+    def __init__(self, parts: str, rows: Tensor | None, inputs: Inputs) -> None:
+        super().__init__(parts, rows, inputs)
+        assert inputs.fp8.uvqk is not None
+        self.weight = inputs.fp8.uvqk
+        if parts != "uvqk":
+            starts = dict.fromkeys("uvqk", 0)
+            for part, after in zip("uvq", "vqk", strict=True):
+                starts[after] = starts[part] + self.options.widths[part]
+            columns = torch.cat(
+                [
+                    torch.arange(starts[part], starts[part] + width, device=inputs.x.device)
+                    for part, width in zip(parts, self.widths, strict=True)
+                ]
+            )
+            # Scales by columns stay those of the whole rows: larger than need be, at no loss.
+            by_columns = self.weight.columns
+            self.weight = QuantizedWeight(
+                _select(self.weight.rows, 0, columns),
+                QuantizedRows(_select(by_columns, 1, columns).values, by_columns.scale),
+            )
+
+    def _product(self, normed: Rows, silu_columns: int, keep: bool) -> tuple[Tensor, Tensor]:
+        assert normed.fp8 is not None
+        y, z = linear_fp8_forward(
+            normed.fp8,
+            self.weight.rows,
+            self.bias,
+            silu_columns=silu_columns,
+            keep=keep,
+            dtype=self.dtype,
+            impl=self.options.products,
+        )
+        return y, y.new_empty(0) if z is None else z
+
+    def gradient_buffer(self, z: Tensor) -> Tensor:
+        """Return as Projection does, of U's columns alone where no more is stored in 16 bits."""
+        if self.options.keep_uvqk and self.options.folds_uvqk:
+            return z.new_empty(z.shape[0], self.options.widths["u"] if "u" in self.parts else 0)
+        return super().gradient_buffer(z)
+
+    def gradients(
+        self, dparts: dict[str, Tensor], z: Tensor, dz: Tensor, normed: Rows
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return as Projection does."""
+        folds = self.options.folds_uvqk
+        rows, dbias = silu_bwd_fp8(
+            {part: dparts[part] for part in self.parts if part != "u"},
+            z,
+            dz,
+            has_silu=self.has_silu,
+            keep=not folds,
+            has_bias=self.bias is not None,
+        )
+        impl, x = self.options.products, normed.select(self.rows)
+        dnormed = linear_fp8_dgrad(rows, self.weight.columns, dtype=self.dtype, impl=impl)
+        if folds:
+            assert x.fp8 is not None
+            return dnormed, linear_fp8_wgrad(rows, x.fp8, impl=impl).T, dbias
+        assert x.plain is not None
+        return dnormed, x.plain.T @ dz, dbias
+
+
+def projections(inputs: Inputs) -> list[Projection]:
+    """Return the projection of all tokens; with tails that of theirs and that of all."""
+    kind = Projection if inputs.fp8.uvqk is None else Fp8Projection
+    if inputs.tail is None:
+        return [kind("uvqk", None, inputs)]
+    return [kind("uq", inputs.tail, inputs), kind("vk", None, inputs)]
+
+
+class Output:
+    """The output projection: Y = residual + gated W^T + b.
+
+    Args:
+        inputs: of the layer.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.weight, self.bias = (
+            inputs.weights.output.to(inputs.x.dtype),
+            inputs.weights.output_bias,
+        )
+        self.fp8, self.options = inputs.fp8.output, inputs.options
+
+    def forward(self, gated: Rows, residual: Tensor) -> Tensor:
+        """Return Y.
+
+        Args:
+            gated: (R, C).
+            residual: (R, D).
+        """
+        if self.fp8 is None:
+            assert gated.plain is not None
+            return _linear(gated.plain, self.weight, self.bias, residual, 0, False, self.options)[0]
+        assert gated.fp8 is not None
+        return linear_fp8_forward(
+            gated.fp8,
+            self.fp8.rows,
+            self.bias,
+            residual,
+            dtype=self.weight.dtype,
+            impl=self.options.products,
+        )[0]
+
+    def gradient_rows(self, dy: Tensor) -> Rows:
+        """Return the gradient of Y in the forms that the next two read."""
+        return Rows(dy) if self.fp8 is None else Rows(dy, quantize_rows(dy, impl="triton"))
+
+    def dgrad(self, dy: Rows) -> Tensor:
+        """Return the gradient of what it read."""
+        if self.fp8 is None:
+            assert dy.plain is not None
+            return dy.plain @ self.weight
+        assert dy.fp8 is not None
+        return linear_fp8_dgrad(
+            dy.fp8, self.fp8.columns, dtype=self.weight.dtype, impl=self.options.products
+        )
+
+    def wgrad(self, dy: Rows, gated: Rows) -> Tensor:
+        """Return the gradient of the weight."""
+        if self.fp8 is not None and self.options.folds_output:
+            assert dy.fp8 is not None
+            assert gated.fp8 is not None
+            return linear_fp8_wgrad(dy.fp8, gated.fp8, impl=self.options.products)
+        assert dy.plain is not None
+        assert gated.plain is not None
+        return dy.plain.T @ gated.plain
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    silu_columns: int,
+    keep: bool,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """Return y and z (empty unless `keep`) of kernels/linear, in its Hopper kernel if it can."""
+    hopper = options.hopper_products and is_hopper(x.device)
+    hopper = hopper and not why_not_hopper(x, weight, residual)
+    if hopper:
+        from kernels.linear._hopper.forward import linear_fwd
+    else:
+        from kernels.linear._triton.linear import linear_fwd
+    bias = None if bias is None else bias.contiguous()
+    found: tuple[Tensor, Tensor] = linear_fwd(
+        x, weight.contiguous(), bias, residual, silu_columns, keep
+    )
+    return found
+
+
+def _select(rows: QuantizedRows, dim: int, index: Tensor) -> QuantizedRows:
+    # As bytes: not every operator of torch knows fp8.
+    values = rows.values.view(torch.uint8).index_select(dim, index).view(rows.values.dtype)
+    return QuantizedRows(values, rows.scale.index_select(0, index) if dim == 0 else rows.scale)
