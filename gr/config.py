@@ -78,11 +78,18 @@ class HSTUConfig:
     """Before the output projection."""
     final_norm: bool = False
     """Layer norm (with weight and bias) of the encoder's result, after the last layer."""
-    impl: Literal["composed", "auto", "hopper", "triton", "reference"] = "composed"
-    """composed: torch's operators, and on a GPU the attention's kernels between them. auto: on a
-    GPU the fused layer (its kernels for Hopper where they apply), which keeps less for the backward
-    pass; not the default before tests/gr/test_hstu_kernels.py has passed on one. reference: plain
-    torch. On a CPU all three are that."""
+    impl: Literal["auto", "composed", "hopper", "triton", "reference"] = "auto"
+    """auto: on a GPU the fused layer, with its kernels for Hopper where they apply. hopper, triton:
+    these kernels of it, or an error. composed: torch's operators, and on a GPU the attention's
+    kernels between them. reference: plain torch, which on a CPU auto and composed are too."""
+    precision: Literal["bf16", "fp8"] = "bf16"
+    """Of a layer's two products. bf16: that of the run, whose setting `precision` may also be fp32.
+    fp8: e4m3 with a scale for each row, forward and backward, in the products that `fp8_products`
+    names; it needs precision=bf16 of the run, and a GPU of compute capability 8.9 or more. A CPU,
+    impl=composed and impl=reference emulate it, slowly."""
+    fp8_products: tuple[Literal["uvqk", "output"], ...] = ()
+    """Which products precision=fp8 means: the UVQK projection, the output projection. (): those
+    that are faster so on one H100, uvqk, and from model.dim=2048 on output too."""
     recompute: tuple[Literal["normed", "uvqk", "gated"], ...] = ("normed", "uvqk", "gated")
     """What the kernels' backward pass computes again instead of keeping it (kernels/hstu_layer):
     norm(X), the UVQK projection, what the output projection reads. The reference keeps all."""
@@ -98,6 +105,11 @@ class HSTUConfig:
                 f"got {self.alpha}"
             )
         check_dropout("model.hstu.dropout", self.dropout)
+        if self.fp8_products and self.precision != "fp8":
+            raise ValueError(
+                f"model.hstu.fp8_products={list(self.fp8_products)} would be ignored: set "
+                "model.hstu.precision=fp8, or leave it out"
+            )
         if self.rotary.angles == "none":
             return
         if self.qk_dim % 2 or (self.rotary.angles == "split_dims" and self.qk_dim < 4):
@@ -109,6 +121,11 @@ class HSTUConfig:
             raise ValueError(
                 "model.hstu.rotary.angles=split_heads needs model.hstu.num_heads of 2 or more, "
                 f"got {self.num_heads}"
+            )
+        if self.precision == "fp8":
+            raise ValueError(
+                "model.hstu.precision=fp8 is the fused layer's, which has no rotary angles: use "
+                "precision=bf16, or model.hstu.rotary.angles=none"
             )
         if self.impl in ("hopper", "triton"):
             raise ValueError(
@@ -484,6 +501,11 @@ def check_consistency(config: TrainConfig) -> None:
         raise ValueError(
             "eval.mode=frozen scores window after window, but data.window=none: use data.window="
             "hour or day, or eval.mode=progressive"
+        )
+    if model.encoder == "hstu" and model.hstu.precision == "fp8" and config.precision != "bf16":
+        raise ValueError(
+            "model.hstu.precision=fp8 rounds what is bf16 elsewhere: set precision=bf16, got "
+            f"precision={config.precision}"
         )
     if model.encoder == "dlrm" and (data.fill == "flops" or data.stochastic_length.balance):
         raise ValueError(

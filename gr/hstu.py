@@ -15,11 +15,13 @@ from gr.rotary import rotations
 from gr.sequence import SequenceInfo
 from kernels.dispatch import Impl, resolve
 from kernels.hstu_attention import AttentionMask, RelativeBias
-from kernels.hstu_layer import LayerWeights, hstu_layer
+from kernels.hstu_layer import Fp8Weights, LayerWeights, hstu_layer, quantize_weights
 from kernels.layer_norm import layer_norm
 from kernels.rotary import Rotation
 
 NORM_EPS = 1e-6
+LEAST_OUTPUT_FP8 = 2048
+"""Model dim from which the output projection gains in fp8 (docs/benchmarks/kernels.md)."""
 
 
 class HSTUEncoder(nn.Module):
@@ -101,6 +103,7 @@ class HSTULayer(nn.Module):
     def __init__(self, config: HSTUConfig, dim: int) -> None:
         super().__init__()
         self.config = config
+        self.fp8_products = fp8_products(config, dim)
         self.alpha = config.alpha or config.qk_dim**-0.5
         H, K, V = config.num_heads, config.qk_dim, config.v_dim
         # The modules below hold parameters under the names of checkpoints; `forward` applies them.
@@ -141,12 +144,13 @@ class HSTULayer(nn.Module):
             tail_offsets, max_tail_len = info.tail_offsets, info.max_tail_len
         if rotations is not None and tail_R is not None:
             rotations = rotations[0].rows(tail_R), rotations[1]
-        config = self.config
-        impl = layer_impl(config)
+        config, weights = self.config, self.weights()
+        is_composed = layer_impl(config) == "composed"
+        impl = Impl.REFERENCE if is_composed else config.impl
         dropout = config.dropout if self.training else 0.0
         return hstu_layer(
             x_LD,
-            self.weights(),
+            weights,
             info.offsets,
             num_heads=config.num_heads,
             qk_dim=config.qk_dim,
@@ -169,9 +173,10 @@ class HSTULayer(nn.Module):
             seed=draw_seed(x_LD.device) if dropout > 0 else None,
             eps=NORM_EPS,
             recompute=config.recompute,
+            fp8=self.fp8_weights(weights, impl),
             deterministic=torch.are_deterministic_algorithms_enabled(),
-            impl=Impl.REFERENCE if impl == "composed" else impl,
-            attention_impl=Impl.AUTO if impl == "composed" else Impl.REFERENCE,
+            impl=impl,
+            attention_impl=Impl.AUTO if is_composed else Impl.REFERENCE,
         )
 
     def weights(self) -> LayerWeights:
@@ -187,6 +192,14 @@ class HSTULayer(nn.Module):
             output_bias=self.output.bias,
         )
 
+    def fp8_weights(self, weights: LayerWeights, impl: Impl | str) -> Fp8Weights | None:
+        """Return the weights of the products in fp8: made in a forward pass, used by both."""
+        if not self.fp8_products:
+            return None
+        # Rounding by rows has no kernel for Hopper of its own.
+        rowwise = "triton" if impl == "hopper" else impl
+        return quantize_weights(weights, self.fp8_products, impl=rowwise)
+
     def relative_bias(self, query_time_R: Tensor, key_time_L: Tensor) -> RelativeBias | None:
         """Return what is added to alpha Q K^T; the times are used with bias=position_time only."""
         if self.position_bias is None:
@@ -201,6 +214,14 @@ def layer_impl(config: HSTUConfig) -> str:
     if config.impl == "auto" and config.rotary.angles != "none":
         return "composed"
     return config.impl
+
+
+def fp8_products(config: HSTUConfig, dim: int) -> tuple[str, ...]:
+    """Return the products of a layer of this dim that run in fp8."""
+    if config.precision != "fp8":
+        return ()
+    default = ("uvqk", "output") if dim >= LEAST_OUTPUT_FP8 else ("uvqk",)
+    return config.fp8_products or default
 
 
 def attention_mask(info: SequenceInfo) -> AttentionMask:

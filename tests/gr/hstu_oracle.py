@@ -5,7 +5,7 @@ come from autograd through the loops.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -60,6 +60,15 @@ def make_info(sequences, num_context=0, extra_len=0):
         num_context=num_context,
         num_candidates=column([s.num_candidates for s in sequences]),
     )
+
+
+def on_device(info, device):
+    """Return info with its tensors on a device."""
+    moved = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in vars(info).items()
+    }
+    return replace(info, **moved)
 
 
 def silu(x):

@@ -1,29 +1,22 @@
 """The encoder on the kernels: against the equations, and learning what the reference learns."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional
 
-from gr.config import HSTUConfig, ModelConfig
-from gr.hstu import HSTUEncoder
+from gr.config import HSTUConfig, ModelConfig, TrainConfig
+from gr.config_io import load_config
+from gr.hstu import HSTUEncoder, fp8_products, tail_index
 from kernels.hstu_attention import hstu_attention
 from tests.checks import assert_within_reference_error
 from tests.gr import hstu_oracle
-from tests.gr.hstu_oracle import make_info, make_sequences
+from tests.gr.hstu_oracle import make_info, make_sequences, on_device
+from tests.gr.learning import RUNS, distance, learn, smooth
 from tests.gr.test_hstu import OPTIONS, make_batch, make_encoder
 
 EVERYTHING = ["paper", "dlrm_v3", "softmax_rab", "u_only_rab", "group_rab", "final_norm"]
-
-
-def on_device(info, device):
-    moved = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in vars(info).items()
-    }
-    return replace(info, **moved)
 
 
 def run(encoder, x_LD, info, dy_RD, impl, dtype, device):
@@ -52,14 +45,14 @@ def test_matches_the_equations(options, device):
     dy_RD = torch.randn(y_exact.shape, dtype=torch.float64)
     y_exact.backward(dy_RD)
     exact = {"y": y_exact.detach(), "x": x_exact.grad, **{n: p.grad for n, p in parameters.items()}}
-    got, low = (
-        run(encoder, x_LD, info, dy_RD, impl, torch.float32, device)
-        for impl in ("triton", "reference")
-    )
+    got = run(encoder, x_LD, info, dy_RD, "triton", torch.float32, device)
+    # On the CPU: with u_only_rab a norm magnifies any rounding, and of three runs of one H100 and a
+    # CPU in float32 the reference's on the GPU was by chance 10 to 30 times as near as the others.
+    low = run(encoder, x_LD, info, dy_RD, "reference", torch.float32, "cpu")
     # Sixteen operators in a row, each rounding in an order of its own.
     for name, expected in exact.items():
         assert_within_reference_error(
-            got[name].cpu(), low[name].cpu(), expected, times=2.0 if name == "y" else 5.0
+            got[name].cpu(), low[name], expected, times=2.0 if name == "y" else 5.0
         )
 
 
@@ -67,8 +60,8 @@ def test_matches_the_equations(options, device):
     ("impl", "attention"), [("composed", "auto"), ("reference", "reference"), ("auto", "reference")]
 )
 def test_composed_is_the_reference_around_the_default_attention(impl, attention, monkeypatch):
-    """By default; on a CPU `auto` is the reference throughout."""
-    assert HSTUConfig().impl == "composed"
+    """On a CPU `auto`, the default, is the reference throughout."""
+    assert HSTUConfig().impl == "auto"
     _, encoder = make_encoder({"impl": impl})
     seen, whole = [], hstu_attention
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -94,55 +87,72 @@ def test_auto_is_the_kernels_and_autocast_sets_their_dtype():
     assert y_RD.dtype == torch.bfloat16
 
 
-class NextItem(nn.Module):
-    """A toy model: the encoder between a table of items and scores of the next."""
-
-    def __init__(self, impl, num_items=50, dim=64):
-        super().__init__()
-        hstu = HSTUConfig(
-            qk_dim=32, v_dim=32, scaling_length=64, bias="position_time", final_norm=True, impl=impl
-        )
-        self.items = nn.Embedding(num_items, dim)
-        self.encoder = HSTUEncoder(ModelConfig(dim=dim, num_layers=2, hstu=hstu))
-        self.scores = nn.Linear(dim, num_items)
-
-    def forward(self, item_L, info):
-        return self.scores(self.encoder(self.items(item_L), info))
-
-
-def learn(impl, seed, steps=200):
-    """Return the loss of each step on sequences whose next item follows from the last, mostly."""
-    torch.manual_seed(seed)
-    model = NextItem(impl).cuda()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    data, losses = torch.Generator().manual_seed(seed), []
-    for _ in range(steps):
-        lengths = torch.randint(20, 60, (32,), generator=data).tolist()
-        items = torch.randint(0, 50, (sum(lengths),), generator=data).tolist()
-        follows = (torch.rand(sum(lengths), generator=data) < 0.8).tolist()
-        for i in range(1, sum(lengths)):
-            if follows[i]:
-                items[i] = (7 * items[i - 1] + 3) % 50
-        info = on_device(make_info(make_sequences(lengths, lengths, seed=0)), "cuda")
-        item_L = torch.tensor(items, device="cuda")
-        with torch.autocast("cuda", torch.bfloat16):
-            scores = model(item_L, info)
-        loss = functional.cross_entropy(scores[:-1].float(), item_L[1:])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-    return torch.stack(losses).cpu()
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_cpu_learns_the_same_to_the_bit_by_default(precision, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    small = {"steps": 2, "num_sequences": 3}
+    for autocast in (False, True):
+        run = partial(learn, precision=precision, seed=0, device="cpu", autocast=autocast, **small)
+        reference = run("reference")
+        assert torch.isfinite(reference).all()
+        assert torch.equal(run(HSTUConfig().impl), reference)
+        assert torch.equal(run("composed"), reference)
 
 
 @pytest.mark.gpu
-def test_200_steps_in_bfloat16_are_those_of_the_reference():
-    """The kernels and the reference, from one seed, are nearer than the reference from two."""
-    reference, other_seed = (learn("reference", seed) for seed in (0, 1))
-    kernels = learn("auto", 0)
+@pytest.mark.slow
+def test_curves_of_200_steps_overlap():
+    """The kernels and the reference from one seed are nearer than the reference from two."""
+    curves = {name: learn(*run) for name, run in RUNS.items()}
+    reference, other_seed, *kernels = curves.values()
+    spread = distance(reference, other_seed)
+    for losses in kernels:
+        assert smooth(losses)[-1] < 0.6 * losses[0]  # something was learnt
+        assert distance(losses, reference) < spread
 
-    def distance(a, b):
-        return (a - b).unfold(0, 20, 20).mean(1).abs().max().item()
 
-    assert kernels[-20:].mean() < 0.6 * kernels[0]  # something was learnt
-    assert distance(kernels, reference) < distance(reference, other_seed)
+@pytest.mark.parametrize(
+    ("options", "dim", "products"),
+    [
+        ({}, 2048, ()),
+        ({"precision": "fp8"}, 64, ("uvqk",)),
+        ({"precision": "fp8"}, 2048, ("uvqk", "output")),
+        ({"precision": "fp8", "fp8_products": ("output",)}, 64, ("output",)),
+    ],
+    ids=str,
+)
+def test_products_in_fp8(options, dim, products):
+    assert fp8_products(HSTUConfig(**options), dim) == products
+
+
+def test_fp8_is_off_by_its_rounding():
+    sequences, num_context, x_LD = make_batch("context_and_candidates")
+    info = make_info(sequences, num_context)
+    rows = {}
+    for name, options in {
+        "fp32": {},
+        "uvqk": {"precision": "fp8"},
+        "both": {"precision": "fp8", "fp8_products": ("uvqk", "output")},
+    }.items():
+        _, encoder = make_encoder(options, num_layers=1)
+        rows[name] = encoder.float()(x_LD.float(), info)
+    x_RD = x_LD[tail_index(info)].float()
+    off = {
+        name: (y - rows["fp32"]).norm() / (rows["fp32"] - x_RD).norm() for name, y in rows.items()
+    }
+    assert 0.005 < off["uvqk"] < 0.1
+    assert 0.005 < off["both"] < 0.1
+    assert not torch.equal(rows["uvqk"], rows["both"])
+
+
+def test_contradictions_of_fp8_are_refused():
+    with pytest.raises(
+        ValueError, match=r"model\.hstu\.fp8_products=\['output'\] would be ignored"
+    ):
+        HSTUConfig(fp8_products=("output",))
+    changes = ["run_dir=x", "model.hstu.precision=fp8"]
+    quickstart = "configs/quickstart.yaml"
+    with pytest.raises(ValueError, match="set precision=bf16, got precision=fp32"):
+        load_config(TrainConfig, quickstart, changes)
+    config, _ = load_config(TrainConfig, quickstart, [*changes, "precision=bf16"])
+    assert config.model.hstu.precision == "fp8"
