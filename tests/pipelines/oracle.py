@@ -186,9 +186,9 @@ class Oracle:
                 return None
             if config.window == "none":
                 return 0
-            end_ts = [row["end_ts"] for row in self.partitions[p][: at[p] + 1]]
-            known = [t for t in end_ts if t is not None]
-            time = (known[-1] if known else 0) + config.window_offset_seconds
+            newest_first = (self.partitions[p][i]["end_ts"] for i in range(at[p], -1, -1))
+            known = next((t for t in newest_first if t is not None), 0)
+            time = known + config.window_offset_seconds
             return time // WINDOW_SECONDS[config.window]
 
         while any(window(p) is not None for p in range(count)):
