@@ -20,12 +20,20 @@ class TableConfig:
     """Features that are looked up in this table."""
     init_std: float = 0.02
     """Standard deviation of the rows at the start, truncated at two of it; 0 starts at zero."""
+    hbm_gb: float = 0.0
+    """GiB of HBM for the rows of this table, over all ranks. If it has more, all of them and their
+    first moment are in host memory, and HBM is a cache of the rows used last. 0: all rows are in
+    HBM. Sharded form on GPUs only."""
 
     def __post_init__(self) -> None:
         if self.num_embeddings < 2:
             raise ValueError(f"num_embeddings must be at least 2, got {self.num_embeddings}")
         if self.dim < 4 or self.dim % 4:
             raise ValueError(f"dim must be a positive multiple of 4, got {self.dim}")
+        if not 0 <= self.hbm_gb < float("inf"):
+            raise ValueError(
+                f"hbm_gb must be finite and at least 0 (0: all rows in HBM), got {self.hbm_gb}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,11 +66,39 @@ class EmbeddingsConfig:
     sharded form needs it on the CPU, where FBGEMM has no row-wise AdamW."""
     weights: Literal["fp32", "fp16"] = "fp32"
     """Of the sharded form; fp16 rounds stochastically."""
-    sharding: tuple[Literal["row_wise", "table_wise"], ...] = ("row_wise", "table_wise")
-    """What the planner may choose from. Column-wise is not offered: it would split the second
-    moment."""
+    momentum: Literal["hbm", "host"] = "hbm"
+    """Where the first moment of row-wise AdamW is, in the sharded form on GPUs. host: in mapped
+    host memory, so that HBM holds the weights and 4 bytes a row."""
+    sharding: tuple[Literal["row_wise", "table_wise", "column_wise"], ...] = (
+        "row_wise",
+        "table_wise",
+    )
+    """What the planner may choose from. column_wise is refused, with the reason."""
+    reserved_hbm: float = 0.3
+    """Share of a GPU's memory, and of the host's, that the planner leaves to the dense part,
+    activations and buffers."""
+    index_dedup: Literal["auto", "on", "off"] = "auto"
+    """Sharded form on GPUs: each rank sends an id of its batch once, and its row comes back once.
+    auto: with several ranks, unless `deterministic`, since it sums gradients in no fixed order."""
+    all_to_all: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """What rows and their gradients travel as between ranks. On CPUs bf16 is not to be had."""
 
     def __post_init__(self) -> None:
+        if "column_wise" in self.sharding:
+            raise ValueError(
+                "embeddings.sharding=column_wise splits a row over ranks, and each part would have "
+                "a second moment of its own: another optimizer, which depends on the plan. Use "
+                "row_wise, table_wise or both"
+            )
+        if not 0 <= self.reserved_hbm < 1:
+            raise ValueError(
+                f"embeddings.reserved_hbm must be at least 0 and below 1, got {self.reserved_hbm}"
+            )
+        if self.momentum == "host" and self.update_rule != "row_wise_adamw":
+            raise ValueError(
+                f"embeddings.update_rule={self.update_rule} has no first moment to keep in host "
+                "memory: set embeddings.momentum=hbm"
+            )
         if self.update_rule == "row_wise_adagrad" and self.optimizer.weight_decay:
             raise ValueError(
                 "embeddings.update_rule=row_wise_adagrad has no weight decay, got "

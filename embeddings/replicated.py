@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import EmbeddingsConfig
 from embeddings.optim import RowGradient, build_optimizer, row_gradient, sum_duplicates
-from embeddings.tables import Tables, initial_rows
+from embeddings.tables import PendingLookup, Tables, initial_rows
 
 
 class ReplicatedTables(Tables):
@@ -26,7 +26,7 @@ class ReplicatedTables(Tables):
         process_group: ranks that train together; None means the default group, if there is one.
 
     Raises:
-        ValueError: if config.weights is not fp32.
+        ValueError: for options that only the sharded form has.
     """
 
     def __init__(
@@ -37,14 +37,8 @@ class ReplicatedTables(Tables):
         seed: int,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
-        if config.weights != "fp32":
-            raise ValueError(
-                f"replicated tables have fp32 weights, got embeddings.weights={config.weights}: "
-                "set it to fp32, or embeddings.form=sharded"
-            )
-        self.config = config
-        self.device = device
+        super().__init__(config, device)
+        _check_replicable(config)
         self.group = process_group
         self.weights = nn.ParameterDict()
         for name, table in config.tables.items():
@@ -57,8 +51,9 @@ class ReplicatedTables(Tables):
         """Optimizer steps taken."""
         return self.optimizer.steps
 
-    def lookup(self, rows: KeyedJaggedTensor) -> dict[str, Tensor]:
+    def lookup(self, rows: KeyedJaggedTensor | PendingLookup) -> dict[str, Tensor]:
         """Return the rows of each feature (see Tables)."""
+        rows = rows.rows if isinstance(rows, PendingLookup) else rows
         self.check_served(rows.keys())
         bounds = rows.offset_per_key()
         values = {f: rows.values()[bounds[i] : bounds[i + 1]] for i, f in enumerate(rows.keys())}
@@ -68,7 +63,9 @@ class ReplicatedTables(Tables):
             if not features:
                 continue
             # One autograd node for the features that share a table: its gradient is summed once.
-            vectors = _look_up(self.weights[name], [values[feature] for feature in features])
+            vectors = self.guard(
+                *_look_up(self.weights[name], [values[feature] for feature in features])
+            )
             found.update(zip(features, vectors, strict=True))
         return {feature: found[feature] for feature in values}
 
@@ -182,6 +179,27 @@ class ReplicatedTables(Tables):
             dense_ED += weight.grad
         dist.all_reduce(dense_ED, group=self.group)
         return row_gradient(dense_ED / dist.get_world_size(self.group))
+
+
+def _check_replicable(config: EmbeddingsConfig) -> None:
+    """Refuse what only the sharded form has."""
+    asked = {
+        f"embeddings.weights={config.weights}": config.weights != "fp32",
+        f"embeddings.momentum={config.momentum}": config.momentum != "hbm",
+        f"embeddings.all_to_all={config.all_to_all}": config.all_to_all != "fp32",
+        f"embeddings.index_dedup={config.index_dedup}": config.index_dedup == "on",
+        **{
+            f"embeddings.tables.{n}.hbm_gb={t.hbm_gb}": True
+            for n, t in config.tables.items()
+            if t.hbm_gb
+        },
+    }
+    refused = [setting for setting, is_set in asked.items() if is_set]
+    if refused:
+        raise ValueError(
+            "replicated tables have fp32 weights and moments, whole on every rank, got "
+            f"{', '.join(refused)}: leave it out, or set embeddings.form=sharded"
+        )
 
 
 DENSE = -1

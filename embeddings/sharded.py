@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
+    UVMCacheStatsIndex,
 )
 from torch import Tensor
 from torch.distributed._shard.metadata import ShardMetadata
@@ -20,18 +21,14 @@ from torch.distributed._shard.sharded_tensor.metadata import (
 )
 from torch.distributed._shard.sharded_tensor.shard import Shard
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import ShardingEnv
+from torchrec.distributed.types import ParameterSharding, ShardingEnv
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import EmbeddingsConfig
-from embeddings.sharding import (
-    Collections,
-    check_trainable,
-    collection_path,
-    plan_tables,
-    sharder,
-)
-from embeddings.tables import BLOCK_ROWS, Tables, initial_rows
+from embeddings.memory import cache_fraction, table_bytes
+from embeddings.planning import plan_tables
+from embeddings.sharding import Collections, check_trainable, collection_path, sharder
+from embeddings.tables import BLOCK_ROWS, PendingLookup, Tables, initial_rows
 
 
 class ShardedTables(Tables):
@@ -62,14 +59,13 @@ class ShardedTables(Tables):
         mean_length_hint: float,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(config, device)
         check_trainable(config, device)
-        self.config = config
         self.steps = 0
-        self.device = device
+        self._awaits_backward = False
         self.group = process_group or dist.distributed_c10d._get_default_group()
         model = Collections(config)
-        self.features = model.features
+        self.features, self.feature_counts = model.features, model.sizes
         self.plan = plan_tables(config, device, self.group, num_sequences_hint, mean_length_hint)
         self.sharded = DistributedModelParallel(
             model,
@@ -79,30 +75,56 @@ class ShardedTables(Tables):
             sharders=[sharder(config, device, dist.get_world_size(self.group))],
             init_data_parallel=False,
         )
-        self._kernels = [
+        self.kernels = [
             module
             for collection in self.sharded.module.collections.values()
             for lookup in collection._lookups
             for module in lookup.modules()
             if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen)
         ]
+        self.cached_kernels = [
+            kernel for kernel in self.kernels if kernel.lxu_cache_weights.numel() > 0
+        ]
+        if device.type == "cuda":
+            self.exchange = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         for name, weight in self._weights().items():
             for first, local_ED in _local_rows(weight):
                 _fill(local_ED, config, name, seed, first)
 
-    def lookup(self, rows: KeyedJaggedTensor) -> dict[str, Tensor]:
+    def send(self, rows: KeyedJaggedTensor) -> PendingLookup:
+        """Start the exchange of row numbers (see Tables), on a GPU beside its other work."""
+        self.check_served(rows.keys())
+        return _SentLookup(rows, self)
+
+    def lookup(self, rows: KeyedJaggedTensor | PendingLookup) -> dict[str, Tensor]:
         """Return the rows of each feature (see Tables)."""
-        features = rows.keys()
-        self.check_served(features)
+        sent = self.send(rows) if isinstance(rows, KeyedJaggedTensor) else rows
+        assert isinstance(sent, _SentLookup)
         if self.config.update_rule == "row_wise_adamw":
             # FBGEMM counts forwards, evaluation included; the bias correction must count steps.
-            for kernel in self._kernels:
+            for kernel in self.kernels:
                 kernel.iter.fill_(self.steps)
                 kernel.iter_cpu.fill_(self.steps)
-        found = self.sharded(_with_features(rows, self.features))
-        vectors = _together([found[feature] for feature in self.features])
+        found = sent.finish()
+        self._awaits_backward = torch.is_grad_enabled()
+        if not self._awaits_backward:
+            self._unlock_caches()
+        vectors = self.guard(*(found[feature] for feature in self.features))
         by_feature = dict(zip(self.features, vectors, strict=True))
-        return {feature: by_feature[feature] for feature in features}
+        return {feature: by_feature[feature] for feature in sent.rows.keys()}  # noqa: SIM118
+
+    def take_cache_hits(self) -> tuple[int, int]:
+        """Return how many distinct rows lookups found in the caches, of how many they asked for.
+
+        Since the last call, on this rank, and for cached tables only. Waits for the GPU.
+        """
+        asked = missed = 0
+        for kernel in self.cached_kernels:
+            counts = kernel.get_uvm_cache_stats().tolist()
+            asked += counts[UVMCacheStatsIndex.num_unique_indices]
+            missed += counts[UVMCacheStatsIndex.num_unique_misses]
+            kernel.reset_uvm_cache_stats()
+        return asked - missed, asked
 
     def all_rows(self, table: str, chunk_rows: int = 65536) -> Iterator[tuple[int, Tensor]]:
         """Yield consecutive rows, gathered from the ranks (see Tables)."""
@@ -133,15 +155,19 @@ class ShardedTables(Tables):
         )
 
     def optimizer_zero_grad(self) -> None:
-        """Do nothing: backward has used its gradients already."""
+        """Let go of the rows of a lookup that no backward followed."""
+        if self._awaits_backward:
+            self._unlock_caches()
+            self._awaits_backward = False
 
     def optimizer_step(self) -> None:
         """Count the step that backward has taken."""
+        self._awaits_backward = False
         self.steps += 1
 
     def set_lr(self, lr: float) -> None:
         """Set the step size of the next backward."""
-        for kernel in self._kernels:
+        for kernel in self.kernels:
             kernel.set_learning_rate(lr)
 
     def checkpoint_state(self) -> dict[str, Any]:
@@ -161,6 +187,9 @@ class ShardedTables(Tables):
     @torch.no_grad()
     def load_checkpoint_state(self, state: dict[str, Any]) -> None:
         """Take over a state that `checkpoint_state` returned and a loader filled."""
+        for kernel in self.cached_kernels:
+            # Before anything flushes: what the caches hold is older than what was loaded.
+            kernel.reset_cache_states()
         for name, live in self.checkpoint_state()["tables"].items():
             for part, tensor in live.items():
                 loaded = state["tables"][name][part].local_shards()
@@ -170,23 +199,113 @@ class ShardedTables(Tables):
 
     def plan_summary(self) -> str:
         """Return one line a table (see Tables)."""
+        config, on_gpu = self.config, self.device.type == "cuda"
         lines = []
-        for name, table in self.config.tables.items():
+        for name, table in config.tables.items():
             sharding = self.plan.plan[collection_path(table)][name]
-            weight_bytes = 4 if self.config.weights == "fp32" else 2
-            # Moments are fp32 whatever the weights are.
-            moment_bytes = 4 * table.dim if self.config.update_rule == "row_wise_adamw" else 0
-            num_bytes = table.num_embeddings * (weight_bytes * table.dim + moment_bytes + 4)
-            ranks = " ".join(str(rank) for rank in sharding.ranks)
+            whole = table_bytes(config, table, table.num_embeddings, on_gpu=on_gpu)
+            by_rank = []
+            for rank, num_rows in _rows_by_rank(sharding).items():
+                part = table_bytes(config, table, num_rows, on_gpu=on_gpu)
+                hbm = f"{part.hbm:,} HBM + " if on_gpu else ""
+                by_rank.append(f"{rank}: {num_rows:,} rows, {hbm}{part.host:,} host")
+            cached = cache_fraction(config, table) if on_gpu else None
+            where = f", {cached:.1%} of the rows cached in HBM" if cached is not None else ""
             lines.append(
-                f"{name}: {table.num_embeddings} x {table.dim}, sharded {sharding.sharding_type}, "
-                f"rank(s) {ranks}, {num_bytes} bytes in all"
+                f"{name}: {table.num_embeddings} x {table.dim}, {config.weights}, sharded "
+                f"{sharding.sharding_type}{where}, {whole.hbm + whole.host} bytes with moments; "
+                f"by rank {'; '.join(by_rank)}"
             )
         return "\n".join(lines)
 
+    def _unlock_caches(self) -> None:
+        # A prefetch locks the rows in the cache for backward to unlock: here, none will come.
+        for kernel in self.cached_kernels:
+            if kernel.prefetch_pipeline:
+                torch.ops.fbgemm.lxu_cache_locking_counter_decrement(
+                    kernel.lxu_cache_locking_counter, kernel.lxu_cache_locations
+                )
+
     def _weights(self) -> dict[str, ShardedTensor]:
+        exchange = self.exchange if self.cached_kernels else None
+        if exchange is not None:
+            # state_dict writes the caches back, which a prefetch must not meet.
+            torch.cuda.current_stream().wait_stream(exchange)
         state = self.sharded.state_dict()
+        if exchange is not None:
+            exchange.wait_stream(torch.cuda.current_stream())
         return {name: state[_key(self.config, name)] for name in self.config.tables}
+
+
+class _SentLookup(PendingLookup):
+    """Row numbers on their way through TorchRec's input_dist, each collection's on its own.
+
+    On a GPU that runs in the stream `exchange`, so that it does not wait for the batch in training.
+    """
+
+    def __init__(self, rows: KeyedJaggedTensor, tables: ShardedTables) -> None:
+        super().__init__(rows)
+        self.exchange = tables.exchange
+        self.collections = list(tables.sharded.module.collections.values())
+        self.contexts = [each.create_context() for each in self.collections]
+        self.values: list[Any] = []
+        self.event = None if self.exchange is None else torch.Event("cuda")
+        if self.exchange is not None and torch.cuda.current_stream() != self.exchange:
+            self.exchange.wait_stream(torch.cuda.current_stream())
+            for tensor in (rows.values(), rows.lengths()):
+                tensor.record_stream(self.exchange)
+        with torch.cuda.stream(self.exchange):
+            parts = _with_features(rows, tables.features).split(tables.feature_counts)
+            each_with = zip(self.collections, self.contexts, parts, strict=True)
+            # All collections send before the first is waited for.
+            self.lengths = [each.input_dist(context, part) for each, context, part in each_with]
+
+    def advance(self) -> None:
+        """Exchange the row numbers, now that their counts are known, and load them into caches."""
+        self._exchange()
+        if self.exchange is None:
+            return
+        forward_stream = torch.cuda.current_stream()
+        with torch.cuda.stream(self.exchange):
+            for each, context, values in zip(
+                self.collections, self.contexts, self.values, strict=True
+            ):
+                values.record_stream(forward_stream)
+                each.prefetch(values, forward_stream=forward_stream, ctx=context)
+            assert self.event is not None
+            self.event.record()
+
+    def finish(self) -> dict[str, Tensor]:
+        """Look the rows up and return those of each feature."""
+        if not self.values:
+            self._exchange()
+        if self.event is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self.event)
+            for values, context in zip(self.values, self.contexts, strict=True):
+                values.record_stream(stream)
+                context.record_stream(stream)
+        each_with = zip(self.collections, self.contexts, self.values, strict=True)
+        pending = [
+            each.compute_and_output_dist(context, values) for each, context, values in each_with
+        ]
+        return {name: found.values() for one in pending for name, found in one.items()}
+
+    def _exchange(self) -> None:
+        with torch.cuda.stream(self.exchange):
+            on_their_way = [each.wait() for each in self.lengths]
+            self.values = [each.wait() for each in on_their_way]
+            if self.event is not None:
+                self.event.record()
+
+
+def _rows_by_rank(sharding: ParameterSharding) -> dict[int, int]:
+    """Return rank -> rows that it holds, of the ranks that hold any."""
+    rows: dict[int, int] = {}
+    for shard in sharding.sharding_spec.shards:  # type: ignore[union-attr]
+        rank = shard.placement.rank()
+        rows[rank] = rows.get(rank, 0) + shard.shard_sizes[0]
+    return {rank: count for rank, count in sorted(rows.items()) if count}
 
 
 _MOMENTS = {
@@ -194,27 +313,6 @@ _MOMENTS = {
     "row_wise_adagrad": {"second_moment": "momentum1"},
 }
 """Our names of the moments -> FBGEMM's."""
-
-
-def _together(tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """Return the tensors behind one autograd node.
-
-    Whichever of them a loss uses, each rank then runs the same collectives in backward.
-    """
-    joined: tuple[Tensor, ...] = _Together.apply(*tensors)  # type: ignore[no-untyped-call]
-    return joined
-
-
-class _Together(torch.autograd.Function):
-    """The identity; a tensor that the loss did not use gets a gradient of zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.view_as(x) for x in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return grads
 
 
 def _with_features(rows: KeyedJaggedTensor, features: list[str]) -> KeyedJaggedTensor:
@@ -246,6 +344,9 @@ def _with_features(rows: KeyedJaggedTensor, features: list[str]) -> KeyedJaggedT
 
 def _fill(local_ED: Tensor, config: EmbeddingsConfig, table: str, seed: int, first: int) -> None:
     """Set rows first .. of `table` to their initial values, a bounded number of them at a time."""
+    if config.tables[table].init_std == 0:
+        local_ED.zero_()
+        return
     chunk = 64 * BLOCK_ROWS
     for start in range(0, local_ED.shape[0], chunk):
         part_ED = local_ED[start : start + chunk]

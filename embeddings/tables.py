@@ -26,18 +26,30 @@ class Tables(nn.Module, ABC):
         config: what the tables were built from.
         device: where `lookup` expects its rows.
         steps: optimizer steps taken.
+        exchange: stream in which a form brings ids to other ranks, beside the device's other work;
+            None where there is none.
     """
 
     config: EmbeddingsConfig
     device: torch.device
     steps: int
 
+    def __init__(self, config: EmbeddingsConfig, device: torch.device) -> None:
+        super().__init__()
+        self.config = config
+        self.device = device
+        self.exchange: torch.cuda.Stream | None = None
+        self._num_nonfinite = torch.zeros((), dtype=torch.int64, device=device)
+
     @abstractmethod
-    def lookup(self, rows: KeyedJaggedTensor) -> dict[str, Tensor]:
+    def lookup(self, rows: "KeyedJaggedTensor | PendingLookup") -> dict[str, Tensor]:
         """Return the rows of each feature, differentiably.
 
+        A gradient row that is not finite is taken as zeros, and counted.
+
         Args:
-            rows: row numbers by feature (Vocabulary.rows), any stride; may hold no values.
+            rows: row numbers by feature (Vocabulary.rows), any stride; may hold no values. Or what
+                `send` returned; lookups are then in the order of the sends.
 
         Returns:
             Feature -> (number of its values, dim of its table) float32, in the order of `rows`.
@@ -45,6 +57,26 @@ class Tables(nn.Module, ABC):
         Raises:
             ValueError: if no table serves a feature.
         """
+
+    def send(self, rows: KeyedJaggedTensor) -> "PendingLookup":
+        """Let the row numbers of a later lookup travel to the ranks that hold the rows.
+
+        What is looked up is the rows as they are at `lookup`, so that sending early changes no bit.
+        On every rank alike, as `lookup` is.
+
+        Raises:
+            ValueError: if no table serves a feature.
+        """
+        self.check_served(rows.keys())
+        return PendingLookup(rows)
+
+    def take_num_nonfinite(self) -> Tensor:
+        """Return how many gradient rows were not finite since the last call, () int64.
+
+        Of this rank, counted once for each id that a row was looked up for.
+        """
+        count, self._num_nonfinite = self._num_nonfinite, torch.zeros_like(self._num_nonfinite)
+        return count
 
     @abstractmethod
     def all_rows(self, table: str, chunk_rows: int = 65536) -> Iterator[tuple[int, Tensor]]:
@@ -90,6 +122,15 @@ class Tables(nn.Module, ABC):
     def plan_summary(self) -> str:
         """Return one line a table: rows x dim, form, sharding, ranks, bytes with moments."""
 
+    def guard(self, *vectors: Tensor) -> tuple[Tensor, ...]:
+        """Return looked-up rows whose gradients are made finite on their way back."""
+        guarded: tuple[Tensor, ...] = _Guard.apply(self, *vectors)  # type: ignore[no-untyped-call]
+        return guarded
+
+    def count_nonfinite(self, bad_n: Tensor) -> None:
+        """Add (n,) bool gradient rows to what `take_num_nonfinite` returns."""
+        self._num_nonfinite = self._num_nonfinite + bad_n.sum()
+
     def check_served(self, features: list[str]) -> None:
         """Refuse features that no table serves.
 
@@ -113,6 +154,44 @@ class Tables(nn.Module, ABC):
         if table not in self.config.tables:
             raise ValueError(f"expected a table of {sorted(self.config.tables)}, got {table!r}")
         return self.config.tables[table]
+
+
+class PendingLookup:
+    """Row numbers on their way (Tables.send). This base holds them for forms that send nothing.
+
+    Attributes:
+        rows: row numbers by feature.
+    """
+
+    def __init__(self, rows: KeyedJaggedTensor) -> None:
+        self.rows = rows
+
+    def advance(self) -> None:
+        """Go as far as can be gone before the lookup; on every rank alike, at most once."""
+
+
+class _Guard(torch.autograd.Function):
+    """The identity on several tensors, behind one autograd node.
+
+    Whichever of them a loss uses, each rank then runs the same collectives in backward: a tensor
+    without a gradient gets one of zeros. A gradient row that is not finite becomes zeros: the fused
+    optimizer would write it into the table and into the moments, for good.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tables: Tables, *vectors: Tensor) -> tuple[Tensor, ...]:
+        ctx.tables = tables
+        return tuple(x.view_as(x) for x in vectors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        finite = []
+        for grad_nD in grads:
+            bad_n = ~grad_nD.isfinite().all(1)
+            ctx.tables.count_nonfinite(bad_n)
+            finite.append(grad_nD.masked_fill(bad_n[:, None], 0.0))
+        return None, *finite
 
 
 def initial_rows(config: TableConfig, *, table: str, seed: int, first: int, last: int) -> Tensor:

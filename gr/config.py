@@ -330,6 +330,14 @@ class OptimConfig:
     """Of the dense AdamW; matrices only."""
     clip_norm: float = 1.0
     """Largest global norm of the dense gradient; 0 means no clipping."""
+    accumulate: int = 1
+    """Batches whose dense gradients are averaged into one update. Tables are updated with every
+    batch, since TorchRec does it inside backward: in both forms, so that they learn the same. A
+    step stays a batch, in schedules too."""
+    max_nonfinite_steps: int = 0
+    """Steps of a run, at most, whose loss or gradients are not all finite. A loss that is not
+    finite skips the batch on all ranks, a dense gradient that is not skips the dense update, a row
+    of a table's gradient is taken as zeros. The next such step stops the run."""
     warmup_steps: int = 0
     """Both learning rates rise linearly over so many steps."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
@@ -340,6 +348,11 @@ class OptimConfig:
     """Of a decaying schedule."""
 
     def __post_init__(self) -> None:
+        if self.accumulate < 1 or self.max_nonfinite_steps < 0:
+            raise ValueError(
+                "optim.accumulate must be at least 1 and optim.max_nonfinite_steps at least 0, got "
+                f"{self.accumulate} and {self.max_nonfinite_steps}"
+            )
         if self.schedule != "constant" and self.decay_steps <= self.warmup_steps:
             raise ValueError(
                 f"optim.schedule={self.schedule} needs optim.decay_steps > optim.warmup_steps, got "
@@ -408,6 +421,9 @@ class TrainConfig:
     """Stop after so many steps; 0 means one pass over the log."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
+    overlap: bool = True
+    """Bring the next batch to the device, and its ids to the ranks that hold their rows, while one
+    trains. Changes no bit."""
     data: DataConfig = field(default_factory=DataConfig)
     """Log to batches."""
     embeddings: EmbeddingsConfig = field(default_factory=EmbeddingsConfig)
@@ -497,6 +513,16 @@ def check_consistency(config: TrainConfig) -> None:
             "which the history's own predictions must not know: data.supervise must be session, "
             f"got {data.supervise}"
         )
+    accumulate = config.optim.accumulate
+    for name, steps in (
+        ("checkpoint.every_steps", config.checkpoint.every_steps),
+        ("max_steps", config.max_steps),
+    ):
+        if steps % accumulate:
+            raise ValueError(
+                f"{name}={steps} would save between two dense updates: with optim.accumulate="
+                f"{accumulate} it must be a multiple of {accumulate}"
+            )
     if config.eval.mode == "frozen" and data.window == "none":
         raise ValueError(
             "eval.mode=frozen scores window after window, but data.window=none: use data.window="

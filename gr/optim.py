@@ -1,11 +1,106 @@
 """The dense optimizer, and the schedule that both optimizers follow."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gr.config import OptimConfig
+from gr.parallel import World
+
+
+class DenseUpdates:
+    """AdamW on the dense part: gradients averaged over ranks and over accumulated batches, clipped.
+
+    Parameters and their gradients are fp32, whatever autocast computes in: so are all sums of them.
+
+    Args:
+        model: the dense part, the same on all ranks.
+        world: the ranks.
+        config: optimizer, clipping and accumulation.
+        deterministic: whether a resumed run must repeat the sums over ranks to the bit.
+
+    Attributes:
+        module: what computes the predictions that train.
+        optimizer: of the model.
+        grad_norm: of the last update, before clipping; NaN before the first.
+        num_accumulated: batches since the last update.
+    """
+
+    def __init__(
+        self, model: nn.Module, world: World, config: OptimConfig, *, deterministic: bool = False
+    ) -> None:
+        self.model = model
+        self.world = world
+        self.config = config
+        self.module = model
+        if world.size > 1:
+            # After its first step, DDP lays gradients out anew in the order in which they came, so
+            # with more than two ranks a resumed run would add them up in another order than one
+            # that went on. It does not where it looks for unused parameters.
+            # Buffers are alike on all ranks, and frozen vectors are large.
+            self.module = DistributedDataParallel(
+                model, find_unused_parameters=deterministic, broadcast_buffers=False
+            )
+        self.optimizer = dense_optimizer(model, config)
+        self.grad_norm = float("nan")
+        self.num_accumulated = 0
+
+    def set_lr(self, lr: float) -> None:
+        """Set the step size of the next update."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def is_due(self, step: int) -> bool:
+        """Return whether an update follows the batch before which `step` batches were taken."""
+        return (step + 1) % self.config.accumulate == 0
+
+    def gradients_of(self, step: int) -> AbstractContextManager[Any]:
+        """Return the context for the forward and backward pass of the batch at `step`.
+
+        Ranks exchange gradients in the backward pass of the batch that an update follows.
+        """
+        if isinstance(self.module, DistributedDataParallel) and not self.is_due(step):
+            context: AbstractContextManager[Any] = self.module.no_sync()
+            return context
+        return nullcontext()
+
+    def add(self) -> None:
+        """Count a batch whose backward pass has run."""
+        self.num_accumulated += 1
+
+    def sum_over_ranks(self) -> None:
+        """Average what each rank has summed, where no backward pass did it. On all ranks alike."""
+        if self.world.size == 1 or not self.num_accumulated:
+            return
+        for parameter in self.model.parameters():
+            grad = parameter.grad
+            parameter.grad = self.world.sum(torch.zeros_like(parameter) if grad is None else grad)
+            parameter.grad /= self.world.size
+
+    def update(self) -> bool:
+        """Take a step with the mean of the accumulated gradients; return whether it was finite.
+
+        One that is not changes nothing. Without any there is no step.
+        """
+        if not self.num_accumulated:
+            return True
+        parameters = list(self.model.parameters())
+        if self.num_accumulated > 1:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad /= self.num_accumulated
+        largest = self.config.clip_norm or float("inf")
+        self.grad_norm = float(nn.utils.clip_grad_norm_(parameters, largest))
+        is_finite = math.isfinite(self.grad_norm)
+        if is_finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.num_accumulated = 0
+        return is_finite
 
 
 def dense_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

@@ -78,7 +78,7 @@ def train(config: TrainConfig, resolved: DictConfig, overrides: Sequence[str] = 
                 snapshots=snapshots if config.checkpoint.histories == "snapshot" else None,
                 frozen=config.eval.mode == "frozen",
                 from_rank_0=world.from_rank_0,
-                on_reject=lambda reject: rejects.write(reject, trainer.progress.step + 1),
+                on_reject=lambda reject: rejects.write(reject, trainer.next_step),
                 cost=sequence_cost(config.model),
                 load_target=trainer.load_target,
             )
@@ -155,7 +155,10 @@ def loop(
                 progress.step, trainer.state(), folders=[snapshots.path(progress.step)]
             )
 
-    for batch in stream:
+    batches = trainer.ahead(stream)
+    ahead = batches if config.overlap else None
+    for staged in batches:
+        batch = staged.batch
         if config.max_steps and progress.step >= config.max_steps:
             break
         for ended in trainer.evaluation.roll(batch.window):
@@ -165,10 +168,10 @@ def loop(
                 log.evaluation(progress.step + 1, name, ended.metrics)
         if batch.is_frozen:
             with clock.scoring():
-                trainer.score_step(batch)
+                trainer.score_step(staged, ahead)
             continue
         before = progress.examples
-        values = trainer.train_step(batch)
+        values = trainer.train_step(staged, ahead)
         log.advance(progress.examples - before)
 
         if progress.step % config.log_every == 0:
@@ -177,6 +180,7 @@ def loop(
         if is_saved_at(progress.step, config):
             save()
 
+    trainer.finish_updates()
     if progress.step > logged:
         write_metrics()
     save()

@@ -1,6 +1,7 @@
 """One training step, the evaluation before it, and the state that a checkpoint keeps."""
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.nn.parallel import DistributedDataParallel
 
 from embeddings.collection import build_tables
 from embeddings.vocabulary import Vocabulary
@@ -21,10 +21,11 @@ from gr.flops import training_flops
 from gr.metrics import EvalAccumulator
 from gr.model import Predictions, SequenceModel, dense_model, feature_dims
 from gr.objective import Objective
-from gr.optim import dense_optimizer, lr_factor
+from gr.optim import DenseUpdates, lr_factor
 from gr.parallel import World
 from gr.retrieval_metrics import catalogue_ranks
 from gr.sequence import SequenceInfo, sequence_index, sequence_info
+from gr.staging import Ahead, StagedBatch, stage
 from gr.tokens import carries_item
 from pipelines.balance import LoadTarget
 from pipelines.batch import SequenceBatch, StreamPosition
@@ -36,7 +37,10 @@ SKIPPED = (
     *(f"data/rejected/{reason}" for reason in REASONS),
     "data/clipped_histories",
     "data/cut_bags",
+    "train/nonfinite_rows",
+    "train/nonfinite_steps",
 )
+NONFINITE_ROWS, NONFINITE_STEPS = len(SKIPPED) - 2, len(SKIPPED) - 1
 
 
 @dataclass
@@ -52,7 +56,13 @@ class Progress:
     position: StreamPosition | None = None
     """Position of the stream after the last trained batch."""
     skipped: list[int] = field(default_factory=lambda: [0] * len(SKIPPED))
-    """What the data side left out, in the order of SKIPPED, and ids without a pretrained vector."""
+    """What was left out, of the data and of the gradients, in the order of SKIPPED, and ids without
+    a pretrained vector."""
+
+    @property
+    def nonfinite_steps(self) -> int:
+        """Steps whose loss or gradients were not all finite."""
+        return self.skipped[NONFINITE_STEPS]
 
 
 class Trainer:
@@ -85,19 +95,10 @@ class Trainer:
         # After the tables: how much of the generator their form uses must not matter.
         torch.manual_seed(config.seed)
         self.model = dense_model(config, dims, utc_offset).to(world.device)
-        self.dense: nn.Module = self.model
-        if world.size > 1:
-            # After its first step, DDP lays gradients out anew in the order in which they came, so
-            # with more than two ranks a resumed run would add them up in another order than one
-            # that went on. It does not where it looks for unused parameters.
-            # Buffers are alike on all ranks, and frozen vectors are large.
-            self.dense = DistributedDataParallel(
-                self.model,
-                find_unused_parameters=config.deterministic,
-                broadcast_buffers=False,
-            )
+        self.dense = DenseUpdates(
+            self.model, world, config.optim, deterministic=config.deterministic
+        )
         self.objective = Objective(config, self.item_table).to(world.device)
-        self.optimizer = dense_optimizer(self.model, config.optim)
         self.evaluation = EvalAccumulator(
             config.data.tasks,
             retrieval=config.model.head.retrieval and config.eval.retrieval,
@@ -112,88 +113,130 @@ class Trainer:
         self.loss_sums = torch.zeros(2, len(self.objective.names), dtype=torch.float64)
         self.flops = 0.0
         self.has_dropout = config.model.has_dropout
+        self.is_training = False
 
-    def train_step(self, batch: SequenceBatch) -> dict[str, float]:
+    @property
+    def next_step(self) -> int:
+        """The update that a batch belongs to which the stream yields now."""
+        return self.progress.step + 1 + self.is_training
+
+    def ahead(self, batches: Iterable[SequenceBatch]) -> Ahead:
+        """Return the batches for `train_step` and `score_step`, which then fetch them early."""
+        return Ahead(batches, self._stage)
+
+    def train_step(
+        self, batch: SequenceBatch | StagedBatch, ahead: Ahead | None = None
+    ) -> dict[str, float]:
         """Score the batch (eval.mode=progressive), then learn from it.
 
         Args:
-            batch: this rank's share of a global batch, raw ids, on the CPU.
+            batch: this rank's share of a global batch: raw ids on the CPU, or staged.
+            ahead: what yielded it; its next batch is brought in the meantime.
 
         Returns:
-            Gradient norm and learning rates of the step.
+            Gradient norm of the last dense update, and learning rates of the step.
 
         Raises:
             ValueError: for an id outside a static table.
-            FloatingPointError: if the loss is not finite, on all ranks alike.
+            FloatingPointError: if a loss or a gradient is not finite, once more than
+                optim.max_nonfinite_steps allows; on all ranks alike.
         """
+        self.is_training = True
+        try:
+            return self._train_step(batch, ahead)
+        finally:
+            self.is_training = False
+
+    def _train_step(
+        self, batch: SequenceBatch | StagedBatch, ahead: Ahead | None
+    ) -> dict[str, float]:
         config, world = self.config, self.world
         self._seed_step()
         factor = lr_factor(self.progress.step, config.optim)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.optim.lr * factor
+        self.dense.set_lr(config.optim.lr * factor)
         self.tables.set_lr(config.embeddings.optimizer.lr * factor)
 
-        vector_rows, without_vector = self.model.find_vectors(batch)
-        batch, info, rows = self._prepare(replace(batch, vector_rows=vector_rows))
+        staged = batch if isinstance(batch, StagedBatch) else self._stage(batch)
+        batch, info, rows = self._arrive(staged)
         global_weights = self._sum_weights(batch)
-        predictions = self._predict(self.dense, batch, info, rows)
-        head = self.model.retrieval if isinstance(self.model, SequenceModel) else None
-        sums = self.objective(batch, rows, predictions, head, self.tables)
-        # Gradients are averaged over ranks, sums are not: hence world.size.
-        loss = sum(
-            factor * sums[name].total * (world.size / weight.clamp_min(1e-12))
-            for name, factor, weight in zip(
-                self.objective.names, self.objective.factors, global_weights.float(), strict=True
+        with self.dense.gradients_of(self.progress.step):
+            predictions = self._predict(self.dense.module, batch, info, rows)
+            head = self.model.retrieval if isinstance(self.model, SequenceModel) else None
+            sums = self.objective(batch, rows, predictions, head, self.tables)
+            # Gradients are averaged over ranks, sums are not: hence world.size.
+            loss = sum(
+                factor * sums[name].total * (world.size / weight.clamp_min(1e-12))
+                for name, factor, weight in zip(
+                    self.objective.names,
+                    self.objective.factors,
+                    global_weights.float(),
+                    strict=True,
+                )
             )
-        )
-        assert isinstance(loss, Tensor)
-        totals = torch.stack([sums[name].total.detach().double() for name in self.objective.names])
-        totals = world.sum(totals)
-        self._check_finite(totals)
-
-        if config.eval.mode == "progressive":
-            if self.has_dropout:
-                predictions = self._predict_undropped(batch, info, rows)
-            self._score(batch, rows, predictions)
-
-        loss.backward()  # type: ignore[no-untyped-call]
-        grad_norm = nn.utils.clip_grad_norm_(
-            self.model.parameters(), config.optim.clip_norm or float("inf")
-        )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.tables.optimizer_step()
+            assert isinstance(loss, Tensor)
+            own = [sums[name].total.detach().double() for name in self.objective.names]
+            totals = world.sum(torch.stack(own))
+            if ahead is not None:
+                # The device is at work on the forward pass: time that costs nothing.
+                ahead.fetch()
+            # All ranks decide alike, before backward, in which tables are updated.
+            is_finite = self._check_loss(totals)
+            if ahead is not None:
+                ahead.advance()
+            if is_finite:
+                if config.eval.mode == "progressive":
+                    if self.has_dropout:
+                        predictions = self._predict_undropped(batch, info, rows)
+                    self._score(batch, rows, predictions)
+                loss.backward()  # type: ignore[no-untyped-call]
+        is_due, dense_is_finite = self.dense.is_due(self.progress.step), True
+        if is_finite:
+            self.dense.add()
+            self.tables.optimizer_step()
+            self.objective.count_targets(batch)
+            self.model.observe(batch)
+            self.loss_sums += torch.stack([totals, global_weights]).cpu()
+        elif is_due:
+            self.dense.sum_over_ranks()  # this batch has no backward pass that would do it
         self.tables.optimizer_zero_grad()
-        self.objective.count_targets(batch)
-        self.model.observe(batch)
+        if is_due:
+            dense_is_finite = self.dense.update()
 
-        self.loss_sums += torch.stack([totals, global_weights]).cpu()
         skipped = [
             *(batch.num_rejected.get(reason, 0) for reason in REASONS),
-            batch.num_clipped,
-            batch.num_cut_bags,
-            *without_vector.values(),
+            *(batch.num_clipped, batch.num_cut_bags, 0, 0),
+            *staged.num_without_vector,
         ]
         counts = torch.tensor(
             [batch.num_sequences, batch.num_tokens, *skipped], device=world.device
         )
+        counts[2 + NONFINITE_ROWS] = self.tables.take_num_nonfinite()
         num_examples, num_tokens, *skipped = world.sum(counts).tolist()
+        num_bad_rows = skipped[NONFINITE_ROWS]
+        is_good = is_finite and dense_is_finite and num_bad_rows == 0
+        skipped[NONFINITE_STEPS] = int(not is_good)
         self.flops += training_flops(config.model, info)
         self.progress.step += 1
         self.progress.examples += num_examples
         self.progress.tokens += num_tokens
         self.progress.skipped = [a + b for a, b in zip(self.progress.skipped, skipped, strict=True)]
         self.progress.position = batch.position
+        self._check_limit(num_bad_rows, dense_is_finite)
         return {
-            "grad_norm": float(grad_norm),
+            "grad_norm": self.dense.grad_norm,
             "lr/dense": config.optim.lr * factor,
             "lr/embeddings": config.embeddings.optimizer.lr * factor,
         }
 
     def skipped_by_name(self) -> dict[str, int]:
-        """Return what the data side left out so far, where it left out anything."""
+        """Return what was left out so far, where anything was."""
         counts = zip(self.skipped_names, self.progress.skipped, strict=True)
         return {name: n for name, n in counts if n}
+
+    def finish_updates(self) -> None:
+        """Update the dense part with batches that no update has used: those at a log's end."""
+        self.dense.sum_over_ranks()
+        self.dense.update()
 
     def take_losses(self) -> dict[str, float]:
         """Return the mean of each loss since the last call, over all ranks, and their sum."""
@@ -216,26 +259,39 @@ class Trainer:
         return flops
 
     @torch.no_grad()
-    def score_step(self, batch: SequenceBatch) -> None:
+    def score_step(self, batch: SequenceBatch | StagedBatch, ahead: Ahead | None = None) -> None:
         """Score the batch with the weights as they are, and learn nothing.
 
         Args:
             batch: as `train_step` takes it.
+            ahead: likewise.
 
         Raises:
             ValueError: for an id outside a static table.
         """
-        vector_rows, _ = self.model.find_vectors(batch)
-        batch, info, rows = self._prepare(replace(batch, vector_rows=vector_rows))
-        self._score(batch, rows, self._predict_undropped(batch, info, rows))
+        staged = batch if isinstance(batch, StagedBatch) else self._stage(batch)
+        batch, info, rows = self._arrive(staged)
+        predictions = self._predict_undropped(batch, info, rows)
+        if ahead is not None:
+            ahead.fetch()
+            ahead.advance()
+        self._score(batch, rows, predictions)
 
-    def _prepare(
-        self, batch: SequenceBatch
+    def _stage(self, batch: SequenceBatch) -> StagedBatch:
+        vector_rows, without_vector = self.model.find_vectors(batch)
+        return stage(
+            replace(batch, vector_rows=vector_rows),
+            self.vocabulary,
+            self.tables,
+            num_without_vector=tuple(without_vector.values()),
+        )
+
+    def _arrive(
+        self, staged: StagedBatch
     ) -> tuple[SequenceBatch, SequenceInfo, dict[str, Tensor]]:
         """Return the batch on the device, ids mapped to rows; its structure; what is looked up."""
-        batch = replace(batch, ids=self.vocabulary.rows(batch.lookup_ids(), batch.partition))
-        batch = batch.to(self.world.device, non_blocking=True)
-        return batch, sequence_info(batch), self.tables.lookup(batch.ids)
+        arrived = staged.arrive()
+        return arrived, sequence_info(arrived), self.tables.lookup(staged.lookup)
 
     def _predict(
         self,
@@ -302,15 +358,39 @@ class Trainer:
         mixed = (self.config.seed * 1_000_003 + self.progress.step) * 65_537 + self.world.rank
         torch.manual_seed(mixed % (1 << 63))
 
-    def _check_finite(self, totals: Tensor) -> None:
+    def _check_loss(self, totals: Tensor) -> bool:
+        """Return whether the losses are finite; refuse to go on after too many that are not."""
         finite = totals.isfinite()
         if bool(finite.all()):
-            return
+            return True
+        if self.progress.nonfinite_steps < self.config.optim.max_nonfinite_steps:
+            return False
         names = [n for n, ok in zip(self.objective.names, finite.tolist(), strict=True) if not ok]
         raise FloatingPointError(
             f"the loss of {names} is not finite at step {self.progress.step}. This batch updated "
-            "nothing. Lower optim.lr or embeddings.optimizer.lr, add optim.warmup_steps, or look "
-            "for absurd values in the labels and dense features of the log."
+            f"nothing. {self._advice()}"
+        )
+
+    def _check_limit(self, num_bad_rows: int, dense_is_finite: bool) -> None:
+        """Refuse to go on after too many steps whose gradients were not finite."""
+        if self.progress.nonfinite_steps <= self.config.optim.max_nonfinite_steps:
+            return
+        dense = "" if dense_is_finite else f"the dense gradient (norm {self.dense.grad_norm}) and "
+        raise FloatingPointError(
+            f"{dense}{num_bad_rows} gradient row(s) of tables are not finite at step "
+            f"{self.progress.step - 1}: they updated nothing. {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        before = self.progress.nonfinite_steps
+        return (
+            f"It is step {before} of this run that is not finite, and optim.max_nonfinite_steps is "
+            f"{self.config.optim.max_nonfinite_steps}. "
+            if before > 1
+            else ""
+        ) + (
+            "Lower optim.lr or embeddings.optimizer.lr, add optim.warmup_steps, or look for absurd "
+            "values in the labels and dense features of the log."
         )
 
     def state(self) -> dict[str, Any]:
@@ -318,7 +398,7 @@ class Trainer:
         position = self.progress.position
         return {
             "dense": get_model_state_dict(self.model),
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+            "optimizer": get_optimizer_state_dict(self.model, self.dense.optimizer),
             "tables": self.tables.checkpoint_state(),
             "objective": self.objective.state_dict(),
             "loss_sums": self.loss_sums,
@@ -370,7 +450,7 @@ class Trainer:
         state = self.state()
         checkpoints.load(step, state)
         set_model_state_dict(self.model, state["dense"])
-        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        set_optimizer_state_dict(self.model, self.dense.optimizer, state["optimizer"])
         self.tables.load_checkpoint_state(state["tables"])
         self.objective.load_state_dict(state["objective"])
         self.loss_sums = state["loss_sums"]

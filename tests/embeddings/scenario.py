@@ -5,7 +5,8 @@ half the weight, which is what averaging over two ranks makes of them. So the sa
 out of every form on any number of ranks.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.collection import build_tables
 from embeddings.config import EmbeddingsConfig, RowWiseAdamWConfig, TableConfig
-from embeddings.tables import initial_rows
+from embeddings.tables import PendingLookup, initial_rows
 from tests.embeddings.oracle import RowWiseOracle
 
 SEED = 7
@@ -40,16 +41,30 @@ class Case:
     device: str = "cpu"
     weights: str = "fp32"
     deterministic: bool = False
+    momentum: str = "hbm"
+    all_to_all: str = "fp32"
+    index_dedup: str = "auto"
+    cached: bool = False
+    """A quarter of the rows of `item` in HBM."""
+    ahead: bool = False
+    """Whether a batch is sent before the one before it is looked up."""
 
     def config(self) -> EmbeddingsConfig:
         decay = DECAY if self.rule == "adamw" else 0.0
+        tables = dict(TABLES)
+        if self.cached:
+            num_bytes = 4201 * 8 * (4 if self.weights == "fp32" else 2)
+            tables["item"] = replace(TABLES["item"], hbm_gb=num_bytes / 4 / 2**30)
         return EmbeddingsConfig(
-            tables=TABLES,
+            tables=tables,
             form=self.form,
             optimizer=RowWiseAdamWConfig(lr=1.0, betas=BETAS, eps=EPS, weight_decay=decay),
             update_rule=f"row_wise_{self.rule}",
             sharding=self.sharding,
             weights=self.weights,
+            momentum=self.momentum,
+            all_to_all=self.all_to_all,
+            index_dedup=self.index_dedup,
         )
 
     def build(self, seed: int = SEED):
@@ -149,19 +164,43 @@ def catalogue(tables, chunk_rows: int = 1000) -> dict[str, torch.Tensor]:
     return whole
 
 
-def train_steps(tables, first: int, last: int) -> None:
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    for step in range(first, last):
-        device = tables.device
-        rows, grads = rank_batch(step, rank, world_size)
+def train_steps(tables, first: int, last: int, *, ahead: bool = False) -> None:
+    """Each step looks its batch up twice: to evaluate, which must not count, and to train."""
+    for step, rows, pending in sent(tables, first, last, ahead=ahead):
+        if step is None:
+            with torch.no_grad():
+                tables.lookup(rows)
+            pending.advance()
+            continue
+        _, grads = rank_batch(step, *rank_and_size())
         tables.set_lr(learning_rate(step))
-        with torch.no_grad():
-            tables.lookup(rows.to(device))  # evaluation: must not count as a step
-        found = tables.lookup(rows.to(device))
-        loss = sum((found[name] * grads[name].to(device)).sum() for name in found)
+        found = tables.lookup(rows)
+        pending.advance()
+        loss = sum((found[name] * grads[name].to(tables.device)).sum() for name in found)
         loss.backward()
         tables.optimizer_step()
+
+
+def sent(tables, first: int, last: int, *, ahead: bool) -> Iterator[tuple]:
+    """Yield (step, None to evaluate; what to look up; what was sent after it)."""
+    batches = []
+    for step in range(first, last):
+        rows, _ = rank_batch(step, *rank_and_size())
+        batches += [(None, rows.to(tables.device)), (step, rows.to(tables.device))]
+    nothing = PendingLookup(rows)
+    if not ahead:
+        yield from ((step, rows, nothing) for step, rows in batches)
+        return
+    pending = tables.send(batches[0][1])
+    for (step, _), (_, following) in zip(batches, [*batches[1:], (None, None)], strict=True):
+        current, pending = pending, nothing if following is None else tables.send(following)
+        yield step, current, pending
+
+
+def rank_and_size() -> tuple[int, int]:
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def train(case: Case, first: int, last: int, *, load_from="", save_at=-1, save_to="", seed=SEED):
@@ -172,14 +211,12 @@ def train(case: Case, first: int, last: int, *, load_from="", save_at=-1, save_t
         dcp.load(state, checkpoint_id=load_from)
         tables.load_checkpoint_state(state)
     result = {"initial": catalogue(tables), "plan": tables.plan_summary()}
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    rows, _ = rank_batch(first, rank, world_size)
+    rows, _ = rank_batch(first, *rank_and_size())
     found = tables.lookup(rows.to(tables.device))
     result["lookup"] = {name: x.detach().cpu() for name, x in found.items()}
     if save_to:
-        train_steps(tables, first, save_at)
+        train_steps(tables, first, save_at, ahead=case.ahead)
         dcp.save(tables.checkpoint_state(), checkpoint_id=save_to)
         first = save_at
-    train_steps(tables, first, last)
+    train_steps(tables, first, last, ahead=case.ahead)
     return {**result, "final": catalogue(tables), "steps": tables.steps}

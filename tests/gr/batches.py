@@ -8,7 +8,15 @@ import torch
 from embeddings.config import EmbeddingsConfig, TableConfig
 from embeddings.replicated import ReplicatedTables
 from embeddings.vocabulary import Vocabulary
-from gr.config import EncodingConfig, HeadConfig, HSTUConfig, LossConfig, ModelConfig, TrainConfig
+from gr.config import (
+    EncodingConfig,
+    HeadConfig,
+    HSTUConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from pipelines.batch import SequenceBatch
 from pipelines.stream import SessionStream
 from tests.pipelines.logs import make_config
@@ -62,7 +70,7 @@ def data_config(log: Path, mode: tuple[str, str, str, str], **changes):
     return make_config(log, *mode, **(small | changes))
 
 
-def train_config(data, *, loss=None, **model) -> TrainConfig:
+def train_config(data, *, loss=None, optim=None, **model) -> TrainConfig:
     tables = {
         "item": TableConfig(
             num_embeddings=NUM_ITEMS + 1,
@@ -106,6 +114,7 @@ def train_config(data, *, loss=None, **model) -> TrainConfig:
         embeddings=EmbeddingsConfig(tables=tables, form="replicated"),
         model=ModelConfig(**(defaults | model)),
         loss=loss or LossConfig(),
+        optim=optim or OptimConfig(),
     )
 
 

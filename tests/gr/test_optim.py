@@ -3,12 +3,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from gr.config import OptimConfig
-from gr.optim import dense_optimizer, lr_factor
+from gr.optim import DenseUpdates, dense_optimizer, lr_factor
+from gr.parallel import World
+from tests.dist import run_distributed
 
 
 @pytest.mark.parametrize(
@@ -72,3 +75,57 @@ def test_only_matrices_decay():
         torch.testing.assert_close(parameter.detach(), before[name] * factor)
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (0.5, (0.8, 0.9), 1e-6)
+
+
+def _batches(rank: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randn(5, 3, generator=generator) for _ in range(4)]
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+
+def _accumulate() -> tuple[list[torch.Tensor], list[float]]:
+    """Updates after batches 1 and 3; batch 3 is left out, so that no backward pass precedes it."""
+    world = World(dist.get_rank(), 2, torch.device("cpu"))
+    network = _network()
+    updates = DenseUpdates(network, world, OptimConfig(accumulate=2, clip_norm=0.01))
+    norms = []
+    for step, batch in enumerate(_batches(world.rank)):
+        with updates.gradients_of(step):
+            loss = updates.module(batch).square().mean()
+            if step != 3:
+                loss.backward()
+                updates.add()
+        if step == 3:
+            updates.sum_over_ranks()
+        if updates.is_due(step):
+            assert updates.update()
+            norms.append(updates.grad_norm)
+    return [p.detach() for p in network.parameters()], norms
+
+
+def test_ranks_and_batches_are_averaged_and_clipped():
+    network = _network()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.0)
+    norms = []
+    for steps in ((0, 1), (2,)):
+        optimizer.zero_grad()
+        parts = [_batches(rank)[step] for rank in (0, 1) for step in steps]
+        loss = sum(network(part).square().mean() for part in parts) / len(parts)
+        loss.backward()
+        norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in network.parameters())))
+        for p in network.parameters():
+            p.grad *= min(1.0, 0.01 / norms[-1])
+        optimizer.step()
+    for parameters, found in run_distributed(_accumulate, 2):
+        assert found == pytest.approx(norms, rel=1e-5)
+        for got, expected in zip(parameters, network.parameters(), strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+
+
+def test_settings_of_updates_out_of_range():
+    with pytest.raises(ValueError, match=r"accumulate must be at least 1.*got 0 and 0"):
+        OptimConfig(accumulate=0)

@@ -83,6 +83,87 @@ def test_a_loss_that_is_not_finite_changes_nothing(log, where):
     assert differing(before, after) == set()
 
 
+def poison(monkeypatch, trainer, where: str) -> None:
+    """Make a gradient infinite on its way back, in every step."""
+    if where == "dense":
+        weight = next(trainer.model.parameters())
+        weight.register_hook(lambda grad: grad * float("inf"))
+        return
+    objective = trainer.objective.forward
+
+    def with_hook(batch, rows, *args):
+        rows["item_id"].register_hook(lambda grad: grad.index_fill(0, torch.tensor([1]), torch.inf))
+        return objective(batch, rows, *args)
+
+    monkeypatch.setattr(trainer.objective, "forward", with_hook)
+
+
+def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(log):
+    optim = OptimConfig(max_nonfinite_steps=2)
+    trainer = make_trainer(train_config(data_config(log, MODE), optim=optim))
+    healthy = make_trainer(train_config(data_config(log, MODE), optim=optim))
+    steps = batches(trainer.config.data)
+    for batch, is_bad in zip(steps[:3], (True, False, True), strict=True):
+        before = flat(trainer)
+        label = batch.labels["watch"][0].clone()
+        if is_bad:
+            batch.labels["watch"][0] = float("inf")
+        trainer.train_step(batch)
+        batch.labels["watch"][0] = label
+        changed = {key for key in differing(before, flat(trainer)) if "progress" not in key}
+        assert bool(changed) != is_bad
+    assert trainer.progress.step == 3
+    assert trainer.progress.position == steps[2].position
+    assert trainer.progress.skipped_by_name()["train/nonfinite_steps"] == 2
+    healthy.progress.step = 1
+    flat(healthy)  # torch gives AdamW a step of zeros when its state is first asked for
+    healthy.train_step(steps[1])
+    same = ("dense", "tables", "optimizer")
+    assert not {k for k in differing(flat(trainer), flat(healthy)) if k.startswith(same)}
+    steps[3].labels["watch"][0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"at step 3\. This batch updated nothing\. It is"):
+        trainer.train_step(steps[3])
+
+
+@pytest.mark.parametrize("where", ["dense", "rows"])
+def test_gradients_that_are_not_finite_are_left_out(log, monkeypatch, where):
+    optim = OptimConfig(max_nonfinite_steps=1)
+    trainer = make_trainer(train_config(data_config(log, MODE), optim=optim))
+    poison(monkeypatch, trainer, where)
+    steps = batches(trainer.config.data)
+    before = flat(trainer)
+    trainer.train_step(steps[0])
+    moved = differing(before, flat(trainer))
+    assert any(key.startswith("dense.") for key in moved) == (where == "rows")
+    assert "tables.tables.item.weight" in moved
+    for name, value in flat(trainer).items():
+        assert not isinstance(value, torch.Tensor) or value.isfinite().all(), name
+    skipped = trainer.progress.skipped_by_name()
+    assert skipped.get("train/nonfinite_rows", 0) == (where == "rows")
+    assert skipped["train/nonfinite_steps"] == 1
+    found = "norm inf|norm nan" if where == "dense" else r"^1 gradient row\(s\)"
+    with pytest.raises(FloatingPointError, match=found):
+        trainer.train_step(steps[1])
+
+
+def test_accumulated_batches_make_one_dense_update(log):
+    optim = OptimConfig(accumulate=2)
+    trainer = make_trainer(train_config(data_config(log, MODE), optim=optim))
+    steps = batches(trainer.config.data)
+    states = [flat(trainer)]
+    for batch in steps[:3]:
+        trainer.train_step(batch)
+        states.append(flat(trainer))
+    dense = [k for k in states[0] if k.startswith("dense.")]
+    tables = "tables.tables.item.weight"
+    for i, is_update in enumerate((False, True, False)):
+        changed = differing(states[i], states[i + 1])
+        assert bool(changed & set(dense)) == is_update
+        assert tables in changed
+    trainer.finish_updates()
+    assert differing(states[3], flat(trainer)) & set(dense)
+
+
 def test_a_step_changes_all_that_learns(log):
     loss = LossConfig(retrieval="in_batch", logq_correction=True)
     trainer = make_trainer(train_config(data_config(log, MODE), loss=loss))

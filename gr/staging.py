@@ -1,0 +1,104 @@
+"""Batches on their way: to the device, and their ids to the ranks that hold the rows."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from embeddings.tables import PendingLookup, Tables
+from embeddings.vocabulary import Vocabulary
+from pipelines.batch import SequenceBatch
+
+
+@dataclass(frozen=True)
+class StagedBatch:
+    """A batch that is being brought; `arrive` before its tensors are read."""
+
+    batch: SequenceBatch
+    """On the device, with rows of the tables in the place of raw ids."""
+    lookup: PendingLookup
+    """Of all its ids."""
+    event: torch.Event | None
+    """On a GPU: all copies are made."""
+    num_without_vector: tuple[int, ...] = ()
+    """Ids without a pretrained vector, for each kind of vectors."""
+
+    def arrive(self) -> SequenceBatch:
+        """Return the batch, which the device's current work may use from here on."""
+        if self.event is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self.event)
+            self.batch.record_stream(stream)
+        return self.batch
+
+
+def stage(
+    batch: SequenceBatch,
+    vocabulary: Vocabulary,
+    tables: Tables,
+    *,
+    num_without_vector: tuple[int, ...] = (),
+) -> StagedBatch:
+    """Start to bring a batch, on a GPU beside its other work. On every rank alike.
+
+    Args:
+        batch: raw ids, on the CPU.
+        vocabulary: maps raw ids to rows.
+        tables: what the rows are looked up in.
+        num_without_vector: of the batch, to be kept with it.
+
+    Raises:
+        ValueError: for an id outside a static table.
+    """
+    batch = replace(batch, ids=vocabulary.rows(batch.lookup_ids(), batch.partition))
+    if tables.exchange is None:
+        batch = batch.to(tables.device)
+        return StagedBatch(batch, tables.send(batch.ids), None, num_without_vector)
+    with torch.cuda.stream(tables.exchange):
+        batch = batch.pin_memory().to(tables.device, non_blocking=True)
+        event = torch.Event("cuda")
+        event.record()
+        return StagedBatch(batch, tables.send(batch.ids), event, num_without_vector)
+
+
+class Ahead:
+    """Yields staged batches; `fetch`, called while one trains, brings the next.
+
+    What the stream or the staging raises is raised when its batch is asked for, so that whatever
+    comes before it is trained on and saved as without looking ahead.
+
+    Args:
+        batches: of the stream.
+        stage: starts to bring one.
+    """
+
+    def __init__(
+        self, batches: Iterable[SequenceBatch], stage: Callable[[SequenceBatch], StagedBatch]
+    ) -> None:
+        self._batches = iter(batches)
+        self._stage = stage
+        self._next: StagedBatch | BaseException | None = None
+
+    def __iter__(self) -> Iterator[StagedBatch]:
+        while True:
+            if self._next is None:
+                self.fetch()
+            found, self._next = self._next, None
+            if isinstance(found, StopIteration):
+                return
+            if isinstance(found, BaseException):
+                raise found
+            assert found is not None
+            yield found
+
+    def fetch(self) -> None:
+        """Start to bring the batch after the one that was yielded last."""
+        try:
+            self._next = self._stage(next(self._batches))
+        except Exception as error:
+            self._next = error
+
+    def advance(self) -> None:
+        """Let the ids of the fetched batch, if there is one, go as far as they can."""
+        if isinstance(self._next, StagedBatch):
+            self._next.lookup.advance()
