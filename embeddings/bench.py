@@ -3,10 +3,12 @@
     python -m embeddings.bench [memory momentum dedup cache ...] [--rows N] [--dim D] [--ids L]
 
 On several GPUs under torchrun. The sparse section is lookup, backward and update for given
-gradients: all of a training step that the dense part has no share in. Times are medians over steps.
+gradients: all of a training step that the dense part has no share in. Times are medians over steps;
+below some 200,000 ids they are those of TorchRec's Python, 4 ms, which a real step hides.
 """
 
 import argparse
+import gc
 import os
 import statistics
 from collections.abc import Iterator
@@ -36,7 +38,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", help=f"of {', '.join(MEASUREMENTS)}; all by default")
     parser.add_argument("--rows", type=int, default=20_000_000, help="of the table")
     parser.add_argument("--dim", type=int, default=128, help="of a row")
-    parser.add_argument("--ids", type=int, default=131_072, help="looked up in a step on a rank")
+    parser.add_argument("--ids", type=int, default=524_288, help="looked up in a step on a rank")
     options = parser.parse_args()
     unknown = [name for name in options.what if name not in MEASUREMENTS]
     if unknown:
@@ -129,6 +131,7 @@ MEASUREMENTS = {
 def _build(
     options: argparse.Namespace, device: torch.device, *, hbm_gb: float = 0.0, **changes: Any
 ) -> ShardedTables:
+    gc.collect()
     torch.cuda.empty_cache()
     table = TableConfig(
         num_embeddings=options.rows,
@@ -150,6 +153,7 @@ def _build(
 
 
 def _used_bytes(device: torch.device) -> int:
+    gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
@@ -211,7 +215,8 @@ def _time(
     ahead: bool = False,
 ) -> float:
     """Return the median milliseconds of a sparse section."""
-    gradient = torch.randn(options.ids, options.dim, device=tables.device)
+    generator = torch.Generator(tables.device).manual_seed(1)
+    gradient = torch.randn(options.ids, options.dim, generator=generator, device=tables.device)
     events = []
     batches = [next(ids) for _ in range(WARM_UP + STEPS)]
     sent: PendingLookup | None = tables.send(_rows(batches[0])) if ahead else None

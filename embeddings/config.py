@@ -73,7 +73,8 @@ class EmbeddingsConfig:
         "row_wise",
         "table_wise",
     )
-    """What the planner may choose from. column_wise is refused, with the reason."""
+    """What the planner may choose from. A table of too few rows for every rank to have one is
+    table_wise in any case; column_wise is refused, with the reason."""
     reserved_hbm: float = 0.3
     """Share of a GPU's memory, and of the host's, that the planner leaves to the dense part,
     activations and buffers."""

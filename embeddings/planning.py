@@ -56,7 +56,7 @@ def plan_tables(
         kernel_config=KernelConfig(compute_device=device.type),
     )
     constraints = {
-        name: _constraints(config, table, mean_length, prefetch=on_gpu)
+        name: _constraints(config, table, mean_length, world_size, prefetch=on_gpu)
         for name, table in config.tables.items()
     }
     estimators = [
@@ -95,7 +95,12 @@ def plan_tables(
 
 
 def _constraints(
-    config: EmbeddingsConfig, table: TableConfig, mean_length: float, *, prefetch: bool
+    config: EmbeddingsConfig,
+    table: TableConfig,
+    mean_length: float,
+    world_size: int,
+    *,
+    prefetch: bool,
 ) -> ParameterConstraints:
     cached = cache_fraction(config, table)
     kernel = EmbeddingComputeKernel.FUSED
@@ -108,8 +113,11 @@ def _constraints(
             precision=data_type(config),
             prefetch_pipeline=prefetch,
         )
+    rows_of_rank = -(-table.num_embeddings // world_size)
+    # Row-wise, the last rank would get no row of it, which FBGEMM's lookup on the CPU dies of.
+    is_tiny = rows_of_rank * (world_size - 1) >= table.num_embeddings
     return ParameterConstraints(
-        sharding_types=list(config.sharding),
+        sharding_types=["table_wise"] if is_tiny else list(config.sharding),
         compute_kernels=[kernel.value],
         pooling_factors=[mean_length] * len(table.features),
         cache_params=cache,

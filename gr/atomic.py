@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 
+class CheckpointError(OSError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` so that a reader, or a kill at any moment, meets the old file or the new one.
 

@@ -7,20 +7,23 @@ unpickled but DCP's own index, and that by an unpickler that knows DCP's classes
 
 import json
 import shutil
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from gr.atomic import sync_folder, write_atomically
+from gr.atomic import CheckpointError, sync_folder, write_atomically
 from gr.checkpoint_reader import SafeReader
+from gr.checkpoint_staging import HostCopy
 from gr.checkpoint_state import (
     Tensors,
     check_same_model,
@@ -35,6 +38,26 @@ COMPLETE = "checkpoint.json"
 FORMAT = 1
 
 
+class _FailedError(Exception):
+    """What failed, on any rank; raised on all."""
+
+
+class _Writer(FileSystemWriter):
+    """Says why a file could not be written: torch's error names a position in it instead."""
+
+    def write_data(self, *args: Any, **options: Any) -> Any:
+        """Write this rank's tensors."""
+        try:
+            return super().write_data(*args, **options)
+        except Exception as failure:
+            cause: BaseException | None = failure
+            while cause is not None:
+                if isinstance(cause, OSError):
+                    raise OSError(cause.errno, cause.strerror) from failure
+                cause = cause.__cause__ or cause.__context__
+            raise
+
+
 class CheckpointManager:
     """Saves and loads the checkpoints of a run. Every method is called on all ranks.
 
@@ -43,7 +66,14 @@ class CheckpointManager:
     rank needs keys that do.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2, apart: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 2,
+        apart: Sequence[str] = (),
+        asynchronous: bool = False,
+    ) -> None:
         """Take a folder, which need not be there.
 
         Args:
@@ -52,6 +82,7 @@ class CheckpointManager:
             apart: first parts of keys whose shapes or keys depend on the data or on the number of
                 ranks (metrics, generators). They are saved; `load` leaves them alone, `read` gets
                 them.
+            asynchronous: `save` copies the state to host memory and returns; a thread writes it.
 
         Raises:
             ValueError: if `keep` is below 1.
@@ -61,6 +92,10 @@ class CheckpointManager:
         self.folder = folder
         self.keep = keep
         self.apart = tuple(apart)
+        self._host = HostCopy() if asynchronous else None
+        self._thread: threading.Thread | None = None
+        self._failure: CheckpointError | None = None
+        self._group: dist.ProcessGroup | None = None
 
     def path(self, step: int) -> Path:
         """Return the folder of a checkpoint."""
@@ -78,6 +113,8 @@ class CheckpointManager:
     def save(self, step: int, state: dict[str, Any], folders: Sequence[Path] = ()) -> Path:
         """Save a state, then remove what is older than the newest `keep`.
 
+        If it is asynchronous the checkpoint is there after the next `wait`, or `save`, which waits.
+
         Args:
             step: updates made.
             state: see the class.
@@ -90,8 +127,11 @@ class CheckpointManager:
         Raises:
             ValueError: if the step is saved already, or the state holds what is neither a tensor
                 nor plain, or two ranks hold different plain values under one key.
+            CheckpointError: if it cannot be written, on all ranks alike; earlier ones stay as they
+                are, and of this one nothing does. If asynchronous: if the one before could not.
         """
-        path, draft = self.path(step), self.folder / f"step_{step}.tmp"
+        self.wait()
+        path = self.path(step)
         if path.exists():
             raise ValueError(f"{path} is there already: a step is saved once")
         tensors, values = split_state(state)
@@ -103,28 +143,90 @@ class CheckpointManager:
             "values": _union(values),
         }
         record["fingerprint"] = fingerprint(_without(record["tensors"], self.apart))
+        if dist.is_initialized() and self._group is None:
+            # Of its own: what a thread sends must not mix with what training sends.
+            self._group = dist.new_group(backend="gloo")
+        if self._host is None:
+            self._write(tensors, record, folders)
+            return path
+        copies = self._host.copy(tensors)
+
+        def write() -> None:
+            try:
+                self._write(copies, record, folders)
+            except CheckpointError as error:
+                self._failure = error
+
+        self._thread = threading.Thread(target=write, name="checkpoint")
+        self._thread.start()
+        return path
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one.
+
+        Raises:
+            CheckpointError: if it could not be written, on all ranks alike.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """Wait as `wait` does, but let a failure be: the run ends with an error of its own."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _write(self, tensors: Tensors, record: dict[str, Any], folders: Sequence[Path]) -> None:
+        """Write a checkpoint so that it is there whole or not at all, and remove the oldest."""
+        path = self.path(record["step"])
+        draft = path.with_name(f"{path.name}.tmp")
+        try:
+            self._together(lambda: _begin(draft), on_all=False)
+            writer = _Writer(draft, sync_files=True)
+            self._together(
+                lambda: dcp_save(
+                    dict(tensors),
+                    storage_writer=writer,
+                    process_group=self._group,
+                    no_dist=not dist.is_initialized(),
+                )
+            )
+            self._together(lambda: _complete(draft, path, record, folders), on_all=False)
+        except _FailedError as failed:
+            if _rank() == 0:
+                for folder in (draft, *folders):
+                    shutil.rmtree(folder, ignore_errors=True)
+            self._together(lambda: None)
+            steps = self.steps()
+            last = f"the newest is of step {steps[-1]}" if steps else "there is none yet"
+            raise CheckpointError(
+                f"the checkpoint of step {record['step']} could not be written to {self.folder}: "
+                f"{failed}. What was saved before is as it was: {last}. Make room, or look at the "
+                "file system"
+            ) from failed
         if _rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob("step_*.tmp"):
-                shutil.rmtree(leftover)
-            draft.mkdir()
-        _barrier()
-        writer = FileSystemWriter(draft, sync_files=True)
-        with _alone_is_fine():
-            dcp_save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
-        _barrier()
-        if _rank() == 0:
-            for folder in folders:
-                if folder.is_dir():
-                    sync_folder(folder)
-                    folder.rename(draft / folder.name)
-            write_atomically(draft / COMPLETE, json.dumps(record, indent=1))
-            draft.rename(path)
-            sync_folder(self.folder)
             for old in self.steps()[: -self.keep]:
                 _remove(self.path(old))
-        _barrier()
-        return path
+        self._together(lambda: None)
+
+    def _together(self, action: Callable[[], Any], *, on_all: bool = True) -> None:
+        """Do something on all ranks, or on rank 0, and fail on all if it fails on any."""
+        error = ""
+        if on_all or _rank() == 0:
+            try:
+                with _alone_is_fine():
+                    action()
+            except (OSError, RuntimeError, CheckpointException) as failure:
+                error = _reason(failure)
+        errors: list[str] = [error] * _world_size()
+        if dist.is_initialized():
+            dist.all_gather_object(errors, error, group=self._group)
+        failed = [each for each in errors if each]
+        if failed:
+            raise _FailedError(failed[0])
 
     def load(self, step: int, state: dict[str, Any]) -> None:
         """Load a checkpoint into a state of the same shape.
@@ -251,6 +353,32 @@ def inspect(path: str | Path) -> str:
     return "\n".join(lines)
 
 
+def _begin(draft: Path) -> None:
+    """Make the folder of a checkpoint that is not complete, and sweep up those of killed saves."""
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in draft.parent.glob("step_*.tmp"):
+        shutil.rmtree(leftover)
+    draft.mkdir()
+
+
+def _complete(draft: Path, path: Path, record: dict[str, Any], folders: Sequence[Path]) -> None:
+    for folder in folders:
+        if folder.is_dir():
+            sync_folder(folder)
+            folder.rename(draft / folder.name)
+    write_atomically(draft / COMPLETE, json.dumps(record, indent=1))
+    draft.rename(path)
+    sync_folder(path.parent)
+
+
+def _reason(failure: BaseException) -> str:
+    """Return what went wrong first, of what DCP wraps on each rank."""
+    if isinstance(failure, CheckpointException):
+        rank, (first, _) = next(iter(failure.failures.items()))
+        return f"rank {rank}: {type(first).__name__}: {first}"
+    return f"rank {_rank()}: {type(failure).__name__}: {failure}"
+
+
 def _without(part: dict[str, Any], apart: Sequence[str]) -> dict[str, Any]:
     return {key: leaf for key, leaf in part.items() if key.split(".", 1)[0] not in apart}
 
@@ -290,8 +418,3 @@ def _world_size() -> int:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

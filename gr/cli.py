@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from gr.atomic import CheckpointError
 from gr.config_io import load_config
 from gr.versions import check_versions
 
@@ -22,6 +23,7 @@ USER_ERROR = 2
 INTERRUPTED = 130
 # Errors that a path of the user causes, whoever notices.
 _PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+_RUN_ERRORS = (FloatingPointError, CheckpointError)
 _OURS = ("gr", "embeddings", "kernels", "pipelines", "launch")
 
 
@@ -32,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; None means those of the process.
 
     Returns:
-        Exit status: 0, 1 for a run that went wrong (a loss that is not finite, a rank lost), 2 for
-        a user's mistake, 130 for ctrl-C.
+        Exit status: 0, 1 for a run that went wrong (a loss that is not finite, a rank lost, a full
+        disk), 2 for a user's mistake, 130 for ctrl-C.
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -49,12 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, FloatingPointError, *_PATH_ERRORS) as error:
+    except (ValueError, *_RUN_ERRORS, *_PATH_ERRORS) as error:
         if arguments.traceback or not _is_users(error):
             raise
         who = _speaker(arguments.command)
         print(f"{who}gr {arguments.command}: error: {_text(error)}", file=sys.stderr)
-        return FAILED if isinstance(error, FloatingPointError) else USER_ERROR
+        return FAILED if isinstance(error, _RUN_ERRORS) else USER_ERROR
     except RuntimeError as error:
         message = _lost_rank(error) if arguments.command in ("train", "evaluate") else None
         if message is None or arguments.traceback:

@@ -392,6 +392,12 @@ class CheckpointConfig:
     """0 means at the end only."""
     keep: int = 2
     """Newest checkpoints kept."""
+    asynchronous: bool = False
+    """Copy the state to host memory, as much again as a rank saves, and write it while training
+    goes on."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """What a checkpoint that cannot be written (disk full) does to the run. The one before stays in
+    either case."""
     histories: Literal["snapshot", "replay"] = "snapshot"
     """snapshot: a checkpoint holds the users' histories; replay: it holds the position only, and
     resuming reads the log anew up to there."""

@@ -29,6 +29,10 @@ FREE_ON_RESUME = (
     *("run_dir", "resume", "max_steps", "log_every", "device", "timeout_minutes", "data.prefetch"),
     *("data.follow", "data.follow_idle_seconds", "data.max_reject_fraction"),
     *("data.history_memory_gb", "data.spill_folder"),
+    *("overlap", "optim.max_nonfinite_steps"),
+    # Where the tables are, which another number of ranks or another GPU may need otherwise.
+    *("embeddings.form", "embeddings.momentum", "embeddings.sharding"),
+    *("embeddings.reserved_hbm", "embeddings.index_dedup"),
 )
 FREE_ON_RESUME_UNDER = ("checkpoint.",)
 

@@ -3,15 +3,17 @@
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 from zoneinfo import ZoneInfo
 
 from omegaconf import DictConfig, OmegaConf
 
 from gr import parallel
+from gr.atomic import CheckpointError
 from gr.checkpoint import CheckpointManager
 from gr.config import TrainConfig
 from gr.flops import peak_flops, sequence_cost
@@ -94,7 +96,10 @@ def train(config: TrainConfig, resolved: DictConfig, overrides: Sequence[str] = 
             )
         )
         checkpoints = CheckpointManager(
-            run.checkpoints, keep=config.checkpoint.keep, apart=(EVALUATION,)
+            run.checkpoints,
+            keep=config.checkpoint.keep,
+            apart=(EVALUATION,),
+            asynchronous=config.checkpoint.asynchronous,
         )
         restored = checkpoints.latest() or 0
         world.on_main(lambda: shutil.rmtree(snapshots.folder, ignore_errors=True))
@@ -112,7 +117,7 @@ def train(config: TrainConfig, resolved: DictConfig, overrides: Sequence[str] = 
             unit="example",
         )
         log.message(_headline(config, world, manifests, trainer, stream, restored, histories))
-        with closing(log):
+        with closing(log), closing(checkpoints):
             loop(config, world, trainer, stream, log, checkpoints, snapshots)
         world.on_main(lambda: shutil.rmtree(snapshots.folder, ignore_errors=True))
     finally:
@@ -149,11 +154,22 @@ def loop(
         )
 
     def save() -> None:
+        settle()
         log.sync()
         if progress.step not in checkpoints.steps():
-            checkpoints.save(
-                progress.step, trainer.state(), folders=[snapshots.path(progress.step)]
-            )
+            folders = [snapshots.path(progress.step)]
+            attempt(lambda: checkpoints.save(progress.step, trainer.state(), folders))
+
+    def settle() -> None:
+        attempt(checkpoints.wait)
+
+    def attempt(action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except CheckpointError as error:
+            if config.checkpoint.on_error == "stop":
+                raise
+            log.message(f"{error}. The run goes on (checkpoint.on_error=continue).")
 
     batches = trainer.ahead(stream)
     ahead = batches if config.overlap else None
@@ -184,6 +200,7 @@ def loop(
     if progress.step > logged:
         write_metrics()
     save()
+    settle()
     for ended in trainer.evaluation.finish():
         if config.data.window != "none":
             log.evaluation(progress.step + 1, window_name(ended.window, config.data), ended.metrics)

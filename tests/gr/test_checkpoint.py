@@ -2,6 +2,7 @@ import json
 import math
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from gr.atomic import CheckpointError
 from gr.checkpoint import CheckpointManager, inspect, read_record
 from gr.checkpoint_state import fingerprint, split_state
 from tests.dist import run_distributed
@@ -57,6 +59,58 @@ def assert_same(a, b):
 @pytest.fixture
 def manager(tmp_path):
     return CheckpointManager(tmp_path / "checkpoints", keep=2)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
+    manager = CheckpointManager(tmp_path / "checkpoints", keep=2, asynchronous=True)
+    for step in (1, 2, 3):
+        live = state(step)
+        manager.save(step, live)
+        for tensor in split_state(live)[0].values():
+            tensor.fill_(7)  # the next update
+    manager.wait()
+    assert manager.steps() == [2, 3]
+    for step in (2, 3):
+        loaded = state(0)
+        manager.load(step, loaded)
+        assert_same(loaded, state(step))
+
+
+def _fill_the_disk(folder: str, asynchronous: bool) -> list[str]:
+    """Save step 1; then step 2, for which the last rank may write no file above 1 kB; then 3."""
+    manager = CheckpointManager(Path(folder), keep=2, asynchronous=asynchronous)
+    last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
+    seen = []
+    for step in (1, 2, 3):
+        limit = 1000 if step == 2 and last else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        histories = Path(folder, f"histories_{step}")
+        histories.mkdir(exist_ok=True)
+        own = {"table": {f"of_{'last' if last else 'other'}": torch.full((5000,), float(step))}}
+        try:
+            manager.save(step, own, [histories])
+            manager.wait()
+            seen.append("saved")
+        except CheckpointError as error:
+            seen.append(str(error))
+            assert not histories.exists()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert manager.steps() == [1, 3]
+    assert not list(Path(folder).glob("*.tmp"))
+    assert manager.read(1, "table")["of_last"].unique().tolist() == [1.0]
+    assert manager.read(3, "table")["of_last"].unique().tolist() == [3.0]
+    return seen
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, world_size, asynchronous):
+    for seen in run_distributed(_fill_the_disk, world_size, str(tmp_path), asynchronous):
+        assert seen[0] == seen[2] == "saved"
+        assert "checkpoint of step 2 could not be written" in seen[1]
+        assert f"rank {world_size - 1}" in seen[1]
+        assert "File too large" in seen[1]
+        assert "the newest is of step 1" in seen[1]
 
 
 def test_load_gives_what_was_saved_in_place(manager):

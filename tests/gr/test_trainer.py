@@ -120,9 +120,9 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(log):
     healthy.train_step(steps[1])
     same = ("dense", "tables", "optimizer")
     assert not {k for k in differing(flat(trainer), flat(healthy)) if k.startswith(same)}
-    steps[3].labels["watch"][0] = float("nan")
+    steps[0].labels["watch"][0] = float("nan")
     with pytest.raises(FloatingPointError, match=r"at step 3\. This batch updated nothing\. It is"):
-        trainer.train_step(steps[3])
+        trainer.train_step(steps[0])
 
 
 @pytest.mark.parametrize("where", ["dense", "rows"])
