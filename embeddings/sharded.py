@@ -114,10 +114,7 @@ class ShardedTables(Tables):
         return {feature: by_feature[feature] for feature in sent.rows.keys()}  # noqa: SIM118
 
     def take_cache_hits(self) -> tuple[int, int]:
-        """Return how many distinct rows lookups found in the caches, of how many they asked for.
-
-        Since the last call, on this rank, and for cached tables only. Waits for the GPU.
-        """
+        """Return how many rows were found in the caches (see Tables). Waits for the GPU."""
         asked = missed = 0
         for kernel in self.cached_kernels:
             counts = kernel.get_uvm_cache_stats().tolist()

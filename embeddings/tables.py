@@ -78,6 +78,13 @@ class Tables(nn.Module, ABC):
         count, self._num_nonfinite = self._num_nonfinite, torch.zeros_like(self._num_nonfinite)
         return count
 
+    def take_cache_hits(self) -> tuple[int, int]:
+        """Return how many distinct rows lookups found in HBM caches, of how many they asked for.
+
+        Since the last call, on this rank, of cached tables only (hbm_gb): else nothing was asked.
+        """
+        return 0, 0
+
     @abstractmethod
     def all_rows(self, table: str, chunk_rows: int = 65536) -> Iterator[tuple[int, Tensor]]:
         """Yield (first row, (at most chunk_rows, dim) float32) over all rows of `table`.

@@ -247,6 +247,9 @@ class Clock:
         if self.scoring_s:
             # Without the second read of the log, which runs ahead in a thread.
             rates["perf/scoring"] = self.scoring_s / seconds
+        hits, asked = self.trainer.tables.take_cache_hits()
+        if asked:
+            rates["perf/cache_hits"] = hits / asked  # of this rank's lookups
         if self.peak:
             rates["perf/mfu"] = flops_per_s / (self.peak * self.world.size)
         self._mark()
