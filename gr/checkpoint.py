@@ -94,7 +94,7 @@ class CheckpointManager:
         self.apart = tuple(apart)
         self._host = HostCopy() if asynchronous else None
         self._thread: threading.Thread | None = None
-        self._failure: CheckpointError | None = None
+        self._failure: BaseException | None = None
         self._group: dist.ProcessGroup | None = None
 
     def path(self, step: int) -> Path:
@@ -154,7 +154,7 @@ class CheckpointManager:
         def write() -> None:
             try:
                 self._write(copies, record, folders)
-            except CheckpointError as error:
+            except BaseException as error:  # whatever it is, `wait` must not take it for success
                 self._failure = error
 
         self._thread = threading.Thread(target=write, name="checkpoint")
@@ -166,6 +166,7 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: if it could not be written, on all ranks alike.
+            RuntimeError: if a rank was lost.
         """
         if self._thread is not None:
             self._thread.join()
