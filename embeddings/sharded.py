@@ -85,6 +85,10 @@ class ShardedTables(Tables):
         self.cached_kernels = [
             kernel for kernel in self.kernels if kernel.lxu_cache_weights.numel() > 0
         ]
+        for kernel in self.cached_kernels:
+            # Counted in `prefetch` only. A forward pass that is given the counts takes zero misses
+            # as leave to read the cache alone, but by then they are those of the next batch.
+            kernel.gather_uvm_cache_stats = False
         if device.type == "cuda":
             self.exchange = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         for name, weight in self._weights().items():
@@ -116,11 +120,15 @@ class ShardedTables(Tables):
     def take_cache_hits(self) -> tuple[int, int]:
         """Return how many rows were found in the caches (see Tables). Waits for the GPU."""
         asked = missed = 0
+        if self.cached_kernels and self.exchange is not None:
+            torch.cuda.current_stream().wait_stream(self.exchange)
         for kernel in self.cached_kernels:
-            counts = kernel.get_uvm_cache_stats().tolist()
+            counts = kernel.uvm_cache_stats.tolist()
             asked += counts[UVMCacheStatsIndex.num_unique_indices]
             missed += counts[UVMCacheStatsIndex.num_unique_misses]
-            kernel.reset_uvm_cache_stats()
+            kernel.uvm_cache_stats.zero_()
+        if self.cached_kernels and self.exchange is not None:
+            self.exchange.wait_stream(torch.cuda.current_stream())
         return asked - missed, asked
 
     def all_rows(self, table: str, chunk_rows: int = 65536) -> Iterator[tuple[int, Tensor]]:
@@ -243,6 +251,8 @@ class _SentLookup(PendingLookup):
     def __init__(self, rows: KeyedJaggedTensor, tables: ShardedTables) -> None:
         super().__init__(rows)
         self.exchange = tables.exchange
+        self.cached_kernels = tables.cached_kernels
+        self.is_prefetched = False
         self.collections = list(tables.sharded.module.collections.values())
         self.contexts = [each.create_context() for each in self.collections]
         self.values: list[Any] = []
@@ -260,16 +270,13 @@ class _SentLookup(PendingLookup):
     def advance(self) -> None:
         """Exchange the row numbers, now that their counts are known, and load them into caches."""
         self._exchange()
-        if self.exchange is None:
+        if self.event is None:
             return
         forward_stream = torch.cuda.current_stream()
         with torch.cuda.stream(self.exchange):
-            for each, context, values in zip(
-                self.collections, self.contexts, self.values, strict=True
-            ):
+            for values in self.values:
                 values.record_stream(forward_stream)
-                each.prefetch(values, forward_stream=forward_stream, ctx=context)
-            assert self.event is not None
+            self._prefetch(forward_stream)
             self.event.record()
 
     def finish(self) -> dict[str, Tensor]:
@@ -282,11 +289,29 @@ class _SentLookup(PendingLookup):
             for values, context in zip(self.values, self.contexts, strict=True):
                 values.record_stream(stream)
                 context.record_stream(stream)
+        if not self.is_prefetched:
+            self._prefetch(None)
         each_with = zip(self.collections, self.contexts, self.values, strict=True)
         pending = [
             each.compute_and_output_dist(context, values) for each, context, values in each_with
         ]
         return {name: found.values() for one in pending for name, found in one.items()}
+
+    def _prefetch(self, forward_stream: torch.cuda.Stream | None) -> None:
+        """Load rows into the caches, in the current stream, for a lookup in another if given."""
+        self.is_prefetched = True
+        if not self.cached_kernels:
+            return
+        # Not by TorchRec's `prefetch`, which reports an error for each table without a cache.
+        for each, values in zip(self.collections, self.values, strict=True):
+            for lookup, rows in zip(each._lookups, values, strict=True):
+                parts = rows.split(lookup._feature_splits)
+                for group, part in zip(lookup._emb_modules, parts, strict=True):
+                    kernel = group.emb_module
+                    if any(kernel is cached for cached in self.cached_kernels):
+                        kernel.gather_uvm_cache_stats = True
+                        kernel.prefetch(part.values(), part.offsets(), forward_stream)
+                        kernel.gather_uvm_cache_stats = False
 
     def _exchange(self) -> None:
         with torch.cuda.stream(self.exchange):
