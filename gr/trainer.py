@@ -1,7 +1,7 @@
 """One training step, the evaluation before it, and the state that a checkpoint keeps."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -286,9 +286,7 @@ class Trainer:
             num_without_vector=tuple(without_vector.values()),
         )
 
-    def _arrive(
-        self, staged: StagedBatch
-    ) -> tuple[SequenceBatch, SequenceInfo, dict[str, Tensor]]:
+    def _arrive(self, staged: StagedBatch) -> tuple[SequenceBatch, SequenceInfo, dict[str, Tensor]]:
         """Return the batch on the device, ids mapped to rows; its structure; what is looked up."""
         arrived = staged.arrive()
         return arrived, sequence_info(arrived), self.tables.lookup(staged.lookup)

@@ -114,7 +114,7 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(log):
         assert bool(changed) != is_bad
     assert trainer.progress.step == 3
     assert trainer.progress.position == steps[2].position
-    assert trainer.progress.skipped_by_name()["train/nonfinite_steps"] == 2
+    assert trainer.skipped_by_name()["train/nonfinite_steps"] == 2
     healthy.progress.step = 1
     flat(healthy)  # torch gives AdamW a step of zeros when its state is first asked for
     healthy.train_step(steps[1])
@@ -138,7 +138,7 @@ def test_gradients_that_are_not_finite_are_left_out(log, monkeypatch, where):
     assert "tables.tables.item.weight" in moved
     for name, value in flat(trainer).items():
         assert not isinstance(value, torch.Tensor) or value.isfinite().all(), name
-    skipped = trainer.progress.skipped_by_name()
+    skipped = trainer.skipped_by_name()
     assert skipped.get("train/nonfinite_rows", 0) == (where == "rows")
     assert skipped["train/nonfinite_steps"] == 1
     found = "norm inf|norm nan" if where == "dense" else r"^1 gradient row\(s\)"
