@@ -227,6 +227,9 @@ def _without_repeats(rows: pa.Table, index: Ints, user: Ints, time: Ints, duplic
         if pa.types.is_floating(table[name].type):
             # -0.0 is no value of its own.
             table = table.set_column(i, name, pc.add(table[name], 0.0))
+        elif pa.types.is_list(table[name].type) or pa.types.is_large_list(table[name].type):
+            # Arrow does not group by lists; these are the few rows that may be repeats.
+            table = table.set_column(i, name, pa.array(map(repr, table[name].to_pylist())))
     table = table.append_column("at", pa.array(among))
     firsts = table.group_by(same, use_threads=False).aggregate([("at", "min")])["at_min"]
     keep = ~tied

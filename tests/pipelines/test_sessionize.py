@@ -331,3 +331,25 @@ def test_encoding_and_files_of_a_log_without_context(tmp_path):
     assert "DELTA_BINARY_PACKED" in columns["events.list.element.timestamp"].encodings
     assert "PLAIN" in columns["events.list.element.item_id"].encodings
     assert not columns["events.list.element.item_id"].has_dictionary_page
+
+
+def test_lists_tell_repeats_apart(tmp_path):
+    lists = [[1], [1], None, [None], [], [1], None]
+    table = {
+        "user_id": [7] * 7,
+        "item_id": [3] * 7,
+        "timestamp": [10] * 7,
+        "click": [True] * 7,
+        "tags": pa.array(lists, pa.list_(pa.int64())),
+    }
+    pq.write_table(pa.table(table), tmp_path / "log.parquet")
+    config = SessionizeConfig(
+        input=str(tmp_path / "log.parquet"),
+        output=str(tmp_path / "out"),
+        actions=("click",),
+        features=("tags",),
+        partitions=1,
+    )
+    assert sessionize(config).num_duplicates == 3
+    ((row,),) = read_back(tmp_path / "out", part_name, 1)
+    assert [e["tags"] for e in row["events"]] == [[1], None, [None], []]
