@@ -432,9 +432,15 @@ class Trainer:
         )
         if self.load_target is not None:
             self.load_target.load_state(stored["loads"])
-        for rank in range(self.world.rank, checkpoints.num_ranks(step), self.world.size):
+        num_saved = checkpoints.num_ranks(step)
+        for rank in range(self.world.rank, num_saved, self.world.size):
             stored_evaluation = checkpoints.read(step, f"{EVALUATION}.rank_{rank}")
             self.evaluation.merge_state_dict(stored_evaluation)
+        if self.world.rank >= num_saved:
+            # All ranks close the open window together, those too that have nothing in it.
+            window = checkpoints.read(step, f"{EVALUATION}.rank_0")["window"]
+            if window.numel():
+                self.evaluation.roll(int(window))
 
     def load_learnt(self, checkpoints: CheckpointManager, step: int) -> dict[str, Any]:
         """Restore weights, optimizers and running losses; progress and evaluation stay.

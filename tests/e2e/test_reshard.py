@@ -25,7 +25,9 @@ def go_on(config: str, run_dir: str, stop: int) -> list[list[dict]]:
     """Score the checkpoint that is there, train on to a step, and score the new one."""
     # A table is whole on a rank of one stage, and spread over all in the next.
     plan = "table_wise" if int(os.environ["WORLD_SIZE"]) == 2 else "row_wise"
-    before = scores(run_dir) if Path(run_dir).exists() else []
+    is_begun = Path(run_dir).exists()
+    dist.barrier()  # or a fast rank makes the folder before a slow one has looked
+    before = scores(run_dir) if is_begun else []
     run(
         Path(config),
         *SHARDED,
@@ -39,8 +41,7 @@ def go_on(config: str, run_dir: str, stop: int) -> list[list[dict]]:
 
 def scores(run_dir: str) -> list[dict]:
     evaluate(run_config(run_dir), run_dir)
-    if dist.is_initialized():
-        dist.barrier()
+    dist.barrier()
     return read_lines(Path(run_dir, "evaluate.jsonl"))
 
 
