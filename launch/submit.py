@@ -99,6 +99,9 @@ class TorchXRuns:
             job = rest.rpartition("/")[2]
             command = ["squeue", "--noheader", "--jobs", job, "--format", "%T"]
             done = subprocess.run(command, capture_output=True, text=True)
-            return done.returncode == 0 and bool(done.stdout.strip())
+            if done.returncode:
+                # Slurm has forgotten the job, or cannot be reached: then the job may well run.
+                return "Invalid job id" not in done.stderr
+            return bool(done.stdout.strip())
         status = self.runner.status(handle)
         return status is not None and not status.is_terminal()

@@ -321,6 +321,14 @@ def test_runs_as_torchx_jobs(base, tmp_path, monkeypatch):
     assert members_of[1].log.read_text().startswith("local_cwd://")
 
 
+SQUEUE = """#!/bin/sh
+case "$3" in
+17) head -1 {listing}; sed -i 1d {listing};;
+*) echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1;;
+esac
+"""
+
+
 def test_a_job_that_still_runs_is_waited_for_not_submitted_again(base, tmp_path, monkeypatch):
     """A stand-in for Slurm's squeue: the job is listed twice, then it is gone."""
     config = sweep_of(base, tmp_path, scheduler="slurm", cluster="")
@@ -328,21 +336,24 @@ def test_a_job_that_still_runs_is_waited_for_not_submitted_again(base, tmp_path,
     listing = tmp_path / "listing"
     listing.write_text("RUNNING\nRUNNING\n")
     tool = tmp_path / "squeue"
-    tool.write_text(f'#!/bin/sh\n[ "$3" = 17 ] || exit 1\nhead -1 {listing}; sed -i 1d {listing}\n')
+    tool.write_text(SQUEUE.format(listing=listing))
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(submit, "POLL_S", 0.01)
     runs = submit.TorchXRuns(config)
     monkeypatch.setattr(runs, "_submit", lambda member: pytest.fail("submitted"))
     member.log.parent.mkdir(parents=True)
-    member.log.with_suffix(".job").write_text("slurm://gr/17\n")
+    member.log.with_suffix(".job").write_text("slurm://torchx/17\n")
     finish(member)
     assert runs(member) == 0
     assert listing.read_text() == ""
     # Gone before we looked: a new job goes on with the run.
-    monkeypatch.setattr(runs, "_submit", lambda member: "slurm://gr/18")
+    monkeypatch.setattr(runs, "_submit", lambda member: "slurm://torchx/18")
     assert runs(member) == 0
-    assert member.log.with_suffix(".job").read_text() == "slurm://gr/18\n"
+    assert member.log.with_suffix(".job").read_text() == "slurm://torchx/18\n"
+    # A controller that does not answer says nothing about the job.
+    tool.write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
+    assert runs._is_active("slurm://torchx/18")
 
 
 def test_schedulers_that_are_not_there(base, tmp_path):
