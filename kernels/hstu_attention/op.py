@@ -192,14 +192,12 @@ def _run_backward(
 
         return hstu_attention_bwd(dout, out, lse, needs_bias_grad, q, k, v, call)
     from kernels.hstu_attention import _hopper
-    from kernels.hstu_attention._triton import bias_gradient
 
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     q, k, v = (_hopper.copyable(x) for x in (q, k, v))
-    _hopper.hstu_attention_bwd(dout, q, k, v, call, (dq, dk, dv), call.deterministic)
-    dposition, dtime = q.new_empty(0), q.new_empty(0)
-    if needs_bias_grad:
-        dposition, dtime = bias_gradient(dout, lse, lse, q, k, v, call)
+    dposition, dtime = _hopper.hstu_attention_bwd(
+        dout, q, k, v, call, (dq, dk, dv), call.deterministic, needs_bias_grad
+    )
     return dq, dk, dv, dposition, dtime
 
 

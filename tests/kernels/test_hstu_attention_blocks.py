@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.hstu_attention import AttentionMask
-from kernels.hstu_attention._triton.mask import key_blocks, mask_constants, pick4, query_blocks
+from kernels.hstu_attention._triton.mask import (
+    key_blocks,
+    mask_constants,
+    pick4,
+    query_blocks,
+    visible_of_columns,
+    visible_to_rows,
+)
 from kernels.hstu_attention._triton.tile import time_bucket
 from kernels.hstu_attention.bias import time_bucket as time_bucket_of
 from kernels.hstu_attention.bias import time_thresholds
@@ -126,6 +133,44 @@ def test_query_blocks(size, mask, keys, block):
         )  # fmt: skip
         # Rows past the last query are zero, and add nothing.
         check_blocks(seen[first:, begin:end].T, full, part, block, past_end=True)
+
+
+@triton.jit(do_not_specialize=["length", "history"])
+def _visible_kernel(
+    by_row_ptr, by_column_ptr, length, history, N: tl.constexpr,
+    NUM_CONTEXT: tl.constexpr, CONTEXT: tl.constexpr, WINDOW: tl.constexpr,
+    GLOBAL_ROWS: tl.constexpr, GLOBAL_COLUMNS: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    i = tl.arange(0, N)
+    by_row = visible_to_rows(
+        i[:, None], i[None, :], length, history,
+        NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS, CANDIDATES,
+    )  # fmt: skip
+    by_column = visible_of_columns(
+        i[None, :], i[:, None], length, history,
+        NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS, CANDIDATES,
+    )  # fmt: skip
+    at = i[:, None] * N + i[None, :]
+    tl.store(by_row_ptr + at, by_row)
+    tl.store(by_column_ptr + at, tl.trans(by_column))
+
+
+@interpreted
+@pytest.mark.interpret
+@settings(max_examples=30, deadline=None)
+@given(size=sizes, mask=masks)
+def test_intervals_of_visible_pairs(size, mask):
+    """Also of rows and columns past the end."""
+    length, history, _, seen = structure(size, mask)
+    by_row, by_column = (torch.zeros(128, 128, dtype=torch.bool, device=DEVICE) for _ in range(2))
+    _visible_kernel[(1,)](
+        by_row, by_column, length, history, 128, **mask_constants(mask),
+        CANDIDATES=history < length,
+    )  # fmt: skip
+    expected = torch.zeros(128, 128, dtype=torch.bool)
+    expected[:length, :length] = seen
+    assert torch.equal(by_row.cpu(), expected)
+    assert torch.equal(by_column.cpu(), expected)
 
 
 @interpreted

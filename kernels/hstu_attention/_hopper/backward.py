@@ -28,23 +28,37 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.hstu_attention._hopper.launch import kernel_constants, launch, table_inputs, tiles
+from kernels.hstu_attention._hopper.bias import (
+    bias_inputs,
+    load_closest,
+    load_span,
+    load_times,
+    position_bias,
+    tile_buckets,
+    time_bias,
+)
+from kernels.hstu_attention._hopper.bias_gradient import (
+    REPLICAS,
+    BiasGradients,
+    add_bias_grad,
+    bias_gradients,
+    table_gradients,
+)
+from kernels.hstu_attention._hopper.launch import kernel_constants, launch, tiles
 from kernels.hstu_attention._hopper.prepare import Tails, prepare
 from kernels.hstu_attention._hopper.query_backward import TAIL, query_gradient
 from kernels.hstu_attention._hopper.reduce_add import async_reduce_add
 from kernels.hstu_attention._hopper.tile import (
     full_block,
     half_score,
-    load_thresholds,
-    load_times,
     part_block,
     sequence,
     store_rows,
     tanh,
-    time_bias,
     visiting_queries,
 )
-from kernels.hstu_attention._triton.mask import visible
+from kernels.hstu_attention._triton.bias_gradient import bias_gradient
+from kernels.hstu_attention._triton.mask import visible_of_columns
 from kernels.hstu_attention.structure import Structure
 
 BLOCK_M = 64
@@ -146,9 +160,10 @@ def _step(
     HALF: gl.constexpr, it, k_w, v_w, k_columns, q_s, dout_s, ds_s, dq_s, dq_desc,
     q_full, dout_full, q_empty, dout_empty, ds_full, ds_empty, dk, dv, no_score, no_dq,
     query_first, last_first, q_start, q_len, length, history,
-    key_first, key_time, time_first, time_last, thresholds, column,
-    position_ptr, time_ptr, threshold_ptr, query_time_ptr, half_alpha,
-    REACH: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
+    key_first, key_time, time_first, time_last, closest, b, column,
+    position_ptr, time_ptr, threshold_ptr, query_time_ptr, query_span_ptr,
+    position_grad_ptr, time_grad_ptr, half_alpha,
+    NUM_BUCKETS: gl.constexpr, CANDIDATES: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
     QUERY_GRAD: gl.constexpr, KEY_GRAD: gl.constexpr, VALUE_GRAD: gl.constexpr,
     NUM_CONTEXT: gl.constexpr, CONTEXT: gl.constexpr, WINDOW: gl.constexpr,
     GLOBAL_ROWS: gl.constexpr, GLOBAL_COLUMNS: gl.constexpr,
@@ -165,37 +180,44 @@ def _step(
     stage = it % STAGES
     dout_stage = it % DOUT_STAGES
     dout = dout_s.index(dout_stage)
-    # Before the products are issued: none may be in flight when the loop in time_bias turns.
-    bias = 0.0
+    row = length - q_len + query_first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, score_layout))
+    col = key_first + gl.arange(0, ROWS, gl.SliceLayout(1, score_layout))
+    low = 0
+    high = 0
+    query_times = 0
     if time_ptr is not None:
-        query_time = load_times(
-            query_time_ptr, q_start, query_first, q_len, BLOCK_M,
-            gl.SliceLayout(0, score_layout),
-        )  # fmt: skip
-        bias = time_bias(
-            key_time, time_first, time_last, query_time, thresholds, time_ptr, threshold_ptr
+        low, high = tile_buckets(
+            time_first, time_last, closest, query_span_ptr, q_start, b, query_first, NUM_BUCKETS
         )
+        # The columns of the tile are queries, numbered as rows of the sequence.
+        query_times = query_time_ptr + q_start - (length - q_len)
+    # A bias by time takes so many registers that all bias is there before S, and dP comes after it.
+    if time_ptr is not None:
+        bias = position_bias(
+            position_ptr, key_first, col, length - q_len + query_first, row, history, 1, CANDIDATES
+        ) + time_bias(no_score, key_time, query_times, row, low, high, time_ptr, threshold_ptr)
     mbarrier.wait(q_full.index(stage), (it // STAGES) & 1)
     product = warpgroup_mma(
         k_w, q_s.index(stage).permute((1, 0)), no_score, use_acc=False, is_async=True
     )
     mbarrier.wait(dout_full.index(dout_stage), (it // DOUT_STAGES) & 1)
-    if KEY_GRAD:
+    if KEY_GRAD and time_ptr is None:
         dweight = warpgroup_mma(v_w, dout.permute((1, 0)), no_score, use_acc=False, is_async=True)
-    row = length - q_len + query_first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, score_layout))
-    col = key_first + gl.arange(0, ROWS, gl.SliceLayout(1, score_layout))
-    product = warpgroup_mma_wait(1 if KEY_GRAD else 0, deps=[product])
-    half = half_score(
-        product, half_alpha, row[None, :], col[:, None], history,
-        bias, position_ptr, time_ptr is not None, REACH,
-    )  # fmt: skip
+    if time_ptr is None:
+        bias = position_bias(
+            position_ptr, key_first, col, length - q_len + query_first, row, history, 1, CANDIDATES
+        )
+    product = warpgroup_mma_wait(1 if KEY_GRAD and time_ptr is None else 0, deps=[product])
+    half = half_score(product, half_alpha, bias, position_ptr is not None)
+    if KEY_GRAD and time_ptr is not None:
+        dweight = warpgroup_mma(v_w, dout.permute((1, 0)), no_score, use_acc=False, is_async=True)
     t = tanh(half)
     weight = gl.fma(half, t, half)
     slope = gl.fma(t, 1.0 - weight, 1.0 + weight)  # twice the derivative of silu
     if MASKED:
-        seen = visible(
+        seen = visible_of_columns(
             row[None, :], col[:, None], length, history,
-            NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
+            NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS, CANDIDATES,
         )  # fmt: skip
         weight = gl.where(seen, weight, 0.0)
     if VALUE_GRAD:
@@ -208,11 +230,22 @@ def _step(
         dscore = dweight * slope
         if MASKED:
             dscore = gl.where(seen, dscore, 0.0)
-        dscore = dscore.to(dtype)
+        rounded = dscore.to(dtype)
         dk_sum = warpgroup_mma(
-            gl.convert_layout(dscore, key_operand), q_s.index(stage), dk, is_async=True
+            gl.convert_layout(rounded, key_operand), q_s.index(stage), dk, is_async=True
         )
-    if not QUERY_GRAD:
+    new = it & 1
+    old = 1 - new
+    if QUERY_GRAD:
+        mbarrier.wait(ds_empty.index(new), ((it >> 1) & 1) ^ 1)
+        ds_s.index(new).slice(HALF * ROWS, ROWS, dim=0).store(rounded)
+        fence_async_shared()
+        tma.store_wait(1)  # every sum but the newest has read its staging buffer: `new` is free
+        gl.thread_barrier()
+        mbarrier.arrive(ds_full.index(new), count=1)
+    BIAS_GRAD: gl.constexpr = KEY_GRAD and position_grad_ptr is not None
+    LAST: gl.constexpr = FIRST or BIAS_GRAD or not QUERY_GRAD
+    if LAST:
         if KEY_GRAD and VALUE_GRAD:
             dv, dk = warpgroup_mma_wait(0, deps=[dv_sum, dk_sum])
         elif KEY_GRAD:
@@ -220,30 +253,25 @@ def _step(
         else:
             dv = warpgroup_mma_wait(0, deps=[dv_sum])
         mbarrier.arrive(q_empty.index(stage))
-    else:
-        new = it & 1
-        old = 1 - new
-        mbarrier.wait(ds_empty.index(new), ((it >> 1) & 1) ^ 1)
-        ds_s.index(new).slice(HALF * ROWS, ROWS, dim=0).store(dscore)
-        fence_async_shared()
-        tma.store_wait(1)  # every sum but the newest has read its staging buffer: `new` is free
-        gl.thread_barrier()
-        mbarrier.arrive(ds_full.index(new), count=1)
-        if FIRST:
-            dv, dk = warpgroup_mma_wait(0, deps=[dv_sum, dk_sum])
-            mbarrier.arrive(q_empty.index(stage))
-        else:
-            mbarrier.wait(ds_full.index(old), ((it - 1) >> 1) & 1)
-            dq_sum = warpgroup_mma(
-                ds_s.index(old).permute((1, 0)), k_columns, no_dq, use_acc=False, is_async=True
-            )
+    if BIAS_GRAD:  # after the products, which hold their operands in registers
+        add_bias_grad(
+            dscore, position_grad_ptr, time_grad_ptr, key_first, col,
+            length - q_len + query_first, row, history, key_time, query_times,
+            low, high, threshold_ptr, CANDIDATES,
+        )  # fmt: skip
+    if QUERY_GRAD and not FIRST:
+        mbarrier.wait(ds_full.index(old), ((it - 1) >> 1) & 1)
+        dq_sum = warpgroup_mma(
+            ds_s.index(old).permute((1, 0)), k_columns, no_dq, use_acc=False, is_async=True
+        )
+        if not LAST:
             dv, dk = warpgroup_mma_wait(1, deps=[dv_sum, dk_sum])
             mbarrier.arrive(q_empty.index(stage))
-            dq = warpgroup_mma_wait(0, deps=[dq_sum])
-            mbarrier.arrive(ds_empty.index(old))
-            _add_query_grad(
-                dq, dq_desc, dq_s.index(HALF * 2 + new), last_first, q_start, q_len, column, MASKED
-            )
+        dq = warpgroup_mma_wait(0, deps=[dq_sum])
+        mbarrier.arrive(ds_empty.index(old))
+        _add_query_grad(
+            dq, dq_desc, dq_s.index(HALF * 2 + new), last_first, q_start, q_len, column, MASKED
+        )
     return dk, dv
 
 
@@ -253,9 +281,9 @@ def _consume(
     q_s, dout_s, k_s, v_s, ds_s, dq_s,
     kv_full, q_full, dout_full, q_empty, dout_empty, ds_full, ds_empty,
     order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
-    position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr,
-    half_alpha, key_scale, value_scale,
-    REACH: gl.constexpr, NUM_BUCKETS: gl.constexpr, PADDED_BUCKETS: gl.constexpr,
+    position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr, query_span_ptr,
+    key_span_ptr, closest_ptr, position_grad_ptr, time_grad_ptr,
+    half_alpha, key_scale, value_scale, NUM_BUCKETS: gl.constexpr,
     QUERY_GRAD: gl.constexpr, KEY_GRAD: gl.constexpr, VALUE_GRAD: gl.constexpr, H: gl.constexpr,
     NUM_CONTEXT: gl.constexpr, CONTEXT: gl.constexpr, WINDOW: gl.constexpr,
     GLOBAL_ROWS: gl.constexpr, GLOBAL_COLUMNS: gl.constexpr,
@@ -272,7 +300,7 @@ def _consume(
     key_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     value_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K // 2, 16])
-    block, head, _, key_start, length, history, q_start, q_len = sequence(
+    block, head, b, key_start, length, history, q_start, q_len = sequence(
         num_blocks, order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, H, False,
     )  # fmt: skip
     key_first = block * BLOCK_N
@@ -295,19 +323,21 @@ def _consume(
             v_w = v_s.slice(HALF * ROWS, ROWS, dim=0)
         k_columns = k_s.slice(HALF * (K // 2), K // 2, dim=1)
         column = head * K + HALF * (K // 2)
+        times_grad_ptr = time_grad_ptr
+        if time_grad_ptr is not None:
+            times_grad_ptr += (gl.program_id(0) % REPLICAS) * (NUM_BUCKETS + 1)
         key_first += HALF * ROWS
         key_time = key_first + gl.arange(0, ROWS, gl.SliceLayout(1, score_layout))
         time_first = 0
         time_last = 0
-        thresholds = 0
+        closest = 0
         if time_ptr is not None:
             key_time = load_times(
                 key_time_ptr, key_start, key_first, length, ROWS,
                 gl.SliceLayout(1, score_layout),
             )  # fmt: skip
-            time_first = gl.min(key_time, 0)
-            time_last = gl.max(key_time, 0)
-            thresholds = load_thresholds(threshold_ptr, NUM_BUCKETS, PADDED_BUCKETS)
+            time_first, time_last = load_span(key_span_ptr, key_start, b, key_first)
+            closest = load_closest(closest_ptr, b, CONTEXT)
         mbarrier.wait(kv_full, 0)
         if total > 0:
             # Wholly visible blocks, oldest first, then the others. The first is masked in any case:
@@ -320,9 +350,10 @@ def _consume(
                 q_full, dout_full, q_empty, dout_empty, ds_full, ds_empty,
                 dk, dv, no_score, no_dq,
                 query_first, 0, q_start, q_len, length, history,
-                key_first, key_time, time_first, time_last, thresholds, column,
-                position_ptr, time_ptr, threshold_ptr, query_time_ptr, half_alpha,
-                REACH, True, True, QUERY_GRAD, KEY_GRAD, VALUE_GRAD,
+                key_first, key_time, time_first, time_last, closest, b, column,
+                position_ptr, time_ptr, threshold_ptr, query_time_ptr, query_span_ptr,
+                position_grad_ptr, times_grad_ptr, half_alpha, NUM_BUCKETS,
+                num_candidates_ptr is not None, True, True, QUERY_GRAD, KEY_GRAD, VALUE_GRAD,
                 NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )  # fmt: skip
             last_first = query_first
@@ -331,11 +362,12 @@ def _consume(
                 dk, dv = _step(
                     HALF, it, k_w, v_w, k_columns, q_s, dout_s, ds_s, dq_s, dq_desc,
                     q_full, dout_full, q_empty, dout_empty, ds_full, ds_empty,
-                dk, dv, no_score, no_dq,
+                    dk, dv, no_score, no_dq,
                     query_first, last_first, q_start, q_len, length, history,
-                    key_first, key_time, time_first, time_last, thresholds, column,
-                    position_ptr, time_ptr, threshold_ptr, query_time_ptr,
-                    half_alpha, REACH, False, False, QUERY_GRAD, KEY_GRAD, VALUE_GRAD,
+                    key_first, key_time, time_first, time_last, closest, b, column,
+                    position_ptr, time_ptr, threshold_ptr, query_time_ptr, query_span_ptr,
+                    position_grad_ptr, times_grad_ptr, half_alpha, NUM_BUCKETS,
+                    num_candidates_ptr is not None, False, False, QUERY_GRAD, KEY_GRAD, VALUE_GRAD,
                     NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
                 )  # fmt: skip
                 last_first = query_first
@@ -345,11 +377,12 @@ def _consume(
                 dk, dv = _step(
                     HALF, it, k_w, v_w, k_columns, q_s, dout_s, ds_s, dq_s, dq_desc,
                     q_full, dout_full, q_empty, dout_empty, ds_full, ds_empty,
-                dk, dv, no_score, no_dq,
+                    dk, dv, no_score, no_dq,
                     query_first, last_first, q_start, q_len, length, history,
-                    key_first, key_time, time_first, time_last, thresholds, column,
-                    position_ptr, time_ptr, threshold_ptr, query_time_ptr,
-                    half_alpha, REACH, False, True, QUERY_GRAD, KEY_GRAD, VALUE_GRAD,
+                    key_first, key_time, time_first, time_last, closest, b, column,
+                    position_ptr, time_ptr, threshold_ptr, query_time_ptr, query_span_ptr,
+                    position_grad_ptr, times_grad_ptr, half_alpha, NUM_BUCKETS,
+                    num_candidates_ptr is not None, False, True, QUERY_GRAD, KEY_GRAD, VALUE_GRAD,
                     NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
                 )  # fmt: skip
                 last_first = query_first
@@ -373,16 +406,18 @@ def _consume(
         dk = (dk * key_scale).to(dtype)
         dv = (dv * value_scale).to(dtype)
         if key_first + ROWS <= length:
+            dk_s = q_s.index(HALF).slice(0, ROWS, dim=0)
+            dv_s = dout_s.index(HALF).slice(0, ROWS, dim=0)
             if KEY_GRAD:
-                q_s.index(HALF).store(dk)
+                dk_s.store(dk)
             if VALUE_GRAD:
-                dout_s.index(HALF).store(dv)
+                dv_s.store(dv)
             fence_async_shared()
             gl.thread_barrier()
             if KEY_GRAD:
-                tma.async_copy_shared_to_global(dk_desc, [at, head * K], q_s.index(HALF))
+                tma.async_copy_shared_to_global(dk_desc, [at, head * K], dk_s)
             if VALUE_GRAD:
-                tma.async_copy_shared_to_global(dv_desc, [at, head * V], dout_s.index(HALF))
+                tma.async_copy_shared_to_global(dv_desc, [at, head * V], dv_s)
         else:
             if KEY_GRAD:
                 store_rows(dk_ptr, dk, key_start, key_first, length, stride_dk, head * K)
@@ -396,9 +431,9 @@ def backward_kernel(
     q_desc, q_tail_desc, dout_desc, dout_tail_desc, k_desc, k_tail_desc, v_desc, v_tail_desc,
     dq_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, stride_dk, stride_dv,
     order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
-    position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr,
-    num_blocks, half_alpha, key_scale, value_scale,
-    REACH: gl.constexpr, NUM_BUCKETS: gl.constexpr, PADDED_BUCKETS: gl.constexpr, H: gl.constexpr,
+    position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr, query_span_ptr,
+    key_span_ptr, closest_ptr, position_grad_ptr, time_grad_ptr,
+    num_blocks, half_alpha, key_scale, value_scale, NUM_BUCKETS: gl.constexpr, H: gl.constexpr,
     NUM_CONTEXT: gl.constexpr, CONTEXT: gl.constexpr, WINDOW: gl.constexpr,
     GLOBAL_ROWS: gl.constexpr, GLOBAL_COLUMNS: gl.constexpr,
     STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
@@ -449,7 +484,8 @@ def backward_kernel(
                 kv_full, q_full, dout_full, q_empty, dout_empty, ds_full, ds_empty,
                 order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
                 position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr,
-                half_alpha, key_scale, value_scale, REACH, NUM_BUCKETS, PADDED_BUCKETS,
+                query_span_ptr, key_span_ptr, closest_ptr, position_grad_ptr, time_grad_ptr,
+                half_alpha, key_scale, value_scale, NUM_BUCKETS,
                 QUERY_GRAD, KEY_GRAD, VALUE_GRAD,
                 H, NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )),
@@ -459,7 +495,8 @@ def backward_kernel(
                 kv_full, q_full, dout_full, q_empty, dout_empty, ds_full, ds_empty,
                 order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
                 position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr,
-                half_alpha, key_scale, value_scale, REACH, NUM_BUCKETS, PADDED_BUCKETS,
+                query_span_ptr, key_span_ptr, closest_ptr, position_grad_ptr, time_grad_ptr,
+                half_alpha, key_scale, value_scale, NUM_BUCKETS,
                 QUERY_GRAD, KEY_GRAD, VALUE_GRAD,
                 H, NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )),
@@ -497,8 +534,9 @@ def hstu_attention_bwd(
     structure: Structure,
     gradients: tuple[Tensor, Tensor, Tensor],
     deterministic: bool,
-) -> None:
-    """Write the gradients of q, k and v. SiLU only.
+    needs_bias_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Write the gradients of q, k and v, return those of the bias tables. SiLU only.
 
     Args:
         dout: (R, H, V) contiguous.
@@ -508,6 +546,7 @@ def hstu_attention_bwd(
         structure: as in the forward pass.
         gradients: where dq, dk and dv go; shapes of q, k and v, strides as `tiles` takes them.
         deterministic: the same bits for the same input.
+        needs_bias_grad: else both tables' gradients come back empty.
     """
     dq, dk, dv = gradients
     order, (k_tail, v_tail, q_tail, dout_tail) = prepare(
@@ -522,6 +561,10 @@ def hstu_attention_bwd(
     if fused:
         dq_sum = torch.zeros(q.shape, device=q.device, dtype=torch.float32)
     key_scale = 0.5 * structure.alpha * structure.scale
+    bias = bias_inputs(structure)
+    sums = BiasGradients()
+    if needs_bias_grad and not deterministic:
+        sums = bias_gradients(structure)
     num_blocks = triton.cdiv(structure.max_len, BLOCK_N)
     programs = num_blocks * structure.num_sequences * H
     if programs:
@@ -532,7 +575,7 @@ def hstu_attention_bwd(
             tiles(dk, BLOCK_N // 2), tiles(dv, BLOCK_N // 2),
             dk, dv, dk.stride(0), dv.stride(0),
             order, structure.offsets, structure.q_offsets, structure.num_candidates,
-            *table_inputs(structure), num_blocks,
+            *bias, *sums, num_blocks,
             structure.alpha * 0.5, key_scale, structure.scale,
         ]  # fmt: skip
         wanted = [(False, True), (True, False)] if wide else [(True, True)]
@@ -547,7 +590,7 @@ def hstu_attention_bwd(
             }
             launch(backward_kernel, (programs, 1, 1), arguments, constants)
     if not fused:
-        query_gradient(dout, q, k, v, k_tail, order, structure, dq)
+        query_gradient(dout, q, k, v, k_tail, order, structure, bias, dq)
     elif q.shape[0]:
         columns = H * K
         block_c = min(1024, triton.next_power_of_2(columns))
@@ -559,3 +602,8 @@ def hstu_attention_bwd(
             (dq_sum, dq, key_scale, q.shape[0], dq.stride(0)),
             {"COLUMNS": columns, "ROWS": rows, "BLOCK_C": block_c},
         )
+    if not needs_bias_grad:
+        return q.new_empty(0), q.new_empty(0)
+    if deterministic:
+        return bias_gradient(dout, q.new_empty(0), q.new_empty(0), q, k, v, structure)
+    return table_gradients(sums, structure)

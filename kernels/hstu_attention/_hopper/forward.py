@@ -22,26 +22,31 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.hstu_attention._hopper.bias import (
+    bias_inputs,
+    load_closest,
+    load_span,
+    load_times,
+    position_bias,
+    tile_buckets,
+    time_bias,
+)
 from kernels.hstu_attention._hopper.launch import (
     forward_blocks,
     kernel_constants,
     launch,
-    table_inputs,
     tiles,
 )
 from kernels.hstu_attention._hopper.prepare import Tails, prepare
 from kernels.hstu_attention._hopper.tile import (
     full_block,
     half_score,
-    load_thresholds,
-    load_times,
     part_block,
     sequence,
     tanh,
-    time_bias,
     visited_keys,
 )
-from kernels.hstu_attention._triton.mask import visible
+from kernels.hstu_attention._triton.mask import visible_to_rows
 from kernels.hstu_attention.structure import Structure
 
 BLOCK_M = 128
@@ -99,13 +104,36 @@ def _produce(
 
 
 @gluon.jit
+def _bias(
+    no_score, row_first, row, key_first, col, b, key_start, length, history,
+    query_time, time_first, time_last, closest,
+    position_ptr, time_ptr, threshold_ptr, key_time_ptr, key_span_ptr,
+    NUM_BUCKETS: gl.constexpr, CANDIDATES: gl.constexpr,
+):  # fmt: skip
+    """Return half the bias of a tile."""
+    low = 0
+    high = 0
+    key_times = 0
+    if time_ptr is not None:
+        low, high = tile_buckets(
+            time_first, time_last, closest, key_span_ptr, key_start, b, key_first, NUM_BUCKETS
+        )
+        key_times = key_time_ptr + key_start
+    by_position = position_bias(
+        position_ptr, row_first, row, key_first, col, history, -1, CANDIDATES
+    )
+    by_time = time_bias(no_score, query_time, key_times, col, low, high, time_ptr, threshold_ptr)
+    return by_position + by_time
+
+
+@gluon.jit
 def _consume(
     HALF: gl.constexpr, out_desc, out_ptr, q_s, k_s, v_s, out_s,
     q_full, k_full, k_empty, v_full, v_empty, turn,
     order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
-    position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr, half_alpha, scale,
-    REACH: gl.constexpr, NUM_BUCKETS: gl.constexpr, PADDED_BUCKETS: gl.constexpr,
-    H: gl.constexpr, NUM_CONTEXT: gl.constexpr, CONTEXT: gl.constexpr, WINDOW: gl.constexpr,
+    position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr, query_span_ptr,
+    key_span_ptr, closest_ptr, half_alpha, scale, NUM_BUCKETS: gl.constexpr, H: gl.constexpr,
+    NUM_CONTEXT: gl.constexpr, CONTEXT: gl.constexpr, WINDOW: gl.constexpr,
     GLOBAL_ROWS: gl.constexpr, GLOBAL_COLUMNS: gl.constexpr,
 ):  # fmt: skip
     """Compute one half of the queries."""
@@ -121,7 +149,9 @@ def _consume(
     row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
     col_layout: gl.constexpr = gl.SliceLayout(0, score_layout)
     OTHER: gl.constexpr = 1 - HALF
-    block, head, _, key_start, length, history, q_start, q_len = sequence(
+    HAS_BIAS: gl.constexpr = position_ptr is not None
+    CANDIDATES: gl.constexpr = num_candidates_ptr is not None
+    block, head, b, key_start, length, history, q_start, q_len = sequence(
         num_blocks, order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
         H, WINDOW >= 0 and GLOBAL_ROWS > 0,
     )  # fmt: skip
@@ -136,11 +166,13 @@ def _consume(
         row = row_begin + HALF * ROWS + gl.arange(0, ROWS, row_layout)
         step = gl.arange(0, BLOCK_N, col_layout)
         query_time = row
+        time_first = 0
+        time_last = 0
+        closest = 0
         if time_ptr is not None:
             query_time = load_times(query_time_ptr, q_start, first, q_len, ROWS, row_layout)
-            time_first = gl.min(query_time, 0)
-            time_last = gl.max(query_time, 0)
-            thresholds = load_thresholds(threshold_ptr, NUM_BUCKETS, PADDED_BUCKETS)
+            time_first, time_last = load_span(query_span_ptr, q_start, b, first)
+            closest = load_closest(closest_ptr, b, CONTEXT)
         no_score = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
         acc = warpgroup_mma_init(gl.zeros([ROWS, V], gl.float32, out_layout))
         q = q_s.index(HALF)
@@ -151,28 +183,23 @@ def _consume(
             col = key_first + step
             stage = i % STAGES
             phase = (i // STAGES) & 1
-            bias = 0.0
-            if time_ptr is not None:
-                key_time = load_times(
-                    key_time_ptr, key_start, key_first, length, BLOCK_N, col_layout
-                )
-                bias = time_bias(
-                    query_time, time_first, time_last, key_time, thresholds, time_ptr, threshold_ptr
-                )
+            bias = _bias(
+                no_score, row_begin + HALF * ROWS, row, key_first, key_first + step, b, key_start,
+                length, history, query_time, time_first, time_last, closest,
+                position_ptr, time_ptr, threshold_ptr, key_time_ptr, key_span_ptr,
+                NUM_BUCKETS, CANDIDATES,
+            )  # fmt: skip
             mbarrier.wait(k_full.index(stage), phase)
             product = warpgroup_mma(
                 q, k_s.index(stage).permute((1, 0)), no_score, use_acc=False, is_async=True
             )
-            seen = visible(
+            seen = visible_to_rows(
                 row[:, None], col[None, :], length, history,
-                NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
+                NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS, CANDIDATES,
             )  # fmt: skip
             product = warpgroup_mma_wait(0, deps=[product])
             mbarrier.arrive(k_empty.index(stage))
-            half = half_score(
-                product, half_alpha, row[:, None], col[None, :], history,
-                bias, position_ptr, time_ptr is not None, REACH,
-            )  # fmt: skip
+            half = half_score(product, half_alpha, bias, HAS_BIAS)
             weight = gl.where(seen, gl.fma(half, tanh(half), half), 0.0).to(dtype)
             weight = gl.convert_layout(weight, weight_layout)
             mbarrier.wait(v_full.index(stage), phase)
@@ -183,48 +210,26 @@ def _consume(
         if num_full > 0:
             i = num_part
             stage = i % STAGES
-            col = full_block(0, full0, n0, full1) * BLOCK_N + step
-            bias = 0.0
-            if time_ptr is not None:
-                key_time = load_times(
-                    key_time_ptr, key_start, full_block(0, full0, n0, full1) * BLOCK_N, length,
-                    BLOCK_N, col_layout,
-                )  # fmt: skip
-                bias = time_bias(
-                    query_time, time_first, time_last, key_time, thresholds, time_ptr, threshold_ptr
-                )
+            key_first = full_block(0, full0, n0, full1) * BLOCK_N
+            bias = _bias(
+                no_score, row_begin + HALF * ROWS, row, key_first, key_first + step, b, key_start,
+                length, history, query_time, time_first, time_last, closest,
+                position_ptr, time_ptr, threshold_ptr, key_time_ptr, key_span_ptr,
+                NUM_BUCKETS, CANDIDATES,
+            )  # fmt: skip
             mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
             product = warpgroup_mma(
                 q, k_s.index(stage).permute((1, 0)), no_score, use_acc=False, is_async=True
             )
             product = warpgroup_mma_wait(0, deps=[product])
             mbarrier.arrive(k_empty.index(stage))
-            half = half_score(
-                product, half_alpha, row[:, None], col[None, :], history,
-                bias, position_ptr, time_ptr is not None, REACH,
-            )  # fmt: skip
+            half = half_score(product, half_alpha, bias, HAS_BIAS)
             weight = gl.convert_layout(gl.fma(half, tanh(half), half).to(dtype), weight_layout)
             for f in range(1, num_full):
                 i = num_part + f
                 stage = i % STAGES
                 last = (i - 1) % STAGES
                 key_first = full_block(f, full0, n0, full1) * BLOCK_N
-                col = key_first + step
-                # Before the products are issued: none may be in flight when its loop turns.
-                bias = 0.0
-                if time_ptr is not None:
-                    key_time = load_times(
-                        key_time_ptr, key_start, key_first, length, BLOCK_N, col_layout
-                    )
-                    bias = time_bias(
-                        query_time,
-                        time_first,
-                        time_last,
-                        key_time,
-                        thresholds,
-                        time_ptr,
-                        threshold_ptr,
-                    )
                 mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
                 mbarrier.wait(turn.index(HALF), ((f - 1) & 1) ^ OTHER)
                 product = warpgroup_mma(
@@ -233,12 +238,15 @@ def _consume(
                 mbarrier.wait(v_full.index(last), ((i - 1) // STAGES) & 1)
                 acc = warpgroup_mma(weight, v_s.index(last), acc, is_async=True)
                 mbarrier.arrive(turn.index(OTHER))
+                bias = _bias(
+                    no_score, row_begin + HALF * ROWS, row, key_first, key_first + step, b,
+                    key_start, length, history, query_time, time_first, time_last, closest,
+                    position_ptr, time_ptr, threshold_ptr, key_time_ptr, key_span_ptr,
+                    NUM_BUCKETS, CANDIDATES,
+                )  # fmt: skip
                 product = warpgroup_mma_wait(1, deps=[product])
                 mbarrier.arrive(k_empty.index(stage))
-                half = half_score(
-                    product, half_alpha, row[:, None], col[None, :], history,
-                    bias, position_ptr, time_ptr is not None, REACH,
-                )  # fmt: skip
+                half = half_score(product, half_alpha, bias, HAS_BIAS)
                 made = gl.convert_layout(gl.fma(half, tanh(half), half).to(dtype), weight_layout)
                 # Finished before the loop turns: ptxas runs products one by one otherwise (C7514).
                 done, weight = warpgroup_mma_wait(0, deps=[acc, made])
@@ -268,9 +276,9 @@ def _consume(
 def forward_kernel(
     q_desc, k_desc, v_desc, v_tail_desc, out_desc, out_ptr,
     order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
-    position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr,
-    num_blocks, half_alpha, scale,
-    REACH: gl.constexpr, NUM_BUCKETS: gl.constexpr, PADDED_BUCKETS: gl.constexpr, H: gl.constexpr,
+    position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr, query_span_ptr,
+    key_span_ptr, closest_ptr, num_blocks, half_alpha, scale,
+    NUM_BUCKETS: gl.constexpr, H: gl.constexpr,
     NUM_CONTEXT: gl.constexpr, CONTEXT: gl.constexpr, WINDOW: gl.constexpr,
     GLOBAL_ROWS: gl.constexpr, GLOBAL_COLUMNS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -305,7 +313,7 @@ def forward_kernel(
                 q_full, k_full, k_empty, v_full, v_empty, turn,
                 order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
                 position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr,
-                half_alpha, scale, REACH, NUM_BUCKETS, PADDED_BUCKETS,
+                query_span_ptr, key_span_ptr, closest_ptr, half_alpha, scale, NUM_BUCKETS,
                 H, NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )),
             (_consume, (
@@ -313,7 +321,7 @@ def forward_kernel(
                 q_full, k_full, k_empty, v_full, v_empty, turn,
                 order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
                 position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr,
-                half_alpha, scale, REACH, NUM_BUCKETS, PADDED_BUCKETS,
+                query_span_ptr, key_span_ptr, closest_ptr, half_alpha, scale, NUM_BUCKETS,
                 H, NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )),
             (_produce, (
@@ -329,8 +337,7 @@ def forward_kernel(
 
 def hstu_attention_fwd(q: Tensor, k: Tensor, v: Tensor, structure: Structure) -> Tensor:
     """Return (R, H, V). q, k and v as `tiles` takes them; SiLU only."""
-    bias = structure.position_table is not None
-    blocks = forward_blocks(q.shape[2], v.shape[2], bias=bias)
+    blocks = forward_blocks(q.shape[2], v.shape[2], time=structure.time_table is not None)
     block_n = blocks["BLOCK_N"]
     out = torch.empty(*q.shape[:2], v.shape[2], device=q.device, dtype=q.dtype)
     order, (v_tail, _) = prepare(structure.offsets, Tails(v, None, structure.offsets, block_n))
@@ -341,7 +348,7 @@ def hstu_attention_fwd(q: Tensor, k: Tensor, v: Tensor, structure: Structure) ->
             tiles(q, BLOCK_M // 2), tiles(k, block_n), tiles(v, block_n),
             tiles(v_tail, block_n), tiles(out, BLOCK_M // 2), out,
             order, structure.offsets, structure.q_offsets, structure.num_candidates,
-            *table_inputs(structure), num_blocks, structure.alpha * 0.5, structure.scale,
+            *bias_inputs(structure), num_blocks, structure.alpha * 0.5, structure.scale,
         ]  # fmt: skip
         constants = {**kernel_constants(q, structure), "STAGES": blocks["STAGES"]}
         launch(forward_kernel, (programs, 1, 1), arguments, constants)

@@ -17,20 +17,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.hstu_attention._hopper.launch import kernel_constants, launch, table_inputs, tiles
+from kernels.hstu_attention._hopper.bias import (
+    BiasInputs,
+    load_closest,
+    load_span,
+    load_times,
+    position_bias,
+    tile_buckets,
+    time_bias,
+)
+from kernels.hstu_attention._hopper.launch import kernel_constants, launch, tiles
 from kernels.hstu_attention._hopper.tile import (
     full_block,
     half_score,
-    load_thresholds,
-    load_times,
     part_block,
     sequence,
     store_rows,
     tanh,
-    time_bias,
     visited_keys,
 )
-from kernels.hstu_attention._triton.mask import visible
+from kernels.hstu_attention._triton.mask import visible_to_rows
 from kernels.hstu_attention.structure import Structure
 
 BLOCK_M = 128
@@ -98,9 +104,9 @@ def _produce(
 @gluon.jit
 def _step(
     it, key_first, q, dout, k_s, v_s, k_full, k_empty, v_full, v_empty, dq, no_score,
-    row, query_time, time_first, time_last, key_start, length, history, thresholds,
-    position_ptr, time_ptr, threshold_ptr, key_time_ptr, half_alpha,
-    REACH: gl.constexpr, MASKED: gl.constexpr,
+    row_first, row, query_time, time_first, time_last, closest, b, key_start, length, history,
+    position_ptr, time_ptr, threshold_ptr, key_time_ptr, key_span_ptr, half_alpha,
+    NUM_BUCKETS: gl.constexpr, CANDIDATES: gl.constexpr, MASKED: gl.constexpr,
     NUM_CONTEXT: gl.constexpr, CONTEXT: gl.constexpr, WINDOW: gl.constexpr,
     GLOBAL_ROWS: gl.constexpr, GLOBAL_COLUMNS: gl.constexpr,
 ):  # fmt: skip
@@ -113,13 +119,6 @@ def _step(
     stage = it % STAGES
     v_stage = it % V_STAGES
     col = key_first + gl.arange(0, BLOCK_N, col_layout)
-    # Before the products are issued: none may be in flight when the loop in time_bias turns.
-    bias = 0.0
-    if time_ptr is not None:
-        key_time = load_times(key_time_ptr, key_start, key_first, length, BLOCK_N, col_layout)
-        bias = time_bias(
-            query_time, time_first, time_last, key_time, thresholds, time_ptr, threshold_ptr
-        )
     mbarrier.wait(k_full.index(stage), (it // STAGES) & 1)
     product = warpgroup_mma(
         q, k_s.index(stage).permute((1, 0)), no_score, use_acc=False, is_async=True
@@ -128,11 +127,20 @@ def _step(
     dweight = warpgroup_mma(
         dout, v_s.index(v_stage).permute((1, 0)), no_score, use_acc=False, is_async=True
     )
+    low = 0
+    high = 0
+    key_times = 0
+    if time_ptr is not None:
+        low, high = tile_buckets(
+            time_first, time_last, closest, key_span_ptr, key_start, b, key_first, NUM_BUCKETS
+        )
+        key_times = key_time_ptr + key_start
+    by_time = time_bias(no_score, query_time, key_times, col, low, high, time_ptr, threshold_ptr)
+    by_position = position_bias(
+        position_ptr, row_first, row, key_first, col, history, -1, CANDIDATES
+    )
     product = warpgroup_mma_wait(1, deps=[product])
-    half = half_score(
-        product, half_alpha, row[:, None], col[None, :], history,
-        bias, position_ptr, time_ptr is not None, REACH,
-    )  # fmt: skip
+    half = half_score(product, half_alpha, by_position + by_time, position_ptr is not None)
     t = tanh(half)
     weight = gl.fma(half, t, half)
     slope = gl.fma(t, 1.0 - weight, 1.0 + weight)  # twice the derivative of silu
@@ -140,9 +148,9 @@ def _step(
     mbarrier.arrive(v_empty.index(v_stage))
     dscore = dweight * slope
     if MASKED:
-        seen = visible(
+        seen = visible_to_rows(
             row[:, None], col[None, :], length, history,
-            NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
+            NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS, CANDIDATES,
         )  # fmt: skip
         dscore = gl.where(seen, dscore, 0.0)
     operand: gl.constexpr = gl.DotOperandLayout(0, dq.type.layout, 2)
@@ -159,8 +167,8 @@ def _consume(
     HALF: gl.constexpr, dq_ptr, stride_dq,
     q_s, dout_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
     order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
-    position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr, half_alpha, scale,
-    REACH: gl.constexpr, NUM_BUCKETS: gl.constexpr, PADDED_BUCKETS: gl.constexpr, H: gl.constexpr,
+    position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr, query_span_ptr,
+    key_span_ptr, closest_ptr, half_alpha, scale, NUM_BUCKETS: gl.constexpr, H: gl.constexpr,
     NUM_CONTEXT: gl.constexpr, CONTEXT: gl.constexpr, WINDOW: gl.constexpr,
     GLOBAL_ROWS: gl.constexpr, GLOBAL_COLUMNS: gl.constexpr,
 ):  # fmt: skip
@@ -172,7 +180,7 @@ def _consume(
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
-    block, head, _, key_start, length, history, q_start, q_len = sequence(
+    block, head, b, key_start, length, history, q_start, q_len = sequence(
         num_blocks, order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
         H, WINDOW >= 0 and GLOBAL_ROWS > 0,
     )  # fmt: skip
@@ -184,16 +192,16 @@ def _consume(
             NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
         )  # fmt: skip
         first = query_first + HALF * ROWS
-        row = row_begin + HALF * ROWS + gl.arange(0, ROWS, row_layout)
+        row_first = row_begin + HALF * ROWS
+        row = row_first + gl.arange(0, ROWS, row_layout)
         query_time = row
         time_first = 0
         time_last = 0
-        thresholds = 0
+        closest = 0
         if time_ptr is not None:
             query_time = load_times(query_time_ptr, q_start, first, q_len, ROWS, row_layout)
-            time_first = gl.min(query_time, 0)
-            time_last = gl.max(query_time, 0)
-            thresholds = load_thresholds(threshold_ptr, NUM_BUCKETS, PADDED_BUCKETS)
+            time_first, time_last = load_span(query_span_ptr, q_start, b, first)
+            closest = load_closest(closest_ptr, b, CONTEXT)
         no_score = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
         dq = gl.zeros([ROWS, K], gl.float32, dq_layout)
         q = q_s.index(HALF)
@@ -203,9 +211,10 @@ def _consume(
             dq = _step(
                 it, full_block(it, full0, n0, full1) * BLOCK_N, q, dout, k_s, v_s,
                 k_full, k_empty, v_full, v_empty, dq, no_score,
-                row, query_time, time_first, time_last, key_start, length, history, thresholds,
-                position_ptr, time_ptr, threshold_ptr, key_time_ptr, half_alpha,
-                REACH, False,
+                row_first, row, query_time, time_first, time_last, closest,
+                b, key_start, length, history,
+                position_ptr, time_ptr, threshold_ptr, key_time_ptr, key_span_ptr, half_alpha,
+                NUM_BUCKETS, num_candidates_ptr is not None, False,
                 NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )  # fmt: skip
         for it in range(num_full, num_full + num_part):
@@ -213,9 +222,10 @@ def _consume(
             dq = _step(
                 it, part_block(i, part0, m0, part1, m1, part2, m2, part3) * BLOCK_N, q, dout,
                 k_s, v_s, k_full, k_empty, v_full, v_empty, dq, no_score,
-                row, query_time, time_first, time_last, key_start, length, history, thresholds,
-                position_ptr, time_ptr, threshold_ptr, key_time_ptr, half_alpha,
-                REACH, True,
+                row_first, row, query_time, time_first, time_last, closest,
+                b, key_start, length, history,
+                position_ptr, time_ptr, threshold_ptr, key_time_ptr, key_span_ptr, half_alpha,
+                NUM_BUCKETS, num_candidates_ptr is not None, True,
                 NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )  # fmt: skip
         dq = (dq * scale).to(q_s.dtype)
@@ -226,9 +236,9 @@ def _consume(
 def query_backward_kernel(
     q_desc, dout_desc, k_desc, k_tail_desc, v_desc, dq_ptr, stride_dq,
     order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
-    position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr,
-    num_blocks, half_alpha, scale,
-    REACH: gl.constexpr, NUM_BUCKETS: gl.constexpr, PADDED_BUCKETS: gl.constexpr, H: gl.constexpr,
+    position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr, query_span_ptr,
+    key_span_ptr, closest_ptr, num_blocks, half_alpha, scale,
+    NUM_BUCKETS: gl.constexpr, H: gl.constexpr,
     NUM_CONTEXT: gl.constexpr, CONTEXT: gl.constexpr, WINDOW: gl.constexpr,
     GLOBAL_ROWS: gl.constexpr, GLOBAL_COLUMNS: gl.constexpr, STAGES: gl.constexpr,
     V_STAGES: gl.constexpr,
@@ -259,16 +269,16 @@ def query_backward_kernel(
                 q_s, dout_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
                 order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
                 position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr,
-                half_alpha, scale, REACH, NUM_BUCKETS, PADDED_BUCKETS,
-                H, NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
+                query_span_ptr, key_span_ptr, closest_ptr, half_alpha, scale, NUM_BUCKETS, H,
+                NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )),
             (_consume, (
                 1, dq_ptr, stride_dq,
                 q_s, dout_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
                 order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
                 position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr,
-                half_alpha, scale, REACH, NUM_BUCKETS, PADDED_BUCKETS,
-                H, NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
+                query_span_ptr, key_span_ptr, closest_ptr, half_alpha, scale, NUM_BUCKETS, H,
+                NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )),
             (_produce, (
                 q_desc, dout_desc, k_desc, k_tail_desc, v_desc,
@@ -289,6 +299,7 @@ def query_gradient(
     k_tail: Tensor,
     order: Tensor,
     structure: Structure,
+    bias: BiasInputs,
     dq: Tensor,
 ) -> None:
     """Write dQ. Arguments as in backward.py; k_tail and order as `prepare` returns them."""
@@ -301,7 +312,7 @@ def query_gradient(
             tiles(q, BLOCK_M // 2), tiles(dout, BLOCK_M // 2),
             tiles(k, block_n), tiles(k_tail, block_n), tiles(v, block_n), dq, dq.stride(0),
             order, structure.offsets, structure.q_offsets, structure.num_candidates,
-            *table_inputs(structure), num_blocks,
+            *bias, num_blocks,
             structure.alpha * 0.5, 0.5 * structure.alpha * structure.scale,
         ]  # fmt: skip
         stages = {"STAGES": 2, "V_STAGES": 1 if wide else 2}

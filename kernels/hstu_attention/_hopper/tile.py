@@ -85,62 +85,11 @@ def tanh(x):
 
 
 @gluon.jit
-def load_times(time_ptr, start, first, num_rows, BLOCK: gl.constexpr, layout: gl.constexpr):
-    """Return int32 times of rows first .. of a sequence, 0 (its newest key's) outside of it."""
-    rows = first + gl.arange(0, BLOCK, layout)
-    return gl.load(time_ptr + start + rows, mask=(rows >= 0) & (rows < num_rows), other=0)
-
-
-@gluon.jit
-def load_thresholds(threshold_ptr, NUM_BUCKETS: gl.constexpr, PADDED: gl.constexpr):
-    """Return the smallest difference of each bucket 1 .. NUM_BUCKETS, every warp with all."""
-    warps: gl.constexpr = gl.BlockedLayout([1, PADDED // 32], [1, 32], [4, 1], [1, 0])
-    i = gl.arange(0, PADDED, gl.SliceLayout(0, warps))
-    return gl.load(threshold_ptr + i, mask=i < NUM_BUCKETS, other=2147483647)
-
-
-@gluon.jit
-def time_bias(
-    row_time, row_first, row_last, col_time, thresholds, time_ptr, threshold_ptr
-):  # fmt: skip
-    """Return the bias by time of a tile, float32, from times (int32) of its rows and columns.
-
-    row_first and row_last are the smallest and the largest of row_time, taken once for many tiles.
-    The differences in a tile away from the diagonal fall into a bucket or two, so comparing each
-    with the few thresholds between them takes less than its logarithm and a look into the table.
-    """
-    col_first = gl.min(col_time, 0)
-    col_last = gl.max(col_time, 0)
-    least = gl.maximum(gl.maximum(row_first - col_last, col_first - row_last), 0)
-    most = gl.maximum(row_last - col_first, col_last - row_first)
-    bucket = gl.sum((least >= thresholds).to(gl.int32), 0)
-    last = gl.sum((most >= thresholds).to(gl.int32), 0)
-    gap = gl.abs(row_time[:, None] - col_time[None, :])
-    bias = gap.to(gl.float32) * 0.0 + gl.load(time_ptr + bucket).to(gl.float32)
-    for b in range(bucket, last):
-        above = gl.load(time_ptr + b + 1).to(gl.float32)
-        bias = gl.where(gap >= gl.load(threshold_ptr + b), above, bias)
-    return bias
-
-
-@gluon.jit
-def half_score(
-    product, half_alpha, row, col, history, bias, position_ptr, HAS_TIME: gl.constexpr,
-    REACH: gl.constexpr,
-):  # fmt: skip
-    """Return (alpha * q k + bias) / 2, the argument of tanh in SiLU.
-
-    row and col broadcast to the tile; `bias` is the one by time, read where HAS_TIME.
-    """
-    half = product * half_alpha
-    if position_ptr is not None:
-        distance = gl.minimum(row, history) - gl.minimum(col, history)
-        distance = gl.minimum(gl.maximum(distance, -REACH), REACH)
-        by_position = gl.load(position_ptr + distance + REACH).to(gl.float32)
-        if HAS_TIME:
-            by_position += bias
-        half = gl.fma(by_position, 0.5, half)
-    return half
+def half_score(product, half_alpha, bias, HAS_BIAS: gl.constexpr):
+    """Return (alpha * q k + bias) / 2, the argument of tanh in SiLU; `bias` is halved already."""
+    if HAS_BIAS:
+        return gl.fma(product, half_alpha, bias)
+    return product * half_alpha
 
 
 @gluon.jit

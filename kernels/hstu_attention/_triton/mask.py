@@ -50,6 +50,81 @@ def visible(
 
 
 @triton.jit
+def visible_to_rows(
+    row,
+    col,
+    length,
+    history,
+    NUM_CONTEXT: tl.constexpr,
+    CONTEXT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    GLOBAL_ROWS: tl.constexpr,
+    GLOBAL_COLUMNS: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+):
+    """`visible` with few operations a pair: each row sees an interval of keys, and some more.
+
+    row (M, 1) is at least 0, col (1, N). Without CANDIDATES history is length.
+    """
+    far: tl.constexpr = NUM_CONTEXT + GLOBAL_COLUMNS
+    end = tl.minimum(row + 1, history)
+    if CONTEXT == 1:
+        end = tl.where(row < tl.minimum(NUM_CONTEXT, history), NUM_CONTEXT, end)
+    if CONTEXT == 2:
+        end = tl.where(row < NUM_CONTEXT, history, end)
+    end = tl.where(row < length, tl.minimum(end, history), 0)
+    seen = col < end
+    if WINDOW >= 0:
+        begin = tl.where(row < history - GLOBAL_ROWS, row - WINDOW, 0)
+        if CONTEXT > 0:
+            begin = tl.where(row < NUM_CONTEXT, 0, begin)
+        near = col >= begin
+        if far > 0:
+            near = near | (col < far)
+        seen = seen & near
+    if CANDIDATES:
+        itself = tl.where((row >= history) & (row < length), row, -1)
+        seen = seen | (col == itself)
+    return seen
+
+
+@triton.jit
+def visible_of_columns(
+    row,
+    col,
+    length,
+    history,
+    NUM_CONTEXT: tl.constexpr,
+    CONTEXT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    GLOBAL_ROWS: tl.constexpr,
+    GLOBAL_COLUMNS: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+):
+    """`visible` with few operations a pair: each key is seen by an interval of rows, and some more.
+
+    row (1, M) is at least 0, col (N, 1). Without CANDIDATES history is length.
+    """
+    end = length
+    if WINDOW >= 0:
+        end = tl.minimum(col + WINDOW + 1, length)
+        end = tl.where(col < NUM_CONTEXT + GLOBAL_COLUMNS, length, end)
+    if CANDIDATES:
+        end = tl.where(col < history, end, tl.minimum(col + 1, length))
+    seen = (row >= col) & (row < end)
+    if WINDOW >= 0 and (GLOBAL_ROWS > 0 or CANDIDATES):
+        late = tl.where(col < history, tl.maximum(col, history - GLOBAL_ROWS), length)
+        seen = seen | ((row >= late) & (row < length))
+    if CONTEXT > 0:
+        prefix: tl.constexpr = NUM_CONTEXT
+        first_hidden = history
+        if CONTEXT == 1:
+            first_hidden = tl.minimum(history, prefix)
+        seen = seen | (row < tl.where(col < first_hidden, tl.minimum(prefix, history), 0))
+    return seen
+
+
+@triton.jit
 def key_blocks(
     row_begin,
     row_end,
