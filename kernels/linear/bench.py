@@ -115,12 +115,12 @@ def _scaled_mm(a, b):
     )
 
 
-def _fp8_gradients(dz, dz_bf16, rows, x, weight, wgrad):
+def _fp8_gradients(dz, dz_bf16, transposed, rows, x, weight, wgrad):
     """Return dx and dW from dz in fp8, and in 16 bits where dW is computed in them."""
     dx = linear_fp8_dgrad(dz, weight.columns)
-    if wgrad == "fold":
-        return dx, linear_fp8_wgrad(dz, rows).to(torch.bfloat16)
-    return dx, dz_bf16.T @ x
+    if wgrad == "bf16":
+        return dx, dz_bf16.T @ x
+    return dx, linear_fp8_wgrad(dz, rows, transposed=transposed).to(torch.bfloat16)
 
 
 def _uvqk(x, weight, bias, dy):
@@ -132,8 +132,9 @@ def _uvqk(x, weight, bias, dy):
         normed = layer_norm_fp8(x, *norm, keep=in_bf16)
         kept = quantize_weight(weight)
         y, z = linear_fp8_forward(normed.rows, kept.rows, bias, silu_columns=F, keep=True)
-        dz = silu_backward_fp8(dy, z, silu_columns=F, keep=in_bf16)
-        return y, _fp8_gradients(dz.rows, dz.dz, normed.rows, normed.y, kept, wgrad)
+        dz = silu_backward_fp8(dy, z, silu_columns=F, keep=in_bf16, transpose=wgrad == "fold")
+        gradients = (dz.rows, dz.dz, dz.transposed)
+        return y, _fp8_gradients(*gradients, normed.rows, normed.y, kept, wgrad)
 
     def bf16():
         normed = layer_norm(x, *norm)
@@ -163,7 +164,8 @@ def _output(x, weight, bias, dy):
         normed = norm_gate_fp8(x, u, *norm, keep=wgrad == "bf16")
         kept = quantize_weight(weight)
         y, _ = linear_fp8_forward(normed.rows, kept.rows, bias, residual)
-        return y, _fp8_gradients(quantize_rows(dy), dy, normed.rows, normed.out, kept, wgrad)
+        gradients = (quantize_rows(dy), dy, None)
+        return y, _fp8_gradients(*gradients, normed.rows, normed.out, kept, wgrad)
 
     def bf16():
         normed = norm_gate(x, u, *norm)
@@ -185,10 +187,13 @@ def _output(x, weight, bias, dy):
 def _by_wgrad(fp8, weight, *, has_silu):
     chosen = faster_wgrad(*weight.shape, weight.device, has_silu=has_silu)
     other = "bf16" if chosen == "fold" else "fold"
-    return {
+    found = {
         "ours": functools.partial(fp8, chosen),
         f"ours, wgrad {other}": functools.partial(fp8, other),
     }
+    if has_silu:
+        found["ours, fold, transposed apart"] = functools.partial(fp8, "fold, apart")
+    return found
 
 
 def bytes_moved(case, mode):

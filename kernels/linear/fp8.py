@@ -27,6 +27,7 @@ from kernels.linear import reference
 from kernels.linear.op import check_linear, fits_tma, rows_of, silu_columns_of
 from kernels.quantize import QuantizedRows, quantize_rows, transpose_rows
 from kernels.quantize.op import check_triton_rows
+from kernels.quantize.reference import padded_tokens
 
 Wgrad = Literal["auto", "fold", "bf16"]
 
@@ -49,6 +50,8 @@ class SiluBackwardFp8(NamedTuple):
     """dz in the dtype of dy, if it was asked for."""
     dbias: Tensor
     """(F,) float32: the sum of dz over tokens."""
+    transposed: Tensor | None
+    """transpose_rows(rows.values), if it was asked for."""
 
 
 def quantize_weight(weight_FD: Tensor, *, impl: Impl | str = Impl.AUTO) -> QuantizedWeight:
@@ -199,15 +202,20 @@ def silu_backward_fp8(
     *,
     silu_columns: int,
     keep: bool = False,
+    transpose: bool = False,
     impl: Impl | str = Impl.AUTO,
 ) -> SiluBackwardFp8:
     """Return dz = dy * silu'(z) in fp8 by rows and its sum, in one pass. Not differentiable.
+
+    On Hopper the pass that makes dz also transposes it, where `transpose` is given without `keep`,
+    with SiLU, in 16 bits and F a multiple of 16 up to 2048; else that is a second pass.
 
     Args:
         dy_LF: (L, F) floating, any row stride.
         z_LF: (L, F) as the forward pass kept it; None without SiLU.
         silu_columns: SiLU was applied to so many first columns; 0 for none: dz = dy.
         keep: also return dz in the dtype of dy, for the gradient of the weight in 16 bits.
+        transpose: also return the fp8 values transposed, for the gradient of the weight in fp8.
         impl: which implementation runs.
 
     Raises:
@@ -218,10 +226,39 @@ def silu_backward_fp8(
     if resolve(_rowwise(impl), dy_LF) is Impl.REFERENCE:
         dz = reference.silu_backward(dy_LF, z_LF, silu_columns)
         rows = quantize_rows(dz, impl=Impl.REFERENCE)
-        return SiluBackwardFp8(rows, dz.to(dy_LF.dtype) if keep else None, dz.sum(0))
-    check_triton_rows("dy", dy_LF, dy_LF.shape[1])
+        return SiluBackwardFp8(
+            rows,
+            dz.to(dy_LF.dtype) if keep else None,
+            dz.sum(0),
+            transpose_rows(rows.values, impl=Impl.REFERENCE) if transpose else None,
+        )
+    F = dy_LF.shape[1]
+    check_triton_rows("dy", dy_LF, F)
+    at_once = (
+        str(impl) != "triton"
+        and is_hopper(dy_LF.device)
+        and not keep
+        and silu_columns > 0
+        and dy_LF.dtype in (torch.float16, torch.bfloat16)
+        and F % 16 == 0
+        and F <= MAX_TRANSPOSED
+    )
+    if transpose and at_once:
+        q, scale, q_FL, dbias = _silu_backward_transposed(dy_LF, z_LF, silu_columns)
+        return SiluBackwardFp8(QuantizedRows(q, scale), None, dbias, q_FL)
     q, scale, dz, dbias = _silu_backward(dy_LF, z_LF, silu_columns, keep)
-    return SiluBackwardFp8(QuantizedRows(q, scale), dz if keep else None, dbias)
+    return SiluBackwardFp8(
+        QuantizedRows(q, scale),
+        dz if keep else None,
+        dbias,
+        transpose_rows(q, impl="triton") if transpose else None,
+    )
+
+
+MAX_TRANSPOSED = 2048
+"""Widest row that is transposed in the same pass. On one H100 that took 0.96 of the time of a whole
+step at F = 2048, 1.01 and 1.02 at 4096 and 8192, and without SiLU 0.99 to 1.01. Rows of another
+length than a multiple of 16 would leave byte by byte, and Triton 3.6 wrote wrong bytes then."""
 
 
 def linear_fp8_dgrad(
@@ -257,13 +294,18 @@ def linear_fp8_dgrad(
 
 
 def linear_fp8_wgrad(
-    dz: QuantizedRows, x: QuantizedRows, *, impl: Impl | str = Impl.AUTO
+    dz: QuantizedRows,
+    x: QuantizedRows,
+    *,
+    transposed: Tensor | None = None,
+    impl: Impl | str = Impl.AUTO,
 ) -> Tensor:
     """Return dW = sum over tokens of dz x, (F, D) float32, in fp8 with the scales folded into x.
 
     Args:
         dz: of (L, F).
         x: of (L, D), scales powers of two as quantize_rows makes them.
+        transposed: transpose_rows(dz.values), where silu_backward_fp8 made it; None makes it here.
         impl: which implementation runs.
 
     Raises:
@@ -278,7 +320,12 @@ def linear_fp8_wgrad(
     token_L = dz.scale * x.scale
     top = token_L.amax()
     rowwise = "reference" if chosen is Impl.REFERENCE else "triton"
-    dz_FL = transpose_rows(dz.values, impl=rowwise)
+    dz_FL = transpose_rows(dz.values, impl=rowwise) if transposed is None else transposed
+    if dz_FL.shape != (F, padded_tokens(L)):
+        raise ValueError(
+            f"transposed must be ({F}, {padded_tokens(L)}) as transpose_rows makes it, got "
+            f"{tuple(dz_FL.shape)}"
+        )
     x_DL = transpose_rows(x.values, token_L / top, impl=rowwise)
     if chosen is Impl.REFERENCE:
         return (dz_FL.to(torch.float32) @ x_DL.to(torch.float32).T) * top
@@ -353,12 +400,21 @@ class _LinearFp8(torch.autograd.Function):
         dx = dweight = dbias = None
         if wants_x or wants_weight or wants_bias:
             keep = wants_weight and not folds and silu_columns > 0
-            dz = silu_backward_fp8(dy, z, silu_columns=silu_columns, keep=keep, impl=impl)
+            dz = silu_backward_fp8(
+                dy,
+                z,
+                silu_columns=silu_columns,
+                keep=keep,
+                transpose=wants_weight and folds,
+                impl=impl,
+            )
             if wants_x:
                 columns = QuantizedRows(column_values, column_scale)
                 dx = linear_fp8_dgrad(dz.rows, columns, dtype=dtype, impl=impl)
             if wants_weight and folds:
-                dweight = linear_fp8_wgrad(dz.rows, QuantizedRows(x, x_scale), impl=impl)
+                dweight = linear_fp8_wgrad(
+                    dz.rows, QuantizedRows(x, x_scale), transposed=dz.transposed, impl=impl
+                )
             elif wants_weight:
                 dweight = (dy if dz.dz is None else dz.dz).T @ x
             dweight = None if dweight is None else dweight.to(weight_dtype)
@@ -464,5 +520,25 @@ def _(
         dy.new_empty(L, F, dtype=torch.float8_e4m3fn),
         dy.new_empty(L, dtype=torch.float32),
         dy.new_empty(L if keep else 0, F),
+        dy.new_empty(F, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("gr::silu_bwd_fp8_transposed", mutates_args=())
+def _silu_backward_transposed(
+    dy: Tensor, z: Tensor, silu_columns: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from kernels.linear._hopper.silu_fp8 import silu_bwd_fp8_transposed
+
+    return silu_bwd_fp8_transposed(rows_of(dy), z.contiguous(), silu_columns)
+
+
+@_silu_backward_transposed.register_fake
+def _(dy: Tensor, z: Tensor | None, silu_columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    L, F = dy.shape
+    return (
+        dy.new_empty(L, F, dtype=torch.float8_e4m3fn),
+        dy.new_empty(L, dtype=torch.float32),
+        dy.new_empty(F, padded_tokens(L), dtype=torch.float8_e4m3fn),
         dy.new_empty(F, dtype=torch.float32),
     )

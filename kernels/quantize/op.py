@@ -54,7 +54,7 @@ def transpose_rows(
         impl: which implementation runs. All give the same bits.
 
     Returns:
-        (D, L rounded up to a multiple of 16) float8_e4m3fn, zeros past L.
+        (D, L rounded up to a multiple of 32) float8_e4m3fn, zeros past L.
 
     Raises:
         ValueError: if shapes or dtypes do not fit, or the GPU has no fp8.

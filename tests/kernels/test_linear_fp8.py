@@ -18,7 +18,7 @@ from kernels.linear import (
     quantize_weight,
     silu_backward_fp8,
 )
-from kernels.quantize import QuantizedRows, quantize_rows
+from kernels.quantize import QuantizedRows, quantize_rows, transpose_rows
 from tests.kernels.evaluate import outputs_and_gradients, poisoned_memory
 from tests.kernels.fp8 import FP8_CHECKS, assert_rounded
 
@@ -123,14 +123,26 @@ def check_forward(L, D, F, form, kind, dtype=torch.float16):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ["plain", "silu", "part_silu"])
-@pytest.mark.parametrize("shape", [(0, 16), (1, 3), (37, 272), (9, 4112)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 16), (1, 3), (37, 272), (70, 64), (9, 4112)], ids=str)
 def test_silu_backward(shape, form, kind):
-    L, F = shape
-    (_, _, _, _), dy = make(L, 16, F, form)
-    z = None if form == "plain" else make(L, 16, F, form, seed=1)[1]
+    check_silu_backward(*shape, form, kind)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("form", ["plain", "silu"])
+@pytest.mark.parametrize("shape", [(4099, 1024), (9000, 2048), (4099, 4096), (2000, 8192)], ids=str)
+def test_silu_backward_large(shape, form):
+    check_silu_backward(*shape, form, "hopper", dtype=torch.bfloat16)
+
+
+def check_silu_backward(L, F, form, kind, dtype=torch.float16):
+    dy = make(L, 16, F, form, dtype=dtype)[1]
+    z = None if form == "plain" else make(L, 16, F, form, seed=1, dtype=dtype)[1]
     columns = columns_of(form, F)
+    run = partial(silu_backward_fp8, dy, z, silu_columns=columns, impl=kind)
     with poisoned_memory(dy.device):
-        found = silu_backward_fp8(dy, z, silu_columns=columns, keep=True, impl=kind)
+        found, turned = run(keep=True), run(transpose=True)
     exact = dy.double()
     if z is not None:
         leaf = z.double().requires_grad_()
@@ -138,12 +150,16 @@ def test_silu_backward(shape, form, kind):
         y = torch.where(silu, leaf * torch.sigmoid(leaf), leaf)
         (exact,) = torch.autograd.grad(y, leaf, dy.double())
     near = dy.double().abs() * 2**-10  # The error of a fast tanh.
-    assert_rounded(found.rows, exact, error=near)
+    for result in (found, turned):
+        assert_rounded(result.rows, exact, error=near)
+        error = (result.dbias.double() - exact.sum(0)).abs()
+        assert bool((error <= near.sum(0) + 1e-5 * exact.abs().sum(0) + 1e-7).all())
     error = (found.dz.double() - exact).abs()
-    assert bool((error <= exact.abs() * 2**-10 + near + 1e-7).all())
-    error = (found.dbias.double() - exact.sum(0)).abs()
-    assert bool((error <= near.sum(0) + 1e-5 * exact.abs().sum(0) + 1e-7).all())
-    assert silu_backward_fp8(dy, z, silu_columns=columns, impl=kind).dz is None
+    assert bool((error <= exact.abs() * torch.finfo(dtype).eps + near + 1e-7).all())
+    assert found.transposed is None
+    assert turned.dz is None
+    expected = transpose_rows(turned.rows.values, impl="reference")
+    assert torch.equal(turned.transposed.view(torch.uint8), expected.view(torch.uint8))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -343,6 +359,8 @@ def test_registration():
     check(ops.product_fp8.default, (*products, None, None, torch.float32, False))
     for z, keep in ((dout, True), (None, False)):
         torch.library.opcheck(ops.silu_bwd_fp8.default, (dout, z, 30 if keep else 0, keep))
+    if is_hopper(torch.device(DEVICE)):
+        check(ops.silu_bwd_fp8_transposed.default, (dout, dout, 30))
 
 
 @pytest.mark.interpret
@@ -398,6 +416,10 @@ X, W = torch.ones(3, 16).half(), torch.ones(8, 16).half()
             "x must have rows of 8",
         ),
         (lambda: linear_fp8_wgrad(quantize_rows(X), quantize_rows(X[:2])), "x must have 3 rows"),
+        (
+            lambda: linear_fp8_wgrad(*[quantize_rows(X)] * 2, transposed=quantize_rows(X).values),
+            r"transposed must be \(16, 32\)",
+        ),
         (lambda: silu_backward_fp8(X, None, silu_columns=3), "silu_columns=3 needs z"),
     ],
 )

@@ -74,6 +74,19 @@ def _produce(
 
 
 @gluon.jit
+def _prefetch(pointers):
+    """Bring what pointers point at into the L1 cache."""
+    gl.inline_asm_elementwise(
+        "prefetch.global.L1 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [pointers],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _store(value, target, row, col, buffer):
     """Store a tile through a buffer, once the buffer's last tile has left it."""
     tma.store_wait(0)
@@ -162,6 +175,15 @@ def _consume(
         if PING_PONG:
             # Warp group 0 begins: nobody has given it its first turn.
             mbarrier.wait(turns.index(GROUP_INDEX), (turn & 1) ^ (1 - GROUP_INDEX))
+        if HAS_SCALE and not PING_PONG:
+            # Nothing runs under this epilogue: what it reads is fetched under the products. At
+            # D = 1024 on one H100 1.39 instead of 1.48 ms.
+            LANES: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+            some = col + gl.arange(0, 128, LANES) * (BLOCK_F // 128)
+            _prefetch(weight_scale_ptr + gl.minimum(some, F - 1))
+            _prefetch(x_scale_ptr + gl.minimum(row + gl.arange(0, 128, LANES), L - 1))
+            if HAS_BIAS:
+                _prefetch(bias_ptr + gl.minimum(some, F - 1))
         for d in range(steps):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
