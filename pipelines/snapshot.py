@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 
 from pipelines.config import DataConfig
 from pipelines.history import EventRows, HistoryStore, event_widths
+from pipelines.prefetch import prefetch
 
 FORMAT = "gr histories 1"
 _KEY = b"gr"
@@ -29,6 +32,8 @@ _KEY = b"gr"
 # several times faster than packing everything into fresh memory first.
 _EVENTS_PER_BATCH = 1 << 16
 _USERS_PER_BATCH = 1 << 15
+# The disk works while the next bytes are packed, not only in the last fsync.
+_BYTES_PER_SYNC = 1 << 26
 
 _SCHEMA = pa.schema(
     {
@@ -82,14 +87,12 @@ def write_snapshot(path: Path, store: HistoryStore, standing: Standing) -> None:
     """
     draft = path.with_name(f".{path.name}.tmp")
     schema = _SCHEMA.with_metadata({_KEY: json.dumps({"format": FORMAT, **asdict(standing)})})
-    with pa.OSFile(str(draft), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-        for batch in _batches(store):
-            writer.write_batch(batch, custom_metadata={_KEY: _checksum(batch)})
-    handle = os.open(draft, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with pa.OSFile(str(draft), "wb") as file, _synced(draft) as sync:
+        with pa.ipc.new_file(file, schema) as writer:
+            for batch, checksum in prefetch(_checked(_batches(store)), 1):
+                writer.write_batch(batch, custom_metadata={_KEY: checksum})
+                sync(file.tell())
+        file.flush()
     draft.replace(path)
 
 
@@ -117,10 +120,9 @@ def read_snapshot(path: Path, store: HistoryStore, expected: Standing) -> dict[s
     ):
         found = json.loads((file.schema.metadata or {}).get(_KEY, b"{}"))
         _check(path, found, expected)
-        for i in range(file.num_record_batches):
-            batch, metadata = file.get_batch_with_custom_metadata(i)
-            if metadata is None or metadata.get(_KEY) != _checksum(batch):
-                raise ValueError(f"{path} is damaged in batch {i}: {_INSTEAD}")
+        ints, floats, codes = event_widths(store.rules)
+        store.reserve(path.stat().st_size // (8 * ints + 4 * floats + codes))
+        for batch in prefetch(_read(path, file), 2):
             _restore(batch, store)
     rejected: dict[str, int] = found["rejected"]
     return rejected
@@ -149,17 +151,71 @@ def _check(path: Path, found: dict[str, Any], expected: Standing) -> None:
             )
 
 
+@contextmanager
+def _synced(path: Path) -> Iterator[Callable[[int], None]]:
+    """Yield what sends a file to the disk while it is written; at the end all of it is there.
+
+    The yielded function takes the bytes written so far.
+    """
+    handle, sent = os.open(path, os.O_RDONLY), 0
+
+    def sync(size: int) -> None:
+        nonlocal sent
+        if size - sent >= _BYTES_PER_SYNC:
+            sent = size
+            syncing.append(pool.submit(os.fdatasync, handle))
+
+    syncing: list[Future[None]] = []
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            yield sync
+        for done in syncing:
+            done.result()
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _checked(
+    batches: Iterator[pa.RecordBatch],
+) -> Generator[tuple[pa.RecordBatch, bytes], None, None]:
+    """Yield batches with their checksums."""
+    for batch in batches:
+        yield batch, _checksum(batch)
+
+
+def _read(path: Path, file: pa.ipc.RecordBatchFileReader) -> Generator[pa.RecordBatch, None, None]:
+    """Yield the batches of a file whose checksums are right.
+
+    Raises:
+        ValueError: at the first whose checksum is not.
+    """
+    for i in range(file.num_record_batches):
+        batch, metadata = file.get_batch_with_custom_metadata(i)
+        if metadata is None or metadata.get(_KEY) != _checksum(batch):
+            raise ValueError(f"{path} is damaged in batch {i}: {_INSTEAD}")
+        yield batch
+
+
 def _batches(store: HistoryStore) -> Iterator[pa.RecordBatch]:
+    """Yield all histories; the memory of a batch is used again three batches later."""
     num_users, widths = store.num_users, event_widths(store.rules)
     room = max(_EVENTS_PER_BATCH, store.rules.keep)
-    buffers = EventRows(
-        np.empty(room * widths[0], np.int64),
-        np.empty(room * widths[1], np.float32),
-        np.empty(room * widths[2], np.uint8),
-    )
-    offsets = np.zeros(_USERS_PER_BATCH + 1, np.int32)
+    turns = [
+        (
+            EventRows(
+                np.empty(room * widths[0], np.int64),
+                np.empty(room * widths[1], np.float32),
+                np.empty(room * widths[2], np.uint8),
+            ),
+            np.zeros(_USERS_PER_BATCH + 1, np.int32),
+        )
+        for _ in range(3)  # one is packed, one waits, one is written
+    ]
     first = 0
-    while first < num_users:
+    for buffers, offsets in cycle(turns):
+        if first == num_users:
+            return
         last = store.pack(first, buffers, offsets)
         bounds = offsets[: last - first + 1]
         columns = [pa.array(store.arena.user_id[first:last])]

@@ -1,3 +1,4 @@
+import os
 import tempfile
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines.event_memory import Spill
-from pipelines.history import HistoryStore, empty_progress
+from pipelines.history import CLIPPED, HistoryStore, empty_progress
 from pipelines.snapshot import Standing, read_snapshot, write_snapshot
 from pipelines.stream import SessionStream, Snapshots
 from tests.pipelines.logs import MODES, content, logs, make_config
@@ -145,6 +146,48 @@ def test_a_store_and_its_restored_twin_read_alike(tmp_path, kept_floats):
     expected = read_on(store, sessions, events)
     assert expected[0][4] > 0  # clipped sequences: `total` came along
     assert read_on(twin, sessions, events) == expected
+
+
+@pytest.mark.parametrize("num_events", [9, 10, 11, 25])
+def test_the_number_of_events_ever_seen_comes_along(tmp_path, num_events):
+    # Of 10 events that are kept none is before time 0: history was lost if there were more.
+    rules = make_rules(max_events=6, slack=4)
+    store, twin = HistoryStore(rules), HistoryStore(rules)
+    sessions, events = draw_sessions(np.random.default_rng(1), num_events + 1, 1, 1)
+    sessions.reason[:] = 0
+    store.extend(sessions, events, 0, num_events)
+    write_snapshot(tmp_path / "a", store, HERE)
+    read_snapshot(tmp_path / "a", twin, HERE)
+    assert twin.arena.total[0] == store.arena.total[0] == num_events
+    sessions.start_ts[-1] = 0
+    for each in (store, twin):
+        out, progress = room_for(1, 11), empty_progress()
+        each.advance(
+            sessions, events, num_events, num_events + 1, partition=0, out=out, progress=progress
+        )
+        assert progress[CLIPPED] == (num_events > 10)
+
+
+def test_a_snapshot_of_many_batches_is_sent_to_the_disk_as_it_grows(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.snapshot._BYTES_PER_SYNC", 1000)
+    synced = []
+    fdatasync = os.fdatasync
+    monkeypatch.setattr(os, "fdatasync", lambda handle: synced.append(1) or fdatasync(handle))
+    rules = make_rules(max_events=6, slack=4)
+    store, twin = HistoryStore(rules), HistoryStore(rules)
+    sessions, events = fill(store)
+    write_snapshot(tmp_path / "a", store, HERE)
+    assert len(synced) > 5
+    read_snapshot(tmp_path / "a", twin, HERE)
+    assert read_on(twin, sessions, events) == read_on(store, sessions, events)
+
+    def full(handle):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fdatasync", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_snapshot(tmp_path / "b", store, HERE)
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_snapshot_of_another_place_or_configuration_is_refused(tmp_path):
