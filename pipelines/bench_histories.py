@@ -201,6 +201,7 @@ def drawn_blocks(num_events: int) -> Iterator[tuple[SessionRows, EventRows]]:
                 offsets=offsets,
                 reason=np.zeros(size, np.uint8),
                 context=np.zeros((size, 0), np.int64),
+                first_piece=np.zeros(size, np.int64),
             ),
             EventRows(
                 ints.reshape(-1),

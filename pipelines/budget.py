@@ -23,6 +23,7 @@ from pipelines.config import DataConfig
 from pipelines.cost import CostRules, sequence_cost
 from pipelines.feature_columns import integers
 from pipelines.history import Ints, Rules
+from pipelines.long_sessions import events_per_slice
 from pipelines.reader import explain_corruption, open_parquet
 from pipelines.schedule import Schedule
 from pipelines.schema import EVENT_ITEM_ID, EVENTS, SESSION_ID, USER_ID
@@ -46,6 +47,8 @@ class SessionSizes:
     """(n,) int64."""
     num_events: Ints
     """(n,) int64."""
+    first_piece: Ints
+    """(n,) int64: number of the first piece; above 0 in later slices of a long session."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class Planner:
         schedule: Schedule,
         end_ts: Sequence[Ints],
         parts: Sequence[Path | None],
+        slices: Sequence[Ints | None],
         histories: Sequence[Path | None],
     ) -> BudgetSchedule:
         """Return the steps of the next segment.
@@ -118,6 +122,7 @@ class Planner:
             schedule: says where windows begin.
             end_ts: for each partition (n_p,) int64 s, ascending.
             parts: file of each partition; None: it cannot be used.
+            slices: for each partition the rows that each session is read as; None: one.
             histories: files of the starting histories, or none.
 
         Raises:
@@ -131,6 +136,9 @@ class Planner:
             if histories:
                 self._seen[p] = _merged(self._seen[p], _sizes(histories[p], 0))
             sizes = _sizes(path, len(end_ts[p]))
+            of_session = slices[p]
+            if of_session is not None and len(of_session) == len(sizes.user_id):
+                sizes = in_slices(sizes, of_session, self._rules.max_session_events)
             costs.append(
                 estimate_costs(
                     sizes,
@@ -161,7 +169,7 @@ class Planner:
 
 
 def _nothing() -> SessionSizes:
-    return SessionSizes(*[np.empty(0, np.int64)] * 3)
+    return SessionSizes(*[np.empty(0, np.int64)] * 4)
 
 
 def _merged(a: SessionSizes, b: SessionSizes) -> SessionSizes:
@@ -169,7 +177,7 @@ def _merged(a: SessionSizes, b: SessionSizes) -> SessionSizes:
     users, slot = np.unique(np.concatenate([a.user_id, b.user_id]), return_inverse=True)
     num_events = np.zeros(len(users), np.int64)
     np.add.at(num_events, slot, np.concatenate([a.num_events, b.num_events]))
-    return SessionSizes(users, np.full(len(users), -1), num_events)
+    return SessionSizes(users, np.full(len(users), -1), num_events, np.zeros_like(users))
 
 
 def _sizes(path: Path | None, num_sessions: int) -> SessionSizes:
@@ -178,7 +186,7 @@ def _sizes(path: Path | None, num_sessions: int) -> SessionSizes:
         with suppress(ValueError):
             return read_sizes(path)
     count = np.ones(num_sessions, np.int64)
-    return SessionSizes(-count, -count, count)
+    return SessionSizes(-count, -count, count, 0 * count)
 
 
 def read_sizes(path: Path) -> SessionSizes:
@@ -201,8 +209,29 @@ def read_sizes(path: Path) -> SessionSizes:
                     integers(lengths),
                 )
             )
-    stacked = [np.concatenate(c) for c in zip(*columns, strict=True)]
-    return SessionSizes(*(stacked or [np.empty(0, np.int64)] * 3))
+    if not columns:
+        return _nothing()
+    user_id, session_id, num_events = (np.concatenate(c) for c in zip(*columns, strict=True))
+    return SessionSizes(user_id, session_id, num_events, np.zeros_like(user_id))
+
+
+def in_slices(sizes: SessionSizes, slices: Ints, max_session_events: int) -> SessionSizes:
+    """Return the sizes of slices, of which each session has so many.
+
+    Args:
+        sizes: of whole sessions.
+        slices: (n,).
+        max_session_events: events of a piece.
+    """
+    most = events_per_slice(max_session_events)
+    session = np.repeat(np.arange(len(slices)), slices)
+    number = np.arange(len(session)) - np.repeat(np.cumsum(slices) - slices, slices)
+    return SessionSizes(
+        sizes.user_id[session],
+        sizes.session_id[session],
+        np.clip(sizes.num_events[session] - number * most, 0, most),
+        number * (most // max_session_events),
+    )
 
 
 def estimate_costs(
@@ -243,6 +272,7 @@ def estimate_costs(
         sizes.user_id,
         sizes.session_id,
         sizes.num_events,
+        sizes.first_piece,
         seen,
         rules.max_events,
         rules.max_session_events,
@@ -354,6 +384,7 @@ def _estimate(
     user_id: Any,
     session_id: Any,
     num_events: Any,
+    first_piece: Any,
     seen: Any,
     max_events: int,
     max_session_events: int,
@@ -362,7 +393,7 @@ def _estimate(
     out: Any,
 ) -> None:
     for session in range(len(slot)):
-        piece, left = 0, num_events[session]
+        piece, left = first_piece[session], num_events[session]
         while left > 0:
             m = min(left, max_session_events)
             n = min(seen[slot[session]], max_events)

@@ -271,7 +271,7 @@ class DataConfig:
     Context tokens come on top."""
     max_session_events: int = 256
     """A longer session is split: its earlier part becomes history of the later, which starts at
-    its own first event."""
+    its own first event. More than 16 such pieces are spread over batches, 16 a session's place."""
     stochastic_length: StochasticLengthConfig = field(default_factory=StochasticLengthConfig)
     """What long sequences keep of those."""
     overlap_slack: int = 64
@@ -311,7 +311,7 @@ class DataConfig:
     before the pass (pipelines/budget.py). Such batches depend on the number of ranks."""
     budget: float = 0.0
     """Of `fill`: tokens, or FLOPs of the encoder's training, of one rank in one step. Only a single
-    session that is larger goes beyond it."""
+    session, or 16 pieces of one, that is larger goes beyond it."""
     window: Literal["none", "hour", "day"] = "day"
     """Barrier across partitions: no session of a window is read before all of the last one are."""
     window_offset_seconds: int = 0

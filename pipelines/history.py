@@ -57,6 +57,8 @@ class SessionRows(NamedTuple):
     """(n,) uint8: 0 is usable; else why the session is skipped."""
     context: Ints
     """(n, X) int64: columns of the context features."""
+    first_piece: Ints
+    """(n,) int64: number of the first piece here; above 0 in later slices of a long session."""
 
 
 class SequenceRows(NamedTuple):
@@ -470,7 +472,9 @@ def _advance(
             _ensure(arena, slot, arena.length[slot] + end - begin, rules)
         held, base = arena.events, arena.base[slot]
 
-        for piece, first in enumerate(range(begin, end, rules.max_session_events)):
+        first_piece = sessions.first_piece[session]
+        for number, first in enumerate(range(begin, end, rules.max_session_events)):
+            piece = first_piece + number
             m = min(rules.max_session_events, end - first)
             if gather:
                 anchor = sessions.start_ts[session]

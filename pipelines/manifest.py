@@ -39,6 +39,8 @@ class PartitionFile:
     """Size of the file."""
     sha256: str
     """Of the file's bytes."""
+    longest_session: int | None = None
+    """Events of the longest session; None where the log was written before this was noted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

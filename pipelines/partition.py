@@ -3,10 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from pipelines.event_memory import Spill
 from pipelines.features import EventEncoder
 from pipelines.gather import Span
 from pipelines.history import HistoryStore, Rules
+from pipelines.long_sessions import events_per_slice, in_slices
 from pipelines.reader import DISORDERED, Block, read_blocks
 from pipelines.rejects import RejectLog
 from pipelines.segments import LogFile, LogSegments
@@ -32,6 +35,7 @@ class PartitionReader:
         self._segments = segments
         self._encoder = encoder
         self._rejects = rejects
+        self._max_session_events = rules.max_session_events
         self._store = HistoryStore(rules, spill)
         self._num_begun = 0
         self._seek(0)
@@ -128,6 +132,11 @@ class PartitionReader:
             index += 1
 
     def _blocks_of(self, file: LogFile, first_row: int = 0) -> Iterator[Block]:
+        skip = 0
+        if file.slices is not None:
+            ends = np.cumsum(file.slices)
+            session = int(np.searchsorted(ends, first_row, side="right"))
+            first_row, skip = session, first_row - int(ends[session] - file.slices[session])
         for block in read_blocks(
             file.path, self._encoder, rows_per_block=ROWS_PER_BLOCK, first_row=first_row
         ):
@@ -135,6 +144,10 @@ class PartitionReader:
                 flags = file.disordered[block.first_row :][: block.num_sessions]
                 reason = block.sessions.reason
                 reason[flags & (reason == 0)] = DISORDERED
+            if file.slices is not None:
+                slices = file.slices[block.first_row :][: block.num_sessions]
+                most = events_per_slice(self._max_session_events)
+                block, skip = in_slices(block, slices, most, skip), 0
             yield block
 
     def _load_history(self, path: Path) -> None:

@@ -41,11 +41,17 @@ class Block:
     """Row of the file."""
     sessions: SessionRows
     events: EventRows
+    file_rows: Ints | None = None
+    """(n,) int64: row of the file of each; None: first_row, first_row + 1, ..."""
 
     @property
     def num_sessions(self) -> int:
-        """Sessions, rejected ones included."""
+        """Sessions, rejected ones included; slices count as sessions (pipelines.long_sessions)."""
         return len(self.sessions.user_id)
+
+    def row_of(self, session: int) -> int:
+        """Return the row of the file that a session lies in."""
+        return self.first_row + session if self.file_rows is None else int(self.file_rows[session])
 
 
 def read_blocks(
@@ -251,6 +257,7 @@ def _decode(batch: pa.RecordBatch, encoder: EventEncoder, path: Path, first_row:
         offsets=offsets,
         reason=_reasons(batch, columns, offsets, events, context, encoder),
         context=context,
+        first_piece=np.zeros(batch.num_rows, np.int64),
     )
     return Block(path, first_row, sessions, events)
 
@@ -268,6 +275,7 @@ def _unreadable(path: Path, first_row: int, num_sessions: int, encoder: EventEnc
             offsets=np.zeros(num_sessions + 1, np.int64),
             reason=np.full(num_sessions, UNREADABLE, np.uint8),
             context=np.full((num_sessions, encoder.num_context), UNKNOWN_ID),
+            first_piece=np.zeros(num_sessions, np.int64),
         ),
         EventRows(np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.uint8)),
     )
@@ -286,6 +294,7 @@ def _from_row(block: Block, first_row: int) -> Block:
         offsets=rows.offsets[skip:],
         reason=rows.reason[skip:],
         context=rows.context[skip:],
+        first_piece=rows.first_piece[skip:],
     )
     return Block(block.path, first_row, sessions, block.events)
 

@@ -4,6 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from pipelines.feature_columns import UNKNOWN_ID
 from pipelines.reader import Block
 
@@ -76,15 +78,15 @@ class RejectLog:
             ValueError: if they are too many by now.
         """
         sessions = block.sessions
-        if not sessions.reason[first:last].any():
+        # Of a session that is read in slices the first one counts for all.
+        bad = (sessions.reason[first:last] != 0) & (sessions.first_piece[first:last] == 0)
+        if not bad.any():
             return
-        for session in range(first, last):
-            if not sessions.reason[session]:
-                continue
+        for session in (first + np.flatnonzero(bad)).tolist():
             reject = Reject(
                 partition=partition,
                 file=str(block.path.relative_to(self._folder)),
-                row=block.first_row + session,
+                row=block.row_of(session),
                 user_id=int(sessions.user_id[session]),
                 session_id=int(sessions.session_id[session]),
                 reason=REASONS[sessions.reason[session]],

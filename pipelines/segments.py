@@ -20,6 +20,7 @@ from pipelines.budget import Planner
 from pipelines.config import DataConfig
 from pipelines.features import EventEncoder
 from pipelines.history import Ints
+from pipelines.long_sessions import events_per_slice, read_slices
 from pipelines.manifest import (
     Manifest,
     PartitionFile,
@@ -45,6 +46,8 @@ class LogFile:
     """As the manifest says."""
     disordered: NDArray[np.bool_] | None
     """(n,): sessions out of the order of end_ts; None if there are none."""
+    slices: Ints | None
+    """(n,): rows that each session is read as (pipelines.long_sessions); None if each is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +169,7 @@ class LogSegments:
                 schedule,
                 end_ts,
                 [None if part.fault else part.path for part in parts],
+                [part.slices for part in parts],
                 [None if file.fault else file.path for file in histories],
             )
         segment = Segment(
@@ -251,9 +255,10 @@ class LogSegments:
         return bisect_right(self._segments, step, key=lambda segment: segment.first_step) - 1
 
     def _open(self, manifest: Manifest, file: PartitionFile, least: int) -> tuple[LogFile, Ints]:
-        """Return a file and the ascending end_ts of its sessions, none if it has a fault."""
+        """Return a file and the ascending end_ts of its rows, none if it has a fault."""
         path = manifest.folder / file.name
         end_ts, flags, fault = np.empty(0, np.int64), np.empty(0, bool), ""
+        slices = None
         try:
             check_file(manifest, file)
             check_columns(path, self._encoder.columns)
@@ -261,6 +266,10 @@ class LogSegments:
                 end_ts = read_end_ts(path)
                 flags = disordered(end_ts)
                 end_ts = filled(end_ts, flags, least)
+                most = events_per_slice(self._config.max_session_events)
+                slices = read_slices(path, most, file.longest_session)
+                if slices is not None:
+                    end_ts = np.repeat(end_ts, slices)
         except ValueError as error:
             fault = str(error)
         opened = LogFile(
@@ -269,6 +278,7 @@ class LogSegments:
             fault=fault,
             sha256=file.sha256,
             disordered=flags if flags.any() else None,
+            slices=slices,
         )
         return opened, end_ts
 

@@ -225,7 +225,7 @@ def check_file(
     Raises:
         RuntimeError: if the file is not in order or not of its partition.
     """
-    num_sessions = num_events = 0
+    num_sessions = num_events = longest = 0
     last: tuple[int, int, int] | None = None
     first_end: int | None = None
     names = [USER_ID, SESSION_ID, START_TS, END_TS, f"{EVENTS}.list.element.timestamp"]
@@ -258,6 +258,7 @@ def check_file(
                 )
             num_sessions += rows.num_rows
             num_events += len(times)
+            longest = max(longest, int(np.diff(offsets).max()))
             last = (int(end[-1]), int(user[-1]), int(session[-1]))
             first_end = int(end[0]) if first_end is None else first_end
             written.widen(int(start.min()), last[0])
@@ -269,6 +270,7 @@ def check_file(
         last_end_ts=last[0] if last else None,
         num_bytes=path.stat().st_size,
         sha256=file_sha256(path),
+        longest_session=longest,
     )
 
 

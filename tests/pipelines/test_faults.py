@@ -301,7 +301,8 @@ def test_a_user_with_a_million_events(tmp_path):
     supervised, last = 0, None
     for batch in SessionStream(config, seed=0):
         supervised += batch.num_events
-        assert batch.num_tokens <= count + 200 * 8
+        # Two rows a step, of 16 pieces of a session at most.
+        assert batch.num_tokens <= 2 * 16 * (5000 + 8)
         last = take_apart(batch, config)[-1]
     assert supervised == count
     expected = item[count - 10 - 8 :].tolist()

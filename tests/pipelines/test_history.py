@@ -56,6 +56,7 @@ def draw_sessions(rng, num_sessions, num_users, longest):
         offsets=offsets,
         reason=(rng.random(num_sessions) < 0.05).astype(np.uint8),
         context=np.arange(num_sessions)[:, None] + 0,
+        first_piece=np.zeros(num_sessions, np.int64),
     )
     floats = (number / 2).astype(np.float32)
     return sessions, EventRows(ints.reshape(-1), floats, codes.reshape(-1))
