@@ -76,7 +76,7 @@ def test_a_window_is_scored_with_the_histories_before_it(mode, log, data):
     frozen = [b for b in batches if b.is_frozen]
     assert [b.window for b in frozen] == [window for window, _ in expected]
     for batch, (_, sequences) in zip(frozen, expected, strict=True):
-        drop = ("clipped", "num_events")
+        drop = ("clipped", "num_cut", "num_events")
         want = [{k: v for k, v in s.items() if k not in drop} for s in sequences]
         assert [as_float32(s) for s in take_apart(batch, config)] == [as_float32(s) for s in want]
         assert batch.num_rejected == {}
