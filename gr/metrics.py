@@ -229,7 +229,7 @@ class EvalAccumulator:
         for name, series in self._series.items():
             self._sums[name] += state[f"sums/{name}"].numpy()
             for kind, records in (("open", self._open), ("closed", self._closed)):
-                records[name].append(**{c: state[f"{kind}/{name}/{c}"] for c in series.columns})
+                records[name].keep({c: state[f"{kind}/{name}/{c}"] for c in series.columns})
 
     def _require_window(self) -> None:
         if self._window is None:
@@ -254,6 +254,11 @@ class _Records:
         self._new.append({c: x.detach().to(self._dtypes[c]) for c, x in columns.items()})
         if len(self._new) >= COMPACT_EVERY:
             self._compact()
+
+    def keep(self, columns: Columns) -> None:
+        """Add what `columns` returned: on the host, where new predictions may not be."""
+        self._compact()
+        self._kept.append({c: x.to(self._dtypes[c]) for c, x in columns.items()})
 
     def columns(self) -> Columns:
         self._compact()

@@ -45,6 +45,7 @@ def read_parquet(
         for batch in batches:
             yield _usable(batch, dataset, required, name, row, rejected)
             row += batch.num_rows
+    # ArrowNotImplementedError: Arrow cannot read an encoding or a type that the file has.
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise ValueError(f"{name} cannot be read as {dataset.name}: {error}") from error
 

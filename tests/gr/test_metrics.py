@@ -177,6 +177,28 @@ def test_later_changes_of_the_batch_do_not_change_the_state():
     assert all(torch.equal(state[name][: len(x)], x) for name, x in before.items())
 
 
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_goes_on_within_a_window():
+    """What was stored is on the host, what comes after it is not."""
+
+    def add(accumulator, seed):
+        *mappings, users = predictions(seed)
+        on_gpu = [{name: x.cuda() for name, x in m.items()} for m in mappings]
+        accumulator.update_ranking(*on_gpu, users.cuda())
+        accumulator.update_retrieval(*(x.cuda() for x in ranks(seed)))
+
+    whole, stored = EvalAccumulator(TASKS), EvalAccumulator(TASKS)
+    for accumulator in (whole, stored):
+        accumulator.roll(0)
+        add(accumulator, 1)
+    resumed = EvalAccumulator(TASKS)
+    resumed.load_state_dict(stored.state_dict())
+    add(whole, 2)
+    add(resumed, 2)
+    assert resumed.finish() == whole.finish()
+    assert resumed.lifetime() == whole.lifetime()
+
+
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 2**16))
 def test_results_do_not_depend_on_the_order_by_a_single_bit(seed):
