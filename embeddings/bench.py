@@ -74,24 +74,31 @@ def measure_memory(options: argparse.Namespace, device: torch.device) -> None:
 
 def measure_momentum(options: argparse.Namespace, device: torch.device) -> None:
     """The first moment in host memory against HBM."""
-    for repeats in (0.95, 0.0):
-        times = {}
-        for momentum in ("hbm", "host"):
-            tables = _build(options, device, weights="fp16", momentum=momentum)
-            times[momentum] = _time(tables, _repeated_ids(options, device, repeats), options)
-            del tables
-        _report(f"momentum  fp16, {repeats:.0%} repeats", times, "host", "hbm")
+    _compare("momentum", "momentum", "host", "hbm", options, device)
 
 
 def measure_dedup(options: argparse.Namespace, device: torch.device) -> None:
     """Each id sent once against each id sent as often as it occurs."""
+    _compare("dedup", "index_dedup", "off", "on", options, device)
+
+
+def _compare(
+    what: str,
+    setting: str,
+    slow: str,
+    fast: str,
+    options: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    """Time fp16 tables with both values of a setting, with many repeated ids and with none."""
     for repeats in (0.95, 0.0):
         times = {}
-        for dedup in ("off", "on"):
-            tables = _build(options, device, weights="fp16", index_dedup=dedup)
-            times[dedup] = _time(tables, _repeated_ids(options, device, repeats), options)
+        for value in (fast, slow):
+            changes: dict[str, Any] = {"weights": "fp16", setting: value}
+            tables = _build(options, device, **changes)
+            times[value] = _time(tables, _repeated_ids(options, device, repeats), options)
             del tables
-        _report(f"dedup     fp16, {repeats:.0%} repeats", times, "off", "on")
+        _report(f"{what:9} fp16, {repeats:.0%} repeats", times, slow, fast)
 
 
 def measure_cache(options: argparse.Namespace, device: torch.device) -> None:

@@ -112,6 +112,18 @@ class Layer:
         self.query_time = self.key_time + torch.randint(0, 90_000, (L,), generator=generator)
         self.dy = draw(self.num_rows, D)
 
+    def check_that_a_nan_stays_in_its_sequence(self, dtype, device):
+        """Put a NaN into the second sequence: the others keep their bits, and it is lost."""
+        first, last = self.lengths[0], self.lengths[0] + self.lengths[1]
+        inputs = {name: x.to(device, dtype) for name, x in self.tensors.items()}
+        clean = self.call(inputs, device, impl="triton")
+        inputs["x"][first + 2] = float("nan")
+        spoilt = self.call(inputs, device, impl="triton")
+        assert torch.equal(spoilt[:first], clean[:first])
+        assert torch.equal(spoilt[last:], clean[last:])
+        # Rows from the NaN on see it.
+        assert spoilt[first + 2 : last].isnan().all()
+
     def run(self, dtype, device, *, impl, rounded_to=None, gradients=True, **options):
         """Return the result, and the gradient of sum(y * dy) for every tensor, by name."""
         inputs = {

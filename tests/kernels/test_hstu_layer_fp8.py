@@ -133,13 +133,7 @@ def test_bytes_that_are_kept(wgrad, recompute, a_dim, a_token, device):
 @pytest.mark.interpret
 def test_a_nan_stays_in_its_sequence(device):
     layer = Layer([18, 17, 3], [18, 17, 3], [0, 0, 0], num_heads=1, has_tail=True, fp8=PRODUCTS)
-    inputs = {name: x.to(device, torch.float16) for name, x in layer.tensors.items()}
-    clean = layer.call(inputs, device, impl="triton")
-    inputs["x"][20] = float("nan")
-    spoilt = layer.call(inputs, device, impl="triton")
-    others = torch.tensor([*range(18), *range(35, 38)], device=device)
-    assert torch.equal(spoilt[others], clean[others])
-    assert spoilt[20:35].isnan().all()
+    layer.check_that_a_nan_stays_in_its_sequence(torch.float16, device)
 
 
 @pytest.mark.interpret
