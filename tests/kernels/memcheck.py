@@ -1,7 +1,7 @@
 """Run one small case of every operator, forward and backward, under NVIDIA's compute-sanitizer.
 
-    python -m tests.kernels.memcheck            every operator, a process each
-    python -m tests.kernels.memcheck linear     these only
+    python -m tests.kernels.memcheck            every operator, in processes of its own
+    python -m tests.kernels.memcheck linear     these checks only
 
 Needs a GPU and compute-sanitizer (in the CUDA toolkit) on the path. torch's caching allocator is
 switched off, so that every tensor is an allocation of its own and a byte past its end is an error.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kernels import jagged
 from kernels.hstu_attention import AttentionMask, RelativeBias, hstu_attention
-from kernels.hstu_layer import LayerWeights, hstu_layer
+from kernels.hstu_layer import RECOMPUTABLE, LayerWeights, hstu_layer, quantize_weights
 from kernels.layer_norm import layer_norm, layer_norm_fp8
 from kernels.linear import linear, linear_fp8
 from kernels.norm_gate import norm_gate, norm_gate_fp8
@@ -52,47 +52,68 @@ def _backward(out: Tensor, *inputs: Tensor | None) -> None:
     torch.autograd.grad(out, wanted, torch.randn_like(out))
 
 
-def check_hstu_attention(device: str) -> None:
-    """All head sizes of a kernel each, both biases, every kind of mask, float32."""
+MASKS = (
+    AttentionMask(),
+    AttentionMask(num_context=3, context="prefix", local_window=16, global_rows=8),
+)
+
+
+def check_hstu_attention_64(device: str) -> None:
+    """Every kind of mask, both biases, float32 too."""
+    for mask, has_bias in itertools.product(MASKS, (False, True)):
+        for dtype in (torch.bfloat16, torch.float32):
+            _attend(device, 64, 64, mask, has_bias, dtype=dtype)
+
+
+def check_hstu_attention_128(device: str) -> None:
+    """Every kind of mask, both biases, and the deterministic backward pass."""
+    for mask, has_bias in itertools.product(MASKS, (False, True)):
+        _attend(device, 128, 128, mask, has_bias)
+    _attend(device, 128, 128, MASKS[0], True, deterministic=True)
+
+
+def check_hstu_attention_256(device: str) -> None:
+    """Two passes backward; and dims that differ, which plain Triton takes."""
+    _attend(device, 256, 256, MASKS[0], False)
+    _attend(device, 32, 96, MASKS[1], True)
+
+
+def _attend(
+    device: str,
+    K: int,
+    V: int,
+    mask: AttentionMask,
+    has_bias: bool,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    deterministic: bool = False,
+) -> None:
     offsets, heads = _offsets(device), 2
     hours = torch.arange(L, device=device) * 3600
-    masks = (
-        AttentionMask(),
-        AttentionMask(num_context=3, context="prefix", local_window=16, global_rows=8),
+    q, k, v = (_draw(device, L, heads, D, dtype=dtype) for D in (K, K, V))
+    tables = [_draw(device, n, dtype=torch.float32) for n in (2 * 129 - 1, 33)] * has_bias
+    out = hstu_attention(
+        *(q, k, v, offsets),
+        max_len=129,
+        alpha=K**-0.5,
+        scaling_length=129,
+        mask=mask,
+        bias=RelativeBias(*tables, hours + 1800, hours) if has_bias else None,
+        deterministic=deterministic,
     )
-    cases = [
-        *((K, V, m, t, False) for K, V in ((64, 64), (128, 128)) for m in masks for t in (0, 1)),
-        (128, 128, masks[0], 1, True),
-        (256, 256, masks[0], 0, False),
-        (32, 96, masks[1], 1, False),
-    ]
-    for K, V, mask, has_bias, deterministic in cases:
-        dtypes = (torch.bfloat16, torch.float32) if K == 64 else (torch.bfloat16,)
-        for dtype in dtypes:
-            q, k, v = (_draw(device, L, heads, D, dtype=dtype) for D in (K, K, V))
-            tables = [_draw(device, n, dtype=torch.float32) for n in (2 * 129 - 1, 33)] * has_bias
-            bias = RelativeBias(*tables, hours + 1800, hours) if has_bias else None
-            out = hstu_attention(
-                *(q, k, v, offsets),
-                max_len=129,
-                alpha=K**-0.5,
-                scaling_length=129,
-                mask=mask,
-                bias=bias,
-                deterministic=deterministic,
-            )
-            _backward(out, q, k, v, *tables)
+    _backward(out, q, k, v, *tables)
 
 
 def check_hstu_layer(device: str) -> None:
-    """What the layer recomputes, and nothing recomputed."""
+    """What the layer recomputes, nothing recomputed, and fp8."""
     D, heads, dim = 128, 2, 64
-    for recompute in (("normed", "uvqk", "gated"), ()):
+    for recompute, in_fp8 in ((RECOMPUTABLE, False), ((), False), (RECOMPUTABLE, True)):
         x = _draw(device, L, D)
         uvqk = _draw(device, D, 4 * heads * dim, dtype=torch.float32)
         output = _draw(device, heads * dim, D, dtype=torch.float32)
+        weights = LayerWeights(uvqk=uvqk, output=output)
         y = hstu_layer(
-            *(x, LayerWeights(uvqk=uvqk, output=output), _offsets(device)),
+            *(x, weights, _offsets(device)),
             num_heads=heads,
             qk_dim=dim,
             v_dim=dim,
@@ -100,6 +121,7 @@ def check_hstu_layer(device: str) -> None:
             alpha=dim**-0.5,
             scaling_length=129,
             recompute=recompute,
+            fp8=quantize_weights(weights, ("uvqk", "output")) if in_fp8 else None,
         )
         _backward(y, x, uvqk, output)
 
@@ -125,10 +147,13 @@ def check_layer_norm(device: str) -> None:
         layer_norm_fp8(x, weight, bias, keep=True)
 
 
+LINEAR_SIZES = ((144, 264), (512, 2048), (1040, 520))
+
+
 def check_linear(device: str) -> None:
-    """Both epilogues, both schedules of the Hopper kernel, plain Triton, float32 and fp8."""
+    """Both epilogues, both schedules of the Hopper kernel, plain Triton, float32."""
     on_gpu = device == "cuda"
-    for D, F in ((144, 264), (512, 2048), (1040, 520)):
+    for D, F in LINEAR_SIZES:
         for dtype in (torch.bfloat16, torch.float32):
             for impl in {"auto", "triton" if on_gpu else "reference"}:
                 x, weight = _draw(device, L, D, dtype=dtype), _draw(device, F, D, dtype=dtype)
@@ -137,6 +162,11 @@ def check_linear(device: str) -> None:
                 _backward(y, x, weight, bias)
                 y = linear(x, weight, bias, residual_LF=residual, impl=impl)
                 _backward(y, x, weight, bias, residual)
+
+
+def check_linear_fp8(device: str) -> None:
+    """The weight's gradient in fp8 and in 16 bits."""
+    for D, F in LINEAR_SIZES:
         for wgrad in ("fold", "bf16"):
             x, weight, bias = _draw(device, L, D), _draw(device, F, D), _draw(device, F)
             y = linear_fp8(x, weight, bias, activation="silu", wgrad=wgrad)
@@ -203,7 +233,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
 
 
 def main() -> int:
-    """Run the operators named on the command line; return 1 if one is not clean."""
+    """Run the checks named on the command line; return 1 if one is not clean."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("op", nargs="*", help=f"of {', '.join(CHECKS)}; all, if none is named")
     parser.add_argument("--here", action="store_true", help="in this process, unchecked")
@@ -211,7 +241,7 @@ def main() -> int:
     arguments = parser.parse_args()
     names = arguments.op or list(CHECKS)
     if unknown := sorted(set(names) - set(CHECKS)):
-        parser.error(f"expected operators of {', '.join(CHECKS)}; got {', '.join(unknown)}")
+        parser.error(f"expected checks of {', '.join(CHECKS)}; got {', '.join(unknown)}")
     if arguments.here:
         for name in names:
             CHECKS[name]("cuda")
@@ -225,7 +255,7 @@ def main() -> int:
         for future in as_completed(running):
             done = future.result()
             failed += done.returncode != 0
-            sys.stdout.write(f"{running[future]:16s} {'FAILED' if done.returncode else 'clean'}\n")
+            sys.stdout.write(f"{running[future]:18s} {'FAILED' if done.returncode else 'clean'}\n")
             if done.returncode != 0:
                 sys.stdout.write(f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}\n")
             sys.stdout.flush()

@@ -164,6 +164,7 @@ def test_a_long_sequence(window):
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.xdist_group("large")
 @deterministic
 def test_more_than_2_31_elements(deterministic):
     """The last sequence of 2.4e9 elements gives what it gives alone."""

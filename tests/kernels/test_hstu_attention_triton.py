@@ -229,6 +229,7 @@ def test_a_long_sequence():
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.xdist_group("large")
 def test_more_than_2_31_elements():
     """The last sequence of 2.4e9 elements gives what it gives alone."""
     length, count, heads, dim = 512, 4600, 8, 128
