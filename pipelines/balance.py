@@ -22,7 +22,13 @@ from numba import njit
 from pipelines.cost import CostRules, sequence_cost
 from pipelines.history import NUM_EVENTS, NUM_HISTORY, PIECE, SESSION, USER, Ints
 from pipelines.keyed_random import Purpose, sequence_key, uniform
-from pipelines.stochastic_length import LengthRules, num_kept_if_cut, probability_whole
+from pipelines.stochastic_length import (
+    Cuts,
+    LengthRules,
+    find_cuts,
+    num_tokens,
+    probability_whole,
+)
 
 MOST_SHIFT = 2.0
 _BALANCE, _LAST = int(Purpose.BALANCE), int(Purpose.BALANCE_LAST)
@@ -74,7 +80,11 @@ class LoadTarget:
 
 
 def balance_lengths(
-    sequences: Ints, lengths: LengthRules, costs: CostRules, target: float | None
+    sequences: Ints,
+    lengths: LengthRules,
+    costs: CostRules,
+    target: float | None,
+    cuts: Cuts | None = None,
 ) -> tuple[Ints, float]:
     """Draw which sequences stay whole.
 
@@ -83,20 +93,22 @@ def balance_lengths(
         lengths: of stochastic length.
         costs: of a sequence.
         target: load that this batch should have; None: what it has on average.
+        cuts: of the sequences; None: those without series.
 
     Returns:
         (B,) int64 events of history that each sequence keeps; E(1), in the unit of the costs.
     """
     num_sequences = len(sequences)
+    cuts = cuts or find_cuts(sequences, lengths)
     kept = sequences[:, NUM_HISTORY].copy()
     chance, gain = np.empty(num_sequences), np.empty(num_sequences)
-    base = _loads(sequences, lengths, costs, chance, gain)
+    base = _loads(sequences, lengths, costs, cuts, chance, gain)
     expected = base + float((chance * gain).sum())
     if target is not None:
         chance = _shifted(chance, gain, target - base)
     open_ = np.flatnonzero(gain > 0)
     order = open_[np.argsort(-gain[open_], kind="stable")]
-    _decide(sequences, lengths, order, chance, gain, kept)
+    _decide(sequences, lengths, cuts, order, chance, gain, kept)
     return kept, expected
 
 
@@ -113,23 +125,26 @@ def _shifted(chance: Any, gain: Any, wanted: float) -> Any:
 
 
 @njit(nogil=True, cache=True)
-def _loads(sequences: Any, lengths: Any, costs: Any, chance: Any, gain: Any) -> Any:
+def _loads(sequences: Any, lengths: Any, costs: Any, cuts: Any, chance: Any, gain: Any) -> Any:
     """Fill chance p and gain (whole - cut) of each sequence; return the load with all cut."""
     base = 0.0
     for b in range(len(sequences)):
         n, m = sequences[b, NUM_HISTORY], sequences[b, NUM_EVENTS]
-        chance[b], gain[b] = probability_whole(n, m, lengths), 0.0
-        whole = sequence_cost(n, m, costs)
+        length = num_tokens(n, m, lengths.tokens) + cuts.series[b]
+        chance[b], gain[b] = probability_whole(length, lengths), 0.0
+        whole = sequence_cost(n, m, costs, cuts.series[b])
         cut = whole
         if chance[b] < 1.0:
-            cut = sequence_cost(num_kept_if_cut(n, m, lengths), m, costs)
+            cut = sequence_cost(cuts.num_kept[b], m, costs, cuts.kept_series[b])
             gain[b] = whole - cut
         base += cut
     return base
 
 
 @njit(nogil=True, cache=True)
-def _decide(sequences: Any, lengths: Any, order: Any, chance: Any, gain: Any, kept: Any) -> None:
+def _decide(
+    sequences: Any, lengths: Any, cuts: Any, order: Any, chance: Any, gain: Any, kept: Any
+) -> None:
     """Cut the sequences of `order` that the pivotal method leaves out."""
     # Two open sequences exchange load until one of them is decided; the chances of both, and so of
     # all, stay as they were on average. Falling gains leave a small one open at the end.
@@ -160,4 +175,4 @@ def _decide(sequences: Any, lengths: Any, order: Any, chance: Any, gain: Any, ke
             key = sequence_key(lengths.seed, _LAST, row[USER], row[SESSION], row[PIECE])
             stays_whole = uniform(key) < chance[b]
         if not stays_whole:
-            kept[b] = num_kept_if_cut(row[NUM_HISTORY], row[NUM_EVENTS], lengths)
+            kept[b] = cuts.num_kept[b]

@@ -281,7 +281,7 @@ class DataConfig:
     """prefix: one token a context feature before the history. merged: each context feature is a
     slowly changing series; of each run of equal values in a sequence the first is a token, in front
     of the event that it begins with (unknown begins no run). Its tokens come on top of
-    max_history_tokens and of what stochastic length counts."""
+    max_history_tokens; stochastic length counts them."""
     actions: dict[str, ActionConfig] = field(default_factory=dict)
     """Action columns that the action token encodes."""
     item_features: dict[str, FeatureConfig] = field(default_factory=dict)

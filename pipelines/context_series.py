@@ -74,6 +74,29 @@ def merge_series(
     ), Series(feature, event, before + np.arange(count), owner)
 
 
+def count_series(
+    sequences: Ints, ints_EI: Ints, slots: tuple[Slot, ...], room_B: Ints, per_event: int
+) -> tuple[Ints, Ints, Ints]:
+    """Count the tokens of series, and find how many of the newest events fit with theirs.
+
+    Args:
+        sequences: (B, *) int64, columns as in pipelines.history.
+        ints_EI: (E, I) int64 events: history, then session, of each sequence.
+        slots: columns of the series in `ints_EI`.
+        room_B: (B,) int64: most tokens of history and series.
+        per_event: tokens of an event of history.
+
+    Returns:
+        (B,) int64 each: tokens of series of the whole sequence; most events of history, the newest,
+        that fit; tokens of series with these. Where those of the session alone do not fit, no
+        history does.
+    """
+    columns = np.array([_column(slot) for slot in slots], np.int64)
+    found = np.empty((3, len(sequences)), np.int64)
+    _count_series(sequences, ints_EI, columns, room_B, per_event, found)
+    return found[0], found[1], found[2]
+
+
 def _moved(positions: Ints, before: Ints) -> Ints:
     """Return where tokens are once others stand in front of the tokens `before`."""
     moved: Ints = positions + np.searchsorted(before, positions, side="right")
@@ -97,21 +120,52 @@ def _find_runs(lengths: Any, ints: Any, columns: Any, out: NDArray[np.int64]) ->
                 kind, first, width = columns[f]
                 if _is_unknown(ints, e, kind, first, width):
                     continue
-                differs = last[f] < 0
-                if not differs:
-                    if kind == _BAG:  # values beyond those kept do not count
-                        most = width - 1
-                        differs = min(ints[e, first], most) != min(ints[last[f], first], most)
-                        first += 1
-                        width = most
-                    for c in range(first, first + width):
-                        differs |= ints[e, c] != ints[last[f], c]
+                begins = last[f] < 0 or _differ(ints, last[f], e, kind, first, width)
                 last[f] = e
-                if differs:
+                if begins:
                     out[0, count], out[1, count] = f, e
                     count += 1
         event += lengths[b]
     return count
+
+
+@njit(nogil=True, cache=True)
+def _count_series(
+    sequences: Any, ints: Any, columns: Any, room: Any, per_event: int, out: NDArray[np.int64]
+) -> None:
+    event = 0
+    next_known = np.empty(len(columns), np.int64)
+    for b in range(len(sequences)):
+        n, m = sequences[b, NUM_HISTORY], sequences[b, NUM_EVENTS]
+        next_known[:] = -1
+        count = kept = kept_count = 0
+        # From the newest on: an event in front adds a run of each feature that it knows otherwise.
+        for taken in range(1, n + m + 1):
+            e = event + n + m - taken
+            for f in range(len(columns)):
+                kind, first, width = columns[f]
+                if not _is_unknown(ints, e, kind, first, width):
+                    at = next_known[f]
+                    count += at < 0 or _differ(ints, e, at, kind, first, width)
+                    next_known[f] = e
+            if taken <= m:
+                kept_count = count
+            elif (taken - m) * per_event + count <= room[b]:
+                kept, kept_count = taken - m, count
+        out[0, b], out[1, b], out[2, b] = count, kept, kept_count
+        event += n + m
+
+
+@njit(inline="always")
+def _differ(ints: Any, a: Any, b: Any, kind: Any, first: Any, width: Any) -> Any:
+    """Return whether two events that both know a feature have other values of it."""
+    differs = False
+    if kind == _BAG:  # values beyond those kept do not count
+        differs = min(ints[a, first], width - 1) != min(ints[b, first], width - 1)
+        first, width = first + 1, width - 1
+    for c in range(first, first + width):
+        differs |= ints[a, c] != ints[b, c]
+    return differs
 
 
 @njit(inline="always")

@@ -51,15 +51,16 @@ def cost_rules(config: DataConfig, cost: SequenceCost) -> CostRules:
 
 
 @njit(inline="always")
-def sequence_cost(n: Any, m: Any, rules: Any) -> Any:
+def sequence_cost(n: Any, m: Any, rules: Any, series: Any = 0) -> Any:
     """Return the cost of a sequence; the last token of history counts as read by a loss.
 
-    Pairs are those of the mask: a row sees itself and all before it, but a token of the context
-    sees the context, all of it, and a candidate sees context, history and itself.
+    Pairs are those of the mask: a row sees itself and all before it, but a token of the prefix
+    sees the prefix, all of it, and a candidate sees prefix, history and itself. The tokens of
+    series (data.context=merged) count as history: all others stand in front of the session.
     """
     cost, tokens = rules.cost, rules.tokens
     context = tokens.context
-    before = context + n * tokens.per_history_event
+    before = context + n * tokens.per_history_event + series
     session = m * tokens.per_session_event
     history_pairs = before * (before + 1) / 2 + context * (context - 1) / 2
     session_pairs = session * (before + 1.0)

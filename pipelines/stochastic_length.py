@@ -8,6 +8,10 @@ so that the expected cost of attention is O(N_c^alpha) instead of O(n^2). n coun
 sequence after layout. Only history is dropped, in whole events: the session and the context stay,
 also where they alone are more than T tokens.
 
+What is cut keeps the most events with which it has at most T tokens. Tokens of series depend on
+which events stay: the newest are counted with theirs, a sample leaves room for all those of the
+whole sequence, which no part of it exceeds.
+
 Letters: B sequences, n events of history, k of them kept, f age of an event at the anchor.
 
 Source: HSTU (arXiv 2402.17152) section 3.3 and its appendix on subsequence selection; N_c is a
@@ -23,6 +27,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from pipelines.config import DataConfig
+from pipelines.context_series import count_series
+from pipelines.feature_columns import Slot
 from pipelines.gather import Gathered
 from pipelines.history import (
     ANCHOR,
@@ -107,15 +113,53 @@ def length_rules(config: DataConfig, seed: int) -> LengthRules | None:
     )
 
 
-def draw_lengths(sequences: Ints, rules: LengthRules) -> Ints:
+class Cuts(NamedTuple):
+    """What is left of each sequence if it is cut, and the tokens of series that it has."""
+
+    num_kept: Ints
+    """(B,) int64: events of history."""
+    series: Ints
+    """(B,) int64: tokens of series of the whole sequence."""
+    kept_series: Ints
+    """(B,) int64: of what is left; of a sample the most that there can be."""
+
+
+def find_cuts(
+    sequences: Ints, rules: LengthRules, ints_EI: Ints | None = None, slots: tuple[Slot, ...] = ()
+) -> Cuts:
+    """Return how sequences would be cut.
+
+    Args:
+        sequences: (B, *) int64, columns as in pipelines.history.
+        rules: of the draw.
+        ints_EI: (E, I) int64 events: history, then session, of each sequence; read for `slots`.
+        slots: columns of the series that are merged in.
+    """
+    zeros = np.zeros(len(sequences), np.int64)
+    cuts = Cuts(np.empty(len(sequences), np.int64), zeros, zeros)
+    _find_cuts(sequences, rules, cuts)
+    if not slots:
+        return cuts
+    assert ints_EI is not None
+    room = rules.threshold - num_tokens(0, sequences[:, NUM_EVENTS], rules.tokens)
+    per_event = rules.tokens.per_history_event
+    series, num_kept, kept_series = count_series(sequences, ints_EI, slots, room, per_event)
+    if rules.selection == _GREEDY:
+        return Cuts(num_kept, series, kept_series)
+    num_kept = np.minimum(sequences[:, NUM_HISTORY], np.maximum(room - series, 0) // per_event)
+    return Cuts(num_kept, series, series)
+
+
+def draw_lengths(sequences: Ints, rules: LengthRules, cuts: Cuts | None = None) -> Ints:
     """Return (B,) int64: events of history that each sequence keeps.
 
     Args:
         sequences: (B, *) int64, columns as in pipelines.history.
         rules: of the draw.
+        cuts: of the sequences; None: those without series.
     """
-    kept = np.empty(len(sequences), np.int64)
-    _draw_lengths(sequences, rules, kept)
+    kept = sequences[:, NUM_HISTORY].copy()
+    _draw_lengths(sequences, rules, cuts or find_cuts(sequences, rules), kept)
     return kept
 
 
@@ -155,36 +199,47 @@ def num_tokens(n: Any, m: Any, tokens: Any) -> Any:
 
 @njit(inline="always")
 def num_kept_if_cut(n: Any, m: Any, rules: Any) -> Any:
-    """Return the events of history that a sequence keeps if it is cut."""
+    """Return the events of history that a sequence without series keeps if it is cut."""
     room = rules.threshold - num_tokens(0, m, rules.tokens)
     return min(n, max(room, 0) // rules.tokens.per_history_event)
 
 
 @njit(inline="always")
-def probability_whole(n: Any, m: Any, rules: Any) -> Any:
-    """Return the probability with which a sequence stays whole."""
-    length = num_tokens(n, m, rules.tokens)
+def probability_whole(length: Any, rules: Any) -> Any:
+    """Return the probability with which a sequence of `length` tokens stays whole."""
     return 1.0 if length <= rules.threshold else rules.whole_weight / (length * length)
 
 
 @njit(inline="always")
+def _is_cut(length: Any, user_id: Any, session_id: Any, piece: Any, rules: Any) -> Any:
+    probability = probability_whole(length, rules)
+    if probability == 1.0:
+        return False
+    return uniform(sequence_key(rules.seed, _KEEP, user_id, session_id, piece)) >= probability
+
+
+@njit(inline="always")
 def draw_kept(n: Any, m: Any, user_id: Any, session_id: Any, piece: Any, rules: Any) -> Any:
-    """Return the events of history that a sequence keeps."""
-    probability = probability_whole(n, m, rules)
-    if probability < 1.0:
-        key = sequence_key(rules.seed, _KEEP, user_id, session_id, piece)
-        if uniform(key) >= probability:
-            return num_kept_if_cut(n, m, rules)
+    """Return the events of history that a sequence without series keeps."""
+    if _is_cut(num_tokens(n, m, rules.tokens), user_id, session_id, piece, rules):
+        return num_kept_if_cut(n, m, rules)
     return n
 
 
 @njit(nogil=True, cache=True)
-def _draw_lengths(sequences: Any, rules: Any, kept: NDArray[np.int64]) -> None:
+def _find_cuts(sequences: Any, rules: Any, cuts: Any) -> None:
     for b in range(len(sequences)):
         row = sequences[b]
-        kept[b] = draw_kept(
-            row[NUM_HISTORY], row[NUM_EVENTS], row[USER], row[SESSION], row[PIECE], rules
-        )
+        cuts.num_kept[b] = num_kept_if_cut(row[NUM_HISTORY], row[NUM_EVENTS], rules)
+
+
+@njit(nogil=True, cache=True)
+def _draw_lengths(sequences: Any, rules: Any, cuts: Any, kept: NDArray[np.int64]) -> None:
+    for b in range(len(sequences)):
+        row = sequences[b]
+        length = num_tokens(row[NUM_HISTORY], row[NUM_EVENTS], rules.tokens) + cuts.series[b]
+        if _is_cut(length, row[USER], row[SESSION], row[PIECE], rules):
+            kept[b] = cuts.num_kept[b]
 
 
 @njit(nogil=True, cache=True)

@@ -21,7 +21,7 @@ from pipelines.prefetch import prefetch
 from pipelines.rejects import Reject, RejectLog, count_sessions
 from pipelines.segments import LogSegments
 from pipelines.snapshot import encoding_of
-from pipelines.stochastic_length import draw_lengths, length_rules, shorten
+from pipelines.stochastic_length import draw_lengths, find_cuts, length_rules, shorten
 from pipelines.unify import token_counts
 
 EXTRA_ROWS = 32
@@ -247,11 +247,14 @@ class SessionStream:
         lengths, settings = self._lengths, self.config.stochastic_length
         if lengths is None:
             return gathered, 0.0
+        sequences = gathered.sequences
+        slots = self._encoder.series_slots if self._encoder.merges_context else ()
+        cuts = find_cuts(sequences, lengths, gathered.ints, slots)
         if not settings.balance:
-            return shorten(gathered, draw_lengths(gathered.sequences, lengths), lengths), 0.0
+            return shorten(gathered, draw_lengths(sequences, lengths, cuts), lengths), 0.0
         of_session = self._load_target.at(step) if self._load_target else None
         target = None if of_session is None else of_session * num_sessions / self._world_size
-        kept, load = balance_lengths(gathered.sequences, lengths, self._costs, target)
+        kept, load = balance_lengths(sequences, lengths, self._costs, target, cuts)
         return shorten(gathered, kept, lengths), load
 
     def _restore(self, rejects: RejectLog) -> dict[int, PartitionReader]:

@@ -228,7 +228,7 @@ class Oracle:
             if config.supervise == "sampled":
                 key = sequence_key(self.seed, 2, user, row["session_id"], piece)
                 kept = uniform(key) * n < config.sampled_rate
-            history = self.shortened(history, len(events), anchor, user, row["session_id"], piece)
+            history = self.shortened(history, events, anchor, user, row["session_id"], piece)
             if kept:
                 sequence = self.lay_out(history, events, anchor, user)
                 sequence |= {
@@ -242,7 +242,7 @@ class Oracle:
             seen.extend(events)
         return sequences
 
-    def shortened(self, history, num_session_events, anchor, user, session, piece):
+    def shortened(self, history, events, anchor, user, session, piece):
         """Stochastic length: return the events of history that stay."""
         config, settings = self.config, self.config.stochastic_length
         if settings.selection == "none":
@@ -251,10 +251,11 @@ class Oracle:
         limit = 0  # the largest whole T with T <= longest^(alpha / 2)
         while (limit + 1) ** (2 / settings.alpha) <= longest * (1 + 1e-12):
             limit += 1
-        per_event = 2 if config.layout == "interleaved" else 1
-        rest = num_session_events * (1 if config.anchor == "session" else per_event)
-        rest += len(config.context_features) if config.context == "prefix" else 0
-        n = len(history) * per_event + rest
+
+        def num_tokens(history):
+            return len(self.lay_out(history, events, anchor, user)["kind"])
+
+        n = num_tokens(history)
         if n <= limit:
             return history
         if (
@@ -262,7 +263,13 @@ class Oracle:
             < longest**settings.alpha / n**2
         ):
             return history
-        k = max(0, limit - rest) // per_event
+        if settings.selection == "greedy" or config.context != "merged":
+            k = len(history)  # the most of the newest that are not too many tokens
+            while k > 0 and num_tokens(history[-k:]) > limit:
+                k -= 1
+        else:  # room for all series of the whole sequence, whichever events stay
+            per_event = 2 if config.layout == "interleaved" else 1
+            k = max(0, limit - n + len(history) * per_event) // per_event
         key = sequence_key(self.seed, 4, user, session, piece)
         ages = [anchor - e["timestamp"] for e in history]
         chosen = CHOOSE[settings.selection](len(history), k, key, ages)

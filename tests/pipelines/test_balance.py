@@ -5,11 +5,11 @@ import pytest
 
 from pipelines.balance import MOST_SHIFT, LoadTarget, balance_lengths
 from pipelines.config import DataConfig, StochasticLengthConfig
-from pipelines.cost import SequenceCost, cost_rules
+from pipelines.cost import TOKENS, SequenceCost, cost_rules
 from pipelines.history import FIRST_CONTEXT, NUM_EVENTS, NUM_HISTORY, SESSION, USER
 from pipelines.stochastic_length import draw_lengths, length_rules
 from pipelines.stream import SessionStream
-from tests.pipelines.logs import MODES, make_config
+from tests.pipelines.logs import MERGED_MODES, MODES, make_config
 from tests.pipelines.session_log import session, write_log
 from tests.pipelines.test_stream import content
 
@@ -178,3 +178,38 @@ def test_a_resumed_stream_balances_as_the_first(tmp_path):
     differ = [content(a) != content(b) for a, b in zip(whole, untargeted, strict=True)]
     assert not any(differ[:12])
     assert any(differ[12:])
+
+
+@pytest.mark.parametrize("mode", MERGED_MODES[:4], ids="-".join)
+def test_tokens_of_series_are_part_of_the_load(tmp_path, mode):
+    rows = [
+        session(1, n, [{"t": 10 * n, "item": 1, "click": True}] * (1 + n % 3))
+        | {"context": {"country": n // 2 % 5, "age": 20.0 + 30 * (n % 3 > 0)}}
+        for n in range(40)
+    ]
+    write_log(tmp_path, [rows])
+
+    def read(max_length):
+        lengths = StochasticLengthConfig(
+            selection="greedy", alpha=2.0, max_length=max_length, balance=True
+        )
+        config = make_config(
+            tmp_path, *mode, max_history_tokens=60, stochastic_length=lengths, window="none"
+        )
+        return list(SessionStream(config, seed=0, cost=TOKENS))
+
+    whole = read(max_length=1000)  # more than any sequence has: all stay whole
+    assert sum(batch.num_tokens - 2 * batch.num_sequences for batch in whole) > 0
+    for batch in whole:
+        assert batch.expected_load == batch.num_tokens
+    for limit in (20, 33):
+        for batch, of_whole in zip(read(limit), whole, strict=True):
+            least = most = 0.0
+            for n, kept in zip(of_whole.lengths.tolist(), batch.lengths.tolist(), strict=True):
+                p = 1.0 if n <= limit else limit**2 / n**2
+                assert kept == n or kept <= limit
+                # The cut has the most events that fit, so it lacks less than one with its series.
+                longest = min(limit, n)
+                least += p * n + (1 - p) * (longest if p == 1 else longest - 4)
+                most += p * n + (1 - p) * longest
+            assert least - 1e-9 <= batch.expected_load <= most + 1e-9
