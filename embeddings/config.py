@@ -13,7 +13,7 @@ class TableConfig:
     num_embeddings: int = MISSING
     """Rows, row 0 included. With `ids: static`, ids run from 0 to num_embeddings - 2."""
     dim: int = MISSING
-    """Width of a row; a multiple of 4."""
+    """Width of a row; a multiple of 4, but for form=replicated."""
     ids: Literal["static", "hashed"] = "static"
     """static: row = id + 1, and an id out of range is an error; hashed: any 64-bit id."""
     features: tuple[str, ...] = MISSING
@@ -28,8 +28,8 @@ class TableConfig:
     def __post_init__(self) -> None:
         if self.num_embeddings < 2:
             raise ValueError(f"num_embeddings must be at least 2, got {self.num_embeddings}")
-        if self.dim < 4 or self.dim % 4:
-            raise ValueError(f"dim must be a positive multiple of 4, got {self.dim}")
+        if self.dim < 1:
+            raise ValueError(f"dim must be at least 1, got {self.dim}")
         if not 0 <= self.hbm_gb < float("inf"):
             raise ValueError(
                 f"hbm_gb must be finite and at least 0 (0: all rows in HBM), got {self.hbm_gb}"
@@ -61,9 +61,11 @@ class EmbeddingsConfig:
     CUDA."""
     optimizer: RowWiseAdamWConfig = field(default_factory=RowWiseAdamWConfig)
     """Of every table."""
-    update_rule: Literal["row_wise_adamw", "row_wise_adagrad"] = "row_wise_adamw"
+    update_rule: Literal["row_wise_adamw", "row_wise_adagrad", "adamw"] = "row_wise_adamw"
     """Of every table, in both forms. row_wise_adagrad uses lr and eps of `optimizer` only. The
-    sharded form needs it on the CPU, where FBGEMM has no row-wise AdamW."""
+    sharded form needs it on the CPU, where FBGEMM has no row-wise AdamW. adamw, of form=replicated
+    only: a second moment for each number, and every row moves in every step, looked up or not, as
+    torch.optim.AdamW does it: for the small tables of published comparisons."""
     weights: Literal["fp32", "fp16"] = "fp32"
     """Of the sharded form; fp16 rounds stochastically."""
     momentum: Literal["hbm", "host"] = "hbm"
@@ -95,6 +97,19 @@ class EmbeddingsConfig:
             raise ValueError(
                 f"embeddings.reserved_hbm must be at least 0 and below 1, got {self.reserved_hbm}"
             )
+        if self.form != "replicated":
+            for name, table in self.tables.items():
+                if table.dim % 4:
+                    raise ValueError(
+                        f"embeddings.tables.{name}.dim must be a multiple of 4, got {table.dim}: "
+                        "choose another, or set embeddings.form=replicated"
+                    )
+            if self.update_rule == "adamw":
+                raise ValueError(
+                    "embeddings.update_rule=adamw moves every row in every step, which tables of "
+                    f"form={self.form} do not: set embeddings.form=replicated, or use "
+                    "row_wise_adamw"
+                )
         if self.momentum == "host" and self.update_rule != "row_wise_adamw":
             raise ValueError(
                 f"embeddings.update_rule={self.update_rule} has no first moment to keep in host "

@@ -50,8 +50,9 @@ def table_bytes(
         on_gpu: whether it is trained on a GPU; else all is on the host.
     """
     weights = num_rows * table.dim * weight_bytes(config)
-    first = 4 * num_rows * table.dim if config.update_rule == "row_wise_adamw" else 0
-    second = 4 * num_rows
+    moment = 4 * num_rows * table.dim
+    first = moment if config.update_rule != "row_wise_adagrad" else 0
+    second = moment if config.update_rule == "adamw" else 4 * num_rows
     if not on_gpu:
         return Bytes(hbm=0, host=weights + first + second)
     cached = cache_fraction(config, table)

@@ -1,6 +1,7 @@
-"""Row-wise optimizers of embedding tables: the reference that FBGEMM's fused ones are held to.
+"""Optimizers of embedding tables: the reference that FBGEMM's fused row-wise ones are held to.
 
-A step touches the rows that it is given and no others, even where their gradient is zero.
+A step touches the rows that it is given and no others, even where their gradient is zero; AdamW,
+which is not row-wise, is given every row.
 Letters: E rows of a table, U touched rows, D width of a row, n rows with repeats.
 """
 
@@ -120,8 +121,38 @@ class RowWiseAdagrad(RowWiseOptimizer):
         weight.index_add_(0, rows_U, step_UD, alpha=-self.lr)
 
 
+class AdamW(RowWiseOptimizer):
+    """AdamW with a second moment for each number: torch.optim.AdamW, where every row is touched.
+
+    The update of RowWiseAdamW with v <- beta2 v + (1 - beta2) g^2, (E, D), in the place of the mean
+    over a row.
+    """
+
+    def _initial_state(self, weight: Tensor) -> dict[str, Tensor]:
+        return {
+            "first_moment": torch.zeros_like(weight),
+            "second_moment": torch.zeros_like(weight),
+        }
+
+    def _update(self, name: str, rows_U: Tensor, grads_UD: Tensor) -> None:
+        weight, state = self.weights[name], self.state[name]
+        if len(rows_U) != len(weight):
+            raise ValueError(
+                f"AdamW moves every row of table {name!r}: expected gradients of all {len(weight)} "
+                f"rows, got {len(rows_U)}"
+            )
+        beta1, beta2 = self.config.betas
+        m_ED = state["first_moment"].lerp_(grads_UD, 1 - beta1)
+        v_ED = state["second_moment"].lerp_(grads_UD.square(), 1 - beta2)
+        root_ED = (v_ED / (1 - beta2**self.steps)).sqrt_().add_(self.config.eps)
+        weight.mul_(1 - self.lr * self.config.weight_decay)
+        weight.addcdiv_(m_ED, root_ED, value=-self.lr / (1 - beta1**self.steps))
+
+
 def build_optimizer(weights: Mapping[str, Tensor], config: EmbeddingsConfig) -> RowWiseOptimizer:
     """Return the optimizer that `config.update_rule` names, for these tables."""
+    if config.update_rule == "adamw":
+        return AdamW(weights, config.optimizer)
     kinds = {"row_wise_adamw": RowWiseAdamW, "row_wise_adagrad": RowWiseAdagrad}
     return kinds[config.update_rule](weights, config.optimizer)
 

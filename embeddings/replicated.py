@@ -45,6 +45,7 @@ class ReplicatedTables(Tables):
             rows = initial_rows(table, table=name, seed=seed, first=0, last=table.num_embeddings)
             self.weights[name] = nn.Parameter(rows.to(device))
         self.optimizer = build_optimizer(dict(self.weights.items()), config)
+        self.is_dense = config.update_rule == "adamw"
 
     @property
     def steps(self) -> int:  # type: ignore[override]
@@ -63,9 +64,8 @@ class ReplicatedTables(Tables):
             if not features:
                 continue
             # One autograd node for the features that share a table: its gradient is summed once.
-            vectors = self.guard(
-                *_look_up(self.weights[name], [values[feature] for feature in features])
-            )
+            lots = [values[feature] for feature in features]
+            vectors = self.guard(*_look_up(self.weights[name], lots, dense=self.is_dense))
             found.update(zip(features, vectors, strict=True))
         return {feature: found[feature] for feature in values}
 
@@ -207,23 +207,32 @@ DENSE = -1
 
 
 class _RowLookup(torch.autograd.Function):
-    """weight[rows] for several lots of rows; the gradient is one sparse, coalesced tensor."""
+    """weight[rows] for several lots of rows; one gradient: sparse and coalesced, or dense."""
 
     @staticmethod
-    def forward(ctx: Any, weight_ED: Tensor, *lots: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, weight_ED: Tensor, dense: bool, *lots: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*lots)
-        ctx.shape = weight_ED.shape
+        ctx.shape, ctx.dense = weight_ED.shape, dense
         return tuple(weight_ED.index_select(0, rows_n) for rows_n in lots)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        summed = sum_duplicates(*zip(ctx.saved_tensors, grads, strict=True))
-        return _sparse(*summed, ctx.shape), *(None for _ in grads)
+        if ctx.dense:
+            # Distinct rows would have to be counted, for which the host waits for a GPU.
+            gradient = grads[0].new_zeros(ctx.shape)
+            for rows_n, grad_nD in zip(ctx.saved_tensors, grads, strict=True):
+                gradient.index_add_(0, rows_n, grad_nD)
+        else:
+            summed = sum_duplicates(*zip(ctx.saved_tensors, grads, strict=True))
+            gradient = _sparse(*summed, ctx.shape)
+        return gradient, None, *(None for _ in grads)
 
 
-def _look_up(weight_ED: Tensor, lots: list[Tensor]) -> tuple[Tensor, ...]:
-    vectors: tuple[Tensor, ...] = _RowLookup.apply(weight_ED, *lots)  # type: ignore[no-untyped-call]
+def _look_up(weight_ED: Tensor, lots: list[Tensor], *, dense: bool) -> tuple[Tensor, ...]:
+    vectors: tuple[Tensor, ...] = _RowLookup.apply(  # type: ignore[no-untyped-call]
+        weight_ED, dense, *lots
+    )
     return vectors
 
 

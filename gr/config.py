@@ -179,6 +179,9 @@ class EncodingConfig:
     position: Literal["none", "from_start", "from_session", "from_end"] = "from_session"
     """Learned position: index from the start; distance to the first token of the session (the
     anchor of what is supervised); distance to the end (needs data.anchor=session)."""
+    position_std: float = 0.0
+    """Standard deviation of the position table at the start, normal; 0: uniform within
+    +- 1 / sqrt(position_buckets)."""
     position_buckets: int = 1024
     """Rows of the position table; farther positions share the last. from_session: one half counts
     down through the history, the other up through the session."""
@@ -297,6 +300,10 @@ class LossConfig:
     retrieval: Literal["sampled_softmax", "in_batch", "full_softmax"] = "sampled_softmax"
     """sampled_softmax: uniform negatives; in_batch: other positives; full_softmax: every item
     (replicated tables only)."""
+    position_negatives: int = 0
+    """Of sampled_softmax: so many uniform negatives for each position of its own, drawn on the
+    device from the whole catalogue, in the place of those that sequences share
+    (data.num_negatives); replicated tables only."""
     negatives_scope: Literal["sequence", "partition", "batch"] = "partition"
     """Who shares negatives: a sequence, the sequences of one partition (does not depend on the
     number of ranks), or all of the rank's batch."""
@@ -309,6 +316,13 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ValueError(f"loss.temperature must be positive, got {self.temperature}")
+        if self.position_negatives < 0 or (
+            self.position_negatives and self.retrieval != "sampled_softmax"
+        ):
+            raise ValueError(
+                "loss.position_negatives must be 0 or more, and belongs to loss.retrieval="
+                f"sampled_softmax, got {self.position_negatives} with {self.retrieval}"
+            )
         if self.logq_correction and self.retrieval != "in_batch":
             raise ValueError(
                 f"loss.logq_correction changes nothing with loss.retrieval={self.retrieval}, whose "
@@ -529,6 +543,11 @@ def check_consistency(config: TrainConfig) -> None:
                 f"{name}={steps} would save between two dense updates: with optim.accumulate="
                 f"{accumulate} it must be a multiple of {accumulate}"
             )
+    if data.window == "epoch" and config.eval.mode != "frozen":
+        raise ValueError(
+            "data.window=epoch scores held-out events between epochs, so eval.mode must be frozen, "
+            f"got {config.eval.mode}"
+        )
     if config.eval.mode == "frozen" and data.window == "none":
         raise ValueError(
             "eval.mode=frozen scores window after window, but data.window=none: use data.window="
@@ -549,9 +568,13 @@ def check_consistency(config: TrainConfig) -> None:
     if (
         model.head.retrieval
         and config.loss.retrieval == "sampled_softmax"
-        and data.num_negatives < 1
+        and (data.num_negatives > 0) == (config.loss.position_negatives > 0)
     ):
-        raise ValueError("loss.retrieval=sampled_softmax needs data.num_negatives > 0")
+        raise ValueError(
+            "loss.retrieval=sampled_softmax needs data.num_negatives > 0, which positions share, "
+            "or loss.position_negatives > 0, of each position's own, not both; got "
+            f"{data.num_negatives} and {config.loss.position_negatives}"
+        )
     unknown = sorted(set(config.loss.task_weights) - set(data.tasks))
     if unknown:
         raise ValueError(

@@ -34,6 +34,8 @@ class TokenEncoding(nn.Module):
         self.scale = math.sqrt(dim) if config.scale_by_sqrt_dim else 1.0
         self.utc_offset_seconds = utc_offset_seconds
         self.position = _table(config.position_buckets, dim) if config.position != "none" else None
+        if self.position is not None and config.position_std:
+            nn.init.normal_(self.position.weight, std=config.position_std)
         self.time = _table(config.time_buckets, dim) if config.time != "none" else None
         self.periodic = None
         if config.periodic:

@@ -1,8 +1,7 @@
 """A checkpoint against a log: scored as in training, learning nothing."""
 
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,14 +15,16 @@ from gr.checkpoint import CheckpointManager
 from gr.config import TrainConfig
 from gr.config_io import load_config
 from gr.flops import sequence_cost
+from gr.logs import open_log, window_name
 from gr.metrics import WindowResult
 from gr.parallel import World
 from gr.runlog import CONFIG, RunDir, Value, json_line, readable
-from gr.train import LIFETIME, utc_offset_seconds, window_name
+from gr.train import LIFETIME
 from gr.trainer import EVALUATION, Trainer
+from pipelines.batch import SequenceBatch
 from pipelines.config import DataConfig, StochasticLengthConfig
+from pipelines.leave_one_out import LeaveOneOutStream
 from pipelines.rejects import REASONS
-from pipelines.segments import read_manifests
 from pipelines.stream import SessionStream
 
 EVALUATE = "evaluate.jsonl"
@@ -78,26 +79,34 @@ def evaluate(
     )
     try:
         world.agree("configuration", OmegaConf.to_yaml(OmegaConf.structured(config)))
-        manifest = read_manifests(config.data.log)[0]
-        world.agree("session-end log", json.dumps([part.sha256 for part in manifest.parts]))
+        source = open_log(config.data)
+        world.agree("log", source.fingerprint)
         run = RunDir(run_dir)
         checkpoints = CheckpointManager(run.checkpoints, apart=(EVALUATION,))
         step = find_step(checkpoints, step)
         world.agree("checkpoint", str(step))
         # Stochastic length is for training: what is served reads whole sequences.
         data = replace(config.data, follow=False, stochastic_length=StochasticLengthConfig())
-        stream = SessionStream(
-            data,
-            seed=config.seed,
-            rank=world.rank,
-            world_size=world.size,
-            cost=sequence_cost(config.model),
-        )
+        batches: Iterable[SequenceBatch]
+        if source.users is not None:
+            epochs = LeaveOneOutStream(
+                data, source.users, seed=config.seed, rank=world.rank, world_size=world.size
+            )
+            batches, num_batches = epochs.score(window=0), epochs.num_scored_batches
+        else:
+            batches = stream = SessionStream(
+                data,
+                seed=config.seed,
+                rank=world.rank,
+                world_size=world.size,
+                cost=sequence_cost(config.model),
+            )
+            num_batches = stream.num_steps
         trainer = Trainer(
             config,
             world,
-            utc_offset=utc_offset_seconds(manifest),
-            partitions=manifest.partitions,
+            utc_offset=source.utc_offset,
+            sequences_per_step=source.sequences_per_step,
         )
         trainer.load_learnt(checkpoints, step)
         origin: dict[str, Value] = {
@@ -105,7 +114,7 @@ def evaluate(
             "log": config.data.log,
             "overrides": " ".join(overrides),
         }
-        rows = score(config.data, world, trainer, stream, origin)
+        rows = score(config.data, world, trainer, with_bar(world, batches, num_batches), origin)
         lines = "".join(json_line(row) for row in rows)
         world.on_main(lambda: write_atomically(run.path / EVALUATE, lines))
     finally:
@@ -116,16 +125,16 @@ def score(
     data: DataConfig,
     world: World,
     trainer: Trainer,
-    stream: SessionStream,
+    batches: Iterable[SequenceBatch],
     origin: dict[str, Value],
 ) -> list[dict[str, Value]]:
-    """Return the rows of a whole stream, of which rank 0 prints each as its window ends.
+    """Return the rows of all batches, of which rank 0 prints each as its window ends.
 
     Args:
-        data: configuration of the stream.
+        data: configuration of the batches.
         world: this process among all.
-        trainer: holds the weights; its metrics are those of this stream afterwards.
-        stream: from its start.
+        trainer: holds the weights; its metrics are those of these batches afterwards.
+        batches: of a whole log.
         origin: goes into every row.
     """
     rows: list[dict[str, Value]] = []
@@ -137,11 +146,10 @@ def score(
             tqdm.write(f"evaluate {window}  {readable(metrics)}", file=sys.stderr)
 
     def add_windows(ended: list[WindowResult]) -> None:
-        for each in ended if data.window != "none" else ():
+        for each in ended if data.window in ("hour", "day") else ():
             add(window_name(each.window, data), dict(each.metrics))
 
-    silent = not (world.is_main and sys.stderr.isatty())
-    for batch in tqdm(stream, total=stream.num_steps, unit="batch", disable=silent):
+    for batch in batches:
         add_windows(trainer.evaluation.roll(batch.window))
         for reason, count in batch.num_rejected.items():
             rejected[REASONS.index(reason)] += count
@@ -151,6 +159,15 @@ def score(
     skipped = {f"data/rejected/{REASONS[i]}": n for i, n in enumerate(counts) if n}
     add(LIFETIME, {**trainer.evaluation.lifetime(), **skipped})
     return rows
+
+
+def with_bar(
+    world: World, batches: Iterable[SequenceBatch], num_batches: int
+) -> Iterable[SequenceBatch]:
+    """Return the batches behind a progress bar, where rank 0 has a terminal."""
+    silent = not (world.is_main and sys.stderr.isatty())
+    shown: Iterable[SequenceBatch] = tqdm(batches, total=num_batches, unit="batch", disable=silent)
+    return shown
 
 
 def find_step(checkpoints: CheckpointManager, step: int | None) -> int:

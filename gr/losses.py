@@ -230,6 +230,52 @@ def full_softmax(
     return LossSum(total, weight_R.sum())
 
 
+def position_softmax(
+    user_RD: Tensor,
+    item_ED: Tensor,
+    positive_rows_R: Tensor,
+    *,
+    num_negatives: int,
+    weights_R: Tensor | None = None,
+    temperature: float,
+    generator: torch.Generator | None = None,
+) -> LossSum:
+    """Return the softmax loss of each positive against negatives that it has for itself.
+
+    `sampled_softmax` with a group for each row, its M negatives drawn here: uniform on rows
+    1 .. E - 1, with replacement; those that are the positive do not count. Takes R min(E, M D)
+    floats: the scores of every item, of which those of the draws are picked, or the drawn rows.
+
+    Args:
+        user_RD: user vectors.
+        item_ED: every item vector, in the order of the table; row 0 is not an item.
+        positive_rows_R: int64, 1 .. E - 1.
+        num_negatives: M.
+        weights_R: weight of each row; None means 1.
+        temperature: divides the dot products.
+        generator: of the draws, on the device of the vectors; None means the default one.
+
+    Source: generative-recommenders, research/modeling/sequential/losses/sampled_softmax.py.
+    """
+    dtype = torch.promote_types(user_RD.dtype, torch.float32)
+    weight_R = user_RD.new_ones(len(user_RD)) if weights_R is None else weights_R
+    weight_R = weight_R.to(dtype)
+    (R, D), E, M = user_RD.shape, len(item_ED), num_negatives
+    drawn_RM = torch.randint(1, E, (R, M), generator=generator, device=user_RD.device)
+    row_RC = torch.cat([positive_rows_R[:, None], drawn_RM], 1)  # C = 1 + M
+    is_hit_RC = row_RC == positive_rows_R[:, None]
+    is_hit_RC[:, 0] = False
+    with torch.autocast(user_RD.device.type, enabled=False):
+        user_RD, item_ED = user_RD.to(dtype) / temperature, item_ED.to(dtype)
+        if M * D < E:
+            logit_RC = (item_ED[row_RC] @ user_RD[:, :, None])[:, :, 0]
+        else:
+            logit_RC = (user_RD @ item_ED.T).gather(1, row_RC)
+        logit_RC = logit_RC.masked_fill(is_hit_RC, -torch.inf)
+        loss_R = logit_RC.logsumexp(1) - logit_RC[:, 0]
+        return LossSum((weight_R * loss_R).sum(), weight_R.sum())
+
+
 class ItemFrequency(nn.Module):
     """How often each item was a target, as log probabilities for `log_q_R`.
 

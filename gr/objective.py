@@ -12,6 +12,7 @@ from gr.losses import (
     full_softmax,
     in_batch_softmax,
     multitask_loss,
+    position_softmax,
     sampled_softmax,
 )
 from gr.model import Predictions
@@ -97,6 +98,15 @@ class Objective(nn.Module):
             item_ED = head.item_vectors(tables.full_weight(self.item_table))
             return full_softmax(
                 user_QD, item_ED, target_rows, weights_R=weights, temperature=loss.temperature
+            )
+        if loss.position_negatives:
+            return position_softmax(
+                user_QD,
+                head.item_vectors(tables.full_weight(self.item_table)),
+                target_rows,
+                num_negatives=loss.position_negatives,
+                weights_R=weights,
+                temperature=loss.temperature,
             )
         target_QD = head.item_vectors(rows[TARGET_ITEM_ID])
         sequence_L = sequence_index(batch.offsets, batch.num_tokens)

@@ -1,14 +1,11 @@
 """A run from its configuration: build, load, loop."""
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from zoneinfo import ZoneInfo
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -17,22 +14,25 @@ from gr.atomic import CheckpointError
 from gr.checkpoint import CheckpointManager
 from gr.config import TrainConfig
 from gr.flops import peak_flops, sequence_cost
+from gr.logs import Log, open_log, window_name
+from gr.metrics import WindowResult
 from gr.parallel import World
 from gr.rejects import RejectFile, cut_rejects
 from gr.runlog import RunDir, RunLog, open_run_dir
 from gr.trainer import EVALUATION, Trainer
 from pipelines.batch import StreamPosition
-from pipelines.config import DataConfig
-from pipelines.manifest import Manifest
-from pipelines.segments import read_manifests
+from pipelines.leave_one_out import LeaveOneOutStream
 from pipelines.stream import SessionStream, Snapshots
 
 LIFETIME = "all"
 HISTORIES = "histories"
+Stream = SessionStream | LeaveOneOutStream
 
 
 def train(config: TrainConfig, resolved: DictConfig, overrides: Sequence[str] = ()) -> None:
     """Train on one pass over a session-end log, scoring each batch before learning from it.
+
+    With data.window=epoch: on many epochs of user sequences, scoring the held-out events between.
 
     Args:
         config: of the run.
@@ -52,24 +52,30 @@ def train(config: TrainConfig, resolved: DictConfig, overrides: Sequence[str] = 
     )
     try:
         world.agree("configuration", OmegaConf.to_yaml(resolved))
-        manifests = read_manifests(config.data.log)
-        manifest = manifests[0]
-        world.agree("session-end log", json.dumps([part.sha256 for part in manifest.parts]))
+        source = open_log(config.data)
+        world.agree("log", source.fingerprint)
 
         # The run directory comes after all that a wrong configuration can break.
         trainer = Trainer(
             config,
             world,
-            utc_offset=utc_offset_seconds(manifest),
-            partitions=manifest.partitions,
+            utc_offset=source.utc_offset,
+            sequences_per_step=source.sequences_per_step,
         )
         run = RunDir(Path(config.run_dir))
         rejects = RejectFile(run.rejects, world.rank)
         snapshots = Snapshots(run.path / HISTORIES, lambda step: is_saved_at(step, config))
 
-        def stream_from(
-            position: StreamPosition | None, histories: Path | None = None
-        ) -> SessionStream:
+        def stream_from(position: StreamPosition | None, histories: Path | None = None) -> Stream:
+            if source.users is not None:
+                return LeaveOneOutStream(
+                    config.data,
+                    source.users,
+                    seed=config.seed,
+                    rank=world.rank,
+                    world_size=world.size,
+                    position=position,
+                )
             return SessionStream(
                 config.data,
                 seed=config.seed,
@@ -113,10 +119,10 @@ def train(config: TrainConfig, resolved: DictConfig, overrides: Sequence[str] = 
         log = RunLog(
             run if world.is_main else None,
             restored_step=restored,
-            total=sum(each.num_sessions for each in manifests),
+            total=source.num_examples,
             unit="example",
         )
-        log.message(_headline(config, world, manifests, trainer, stream, restored, histories))
+        log.message(_headline(config, world, source, trainer, stream, restored, histories))
         with closing(log), closing(checkpoints):
             loop(config, world, trainer, stream, log, checkpoints, snapshots)
         world.on_main(lambda: shutil.rmtree(snapshots.folder, ignore_errors=True))
@@ -128,7 +134,7 @@ def loop(
     config: TrainConfig,
     world: World,
     trainer: Trainer,
-    stream: SessionStream,
+    stream: Stream,
     log: RunLog,
     checkpoints: CheckpointManager,
     snapshots: Snapshots,
@@ -171,17 +177,23 @@ def loop(
                 raise
             log.message(f"{error}. The run goes on (checkpoint.on_error=continue).")
 
+    last_window: dict[str, Any] = {}
+
+    def write_windows(ended: Sequence[WindowResult]) -> None:
+        # Rows of the step in progress: a resumed run writes them again.
+        for each in ended if config.data.window != "none" else ():
+            if config.data.window == "epoch" and not any(each.metrics.values()):
+                continue  # stopped by max_steps before the epoch was scored
+            log.evaluation(progress.step + 1, window_name(each.window, config.data), each.metrics)
+            last_window.update(each.metrics)
+
     batches = trainer.ahead(stream)
     ahead = batches if config.overlap else None
     for staged in batches:
         batch = staged.batch
         if config.max_steps and progress.step >= config.max_steps:
             break
-        for ended in trainer.evaluation.roll(batch.window):
-            if config.data.window != "none":
-                # A row of the step in progress: a resumed run writes it again.
-                name = window_name(ended.window, config.data)
-                log.evaluation(progress.step + 1, name, ended.metrics)
+        write_windows(trainer.evaluation.roll(batch.window))
         if batch.is_frozen:
             with clock.scoring():
                 trainer.score_step(staged, ahead)
@@ -201,10 +213,10 @@ def loop(
         write_metrics()
     save()
     settle()
-    for ended in trainer.evaluation.finish():
-        if config.data.window != "none":
-            log.evaluation(progress.step + 1, window_name(ended.window, config.data), ended.metrics)
-    log.evaluation(progress.step + 1, LIFETIME, trainer.evaluation.lifetime())
+    write_windows(trainer.evaluation.finish())
+    # Epochs are not added up: the run's result is that of the weights it ends with.
+    overall = last_window if config.data.window == "epoch" else trainer.evaluation.lifetime()
+    log.evaluation(progress.step + 1, LIFETIME, overall)
 
 
 def is_saved_at(step: int, config: TrainConfig) -> bool:
@@ -261,27 +273,12 @@ class Clock:
         self.tokens = self.trainer.progress.tokens
 
 
-def window_name(window: int, data: DataConfig) -> str:
-    """Return a window as a date, or as a date and hour, in the time that the windows are cut in."""
-    seconds = window * (86_400 if data.window == "day" else 3_600)
-    moment = datetime.fromtimestamp(seconds, UTC)
-    return moment.strftime("%Y-%m-%d" if data.window == "day" else "%Y-%m-%dT%H")
-
-
-def utc_offset_seconds(manifest: Manifest) -> int:
-    """Return what to add to a timestamp for local time, as it stands when the log starts."""
-    start = datetime.fromtimestamp(manifest.start_ts, ZoneInfo(manifest.timezone))
-    offset = start.utcoffset()
-    assert offset is not None
-    return int(offset.total_seconds())
-
-
 def _headline(
     config: TrainConfig,
     world: World,
-    manifests: Sequence[Manifest],
+    source: Log,
     trainer: Trainer,
-    stream: SessionStream,
+    stream: Stream,
     restored: int,
     histories: Path | None,
 ) -> str:
@@ -290,14 +287,16 @@ def _headline(
         f"{config.model.encoder}: {parameters:,} dense parameters, {world.size} process(es) on "
         f"{world.device.type}",
         trainer.tables.plan_summary(),
-        f"{sum(m.num_sessions for m in manifests):,} sessions with "
-        f"{sum(m.num_events for m in manifests):,} events in {manifests[0].partitions} partitions: "
-        f"{stream.num_steps:,} steps{' so far' if config.data.follow else ''}",
+        f"{source.summary}: {stream.num_steps:,} steps{' so far' if config.data.follow else ''}",
     ]
     if restored:
         lines.append(
-            f"resumed from step {restored}: weights, both optimizers, metrics, histories "
-            f"({'from the checkpoint' if histories else 'by reading the log again'}), position "
+            f"resumed from step {restored}: weights, both optimizers, metrics, "
+            f"{'' if source.users else _histories(histories)}position "
             f"({trainer.progress.examples:,} examples seen)"
         )
     return "\n".join(lines)
+
+
+def _histories(folder: Path | None) -> str:
+    return f"histories ({'from the checkpoint' if folder else 'by reading the log again'}), "

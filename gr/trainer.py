@@ -72,11 +72,11 @@ class Trainer:
         config: of the run.
         world: this process among all.
         utc_offset: seconds to add to a timestamp for local time.
-        partitions: of the log, which together with the configuration says how large a batch is.
+        sequences_per_step: of a global batch, about.
     """
 
     def __init__(
-        self, config: TrainConfig, world: World, *, utc_offset: int, partitions: int
+        self, config: TrainConfig, world: World, *, utc_offset: int, sequences_per_step: int
     ) -> None:
         self.config = config
         self.world = world
@@ -89,7 +89,7 @@ class Trainer:
             config.embeddings,
             device=world.device,
             seed=config.seed,
-            num_sequences_hint=-(-config.data.sessions_per_partition * partitions // world.size),
+            num_sequences_hint=-(-sequences_per_step // world.size),
             mean_length_hint=max(1.0, config.data.max_history_tokens),
         )
         # After the tables: how much of the generator their form uses must not matter.

@@ -238,12 +238,45 @@ class StochasticLengthConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LeaveOneOutConfig:
+    """Many epochs over user sequences in memory, as in public tables; of data.window=epoch."""
+
+    epochs: int = 0
+    """Each takes every user once."""
+    hold_out: Literal["test", "validation"] = "test"
+    """What is scored after an epoch. test: the last event of each user, after training on those
+    before it. validation: the one before the last, after training on those before that: what
+    chooses the epoch, and every setting, without a look at the test event."""
+    users_per_batch: int = 128
+    """Users of a global training batch."""
+    scored_users_per_batch: int = 1024
+    """The same of a batch that is only scored."""
+    eval_every: int = 1
+    """Epochs from one scoring to the next; after the last epoch there is one in any case."""
+    min_events: int = 5
+    """Users and items with fewer events in the log are left out."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("epochs", 0),
+            ("users_per_batch", 1),
+            ("scored_users_per_batch", 1),
+            ("eval_every", 1),
+            ("min_events", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"data.leave_one_out.{name} must be at least {least}, got {getattr(self, name)}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """How a session-end log becomes batches of token sequences."""
 
     log: str = MISSING
     """Folder of the session-end log, as `gr sessionize` wrote it, or a folder of such folders: the
-    segments of a log, read in the order of their names."""
+    segments of a log, read in the order of their names. With `window: epoch` an event log."""
     follow: bool = False
     """Go on with segments that land while the log is read, until none has come for
     `follow_idle_seconds`."""
@@ -312,8 +345,12 @@ class DataConfig:
     budget: float = 0.0
     """Of `fill`: tokens, or FLOPs of the encoder's training, of one rank in one step. Only a single
     session, or 16 pieces of one, that is larger goes beyond it."""
-    window: Literal["none", "hour", "day"] = "day"
-    """Barrier across partitions: no session of a window is read before all of the last one are."""
+    window: Literal["none", "hour", "day", "epoch"] = "day"
+    """Barrier across partitions: no session of a window is read before all of the last one are.
+    epoch: `log` is an event log (Parquet with user_id, item_id, timestamp), read as
+    `leave_one_out` says."""
+    leave_one_out: LeaveOneOutConfig = field(default_factory=LeaveOneOutConfig)
+    """Of `window: epoch`."""
     window_offset_seconds: int = 0
     """Added to end_ts before the window is taken (to cut days at local midnight)."""
     prefetch: int = 4
@@ -326,6 +363,7 @@ class DataConfig:
         check_ranges(self)
         check_features(self)
         check_balance(self)
+        check_epochs(self)
         if self.context != "none" and not self.context_features:
             raise ValueError(
                 f"data.context={self.context} has no feature to make tokens of: name "
@@ -336,6 +374,47 @@ class DataConfig:
                 "data.dense_features are read at ranking positions, but data.tasks is empty: clear "
                 "data.dense_features, or name a task"
             )
+
+
+def check_epochs(data: DataConfig) -> None:
+    """Refuse settings of one pass in many epochs, and the other way round.
+
+    Raises:
+        ValueError: naming the settings and what to change.
+    """
+    if data.window != "epoch":
+        if data.leave_one_out != LeaveOneOutConfig():
+            raise ValueError(
+                f"data.leave_one_out is read with data.window=epoch only, got {data.window}: set "
+                "data.window=epoch, or leave it out"
+            )
+        return
+    if data.leave_one_out.epochs < 1:
+        raise ValueError("data.window=epoch needs data.leave_one_out.epochs of 1 or more, got 0")
+    if data.max_history_tokens < 2:
+        raise ValueError(
+            "data.window=epoch predicts from earlier events: data.max_history_tokens must be at "
+            f"least 2, got {data.max_history_tokens}"
+        )
+    expected = {
+        "supervise": "all",
+        "anchor": "event",
+        "context": "none",
+        "fill": "sessions",
+        "follow": False,
+        "sessions_per_partition": 8,
+        "window_offset_seconds": 0,
+    }
+    wrong = [f"data.{k}={getattr(data, k)}" for k, v in expected.items() if getattr(data, k) != v]
+    if data.context_features:
+        wrong.append("data.context_features")
+    if data.stochastic_length.balance:
+        wrong.append("data.stochastic_length.balance")
+    if wrong:
+        raise ValueError(
+            f"data.window=epoch reads user sequences without sessions; it needs supervise=all and "
+            f"does not go with {', '.join(wrong)}: leave that out"
+        )
 
 
 def id_features(data: DataConfig) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ class Purpose(IntEnum):
     SELECTION = 4
     BALANCE = 5
     BALANCE_LAST = 6
+    EPOCH_ORDER = 7
     SYNTHETIC = 101
     SYNTHETIC_ITEM = 102
     SYNTHETIC_USER = 103

@@ -158,6 +158,11 @@ class LogSegments:
             parts.append(part)
             end_ts.append(times)
         histories = tuple(self._open(manifest, file, 0)[0] for file in manifest.histories)
+        if config.window == "epoch":
+            raise ValueError(
+                "data.window=epoch reads user sequences of an event log, not the sessions of "
+                f"{self.folder}: use data.window=none, hour or day"
+            )
         schedule = make_schedule(
             end_ts,
             window=config.window,

@@ -1,6 +1,8 @@
 import pytest
 import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from embeddings.collection import build_tables
 from embeddings.config import EmbeddingsConfig, RowWiseAdamWConfig, TableConfig
 from embeddings.optim import build_optimizer, row_gradient, sum_duplicates
 from tests.embeddings.oracle import RowWiseOracle
@@ -61,6 +63,59 @@ def test_a_dense_gradient_touches_every_row():
     optimizer.step({"item": dense})
     oracle.step(torch.arange(ROWS), dense)
     torch.testing.assert_close(weight, torch.tensor(oracle.w, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adamw_is_that_of_torch_on_every_row(decay: float):
+    config = EmbeddingsConfig(
+        tables={"item": TableConfig(num_embeddings=ROWS, dim=6, features=("item_id", "other"))},
+        optimizer=RowWiseAdamWConfig(lr=0.03, betas=(0.8, 0.97), eps=1e-5, weight_decay=decay),
+        update_rule="adamw",
+        form="replicated",
+    )
+    tables = build_tables(
+        config, device=torch.device("cpu"), seed=0, num_sequences_hint=1, mean_length_hint=1.0
+    )
+    weight = torch.nn.Parameter(tables.full_weight("item").detach().clone())
+    reference = torch.optim.AdamW(
+        [weight], lr=0.03, betas=(0.8, 0.97), eps=1e-5, weight_decay=decay
+    )
+    generator = torch.Generator().manual_seed(0)
+    for step in range(20):
+        lots = [torch.randint(0, ROWS, (n,), generator=generator) for n in (5, 9)]
+        factors = [torch.randn(len(x), 6, generator=generator) for x in lots]
+        ids = KeyedJaggedTensor.from_lengths_sync(
+            ["item_id", "other"], torch.cat(lots), torch.tensor([5, 9])
+        )
+        found = tables.lookup(ids)
+        loss = sum((found[f] * x).sum() for f, x in zip(found, factors, strict=True))
+        if step % 2:
+            loss = loss + tables.full_weight("item").square().sum()
+        loss.backward()
+        tables.set_lr(0.03 / (1 + step))
+        tables.optimizer_step()
+        loss = sum((weight[x] * f).sum() for x, f in zip(lots, factors, strict=True))
+        if step % 2:
+            loss = loss + weight.square().sum()
+        reference.zero_grad()
+        loss.backward()
+        reference.param_groups[0]["lr"] = 0.03 / (1 + step)
+        reference.step()
+    torch.testing.assert_close(tables.full_weight("item"), weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"update_rule": "adamw"}, "set embeddings.form=replicated"),
+        ({"dim": 6}, "item.dim must be a multiple of 4, got 6"),
+    ],
+)
+def test_what_only_replicated_tables_have_is_refused(settings, message):
+    table = TableConfig(num_embeddings=9, dim=settings.pop("dim", 8), features=("item_id",))
+    EmbeddingsConfig(tables={"item": table}, form="replicated", **settings)
+    with pytest.raises(ValueError, match=message):
+        EmbeddingsConfig(tables={"item": table}, **settings)
 
 
 def test_a_table_without_a_gradient_stays_but_the_step_counts():

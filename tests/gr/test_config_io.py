@@ -118,7 +118,7 @@ def test_a_field_called_base_is_no_chain(write):
         (SessionizeConfig, "input: a", [], ["not set", "actions, output"]),
         (SessionizeConfig, LOG + "joins: [{path: p}]", [], ["not set", "joins[0].key"]),
         # Checks of the dataclasses: which part fails.
-        (TrainConfig, RUN, ["embeddings.tables.item.dim=6"], ["embeddings.tables.item: ", "6"]),
+        (TrainConfig, RUN, ["embeddings.tables.item.dim=0"], ["embeddings.tables.item: ", "got 0"]),
         (TrainConfig, RUN, ["data.num_negatives=0"], ["data.num_negatives > 0"]),
         # Files and text.
         (SessionizeConfig, "a: [1", [], ["config.yaml", "not valid YAML"]),

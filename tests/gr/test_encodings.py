@@ -225,6 +225,8 @@ def test_tables_start_uniform_and_periodic_terms_small():
         assert 0.99 * bound < table.weight.abs().max() <= bound
         assert table.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
     assert encoding.periodic.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    normal = TokenEncoding(replace(config, position_std=0.3), 64)
+    assert normal.position.weight.std().item() == pytest.approx(0.3, rel=0.02)
     assert set(encoding.state_dict()) == {
         "position.weight",
         "time.weight",

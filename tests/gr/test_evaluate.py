@@ -49,7 +49,7 @@ def bytes_of(run_dir):
 def by_hand(run_dir, config, step):
     """Return labels, probabilities of click and ranks of all targets, one sequence at a time."""
     world = World(0, 1, torch.device("cpu"))
-    trainer = Trainer(config, world, utc_offset=0, partitions=4)
+    trainer = Trainer(config, world, utc_offset=0, sequences_per_step=8 * 4)
     checkpoints = CheckpointManager(run_dir / "checkpoints", apart=(EVALUATION,))
     dense = checkpoints.read(step, "dense")
     trainer.model.load_state_dict(dense)

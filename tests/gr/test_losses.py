@@ -12,6 +12,7 @@ from gr.losses import (
     full_softmax,
     in_batch_softmax,
     multitask_loss,
+    position_softmax,
     sampled_softmax,
 )
 from pipelines.config import TaskConfig
@@ -229,6 +230,48 @@ def test_losses_of_nothing_are_zero_and_differentiable():
     loss.total.backward()
     assert (loss.total, loss.weight) == (0, 2)
     assert torch.equal(alone.grad, torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize(("rows", "negatives"), [(7, 30), (300, 5)])
+def test_position_softmax_equals_loops_over_its_own_draws(rows, negatives):
+    generator = torch.Generator().manual_seed(0)
+    user = torch.randn(9, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    items = torch.randn(rows, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(1, rows, (9,), generator=generator)
+    weights = torch.rand(9, generator=generator, dtype=torch.float64)
+    got = position_softmax(
+        user,
+        items,
+        target,
+        num_negatives=negatives,
+        weights_R=weights,
+        temperature=0.3,
+        generator=torch.Generator().manual_seed(5),
+    )
+    draws = torch.randint(1, rows, (9, negatives), generator=torch.Generator().manual_seed(5))
+    hits, total = 0, 0.0
+    for r in range(9):
+        others = [int(e) for e in draws[r] if e != target[r]]
+        hits += negatives - len(others)
+        scores = torch.stack([user[r] @ items[e] / 0.3 for e in [int(target[r]), *others]])
+        total = total - weights[r] * torch.log_softmax(scores, 0)[0]
+    assert hits > 0  # accidental ones are met
+    torch.testing.assert_close(got.total, total)
+    torch.testing.assert_close(got.weight, weights.sum())
+    expected = gradients(total, user, items)
+    for a, b in zip(gradients(got.total, user, items), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_position_softmax_draws_every_item_alike_and_never_the_unknown_one():
+    torch.manual_seed(0)
+    items = torch.zeros(6, 1)
+    items[0] = 100.0  # would dominate every loss
+    loss = position_softmax(
+        torch.ones(4_000, 1), items, torch.full((4_000,), 3), num_negatives=10, temperature=1.0
+    )
+    # All scores are alike: the loss is ln(1 + negatives that are no hit), a fifth of them hits.
+    assert (loss.total / loss.weight).item() == pytest.approx(2.1865, abs=0.006)
 
 
 def test_wrong_groups_are_refused():

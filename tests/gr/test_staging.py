@@ -63,7 +63,9 @@ def test_what_a_batch_raises_comes_in_its_place():
 
 def test_the_position_is_that_of_the_last_batch_that_trained(tmp_path):
     config = train_config(data_config(random_log(tmp_path / "log"), MODE))
-    trainer = Trainer(config, World(0, 1, torch.device("cpu")), utc_offset=0, partitions=2)
+    trainer = Trainer(
+        config, World(0, 1, torch.device("cpu")), utc_offset=0, sequences_per_step=8 * 2
+    )
     trainer.evaluation.roll(0)
     steps = batches(config.data)[:3]
     pulled = []

@@ -35,7 +35,7 @@ def log(tmp_path_factory):
 
 
 def make_trainer(config) -> Trainer:
-    trainer = Trainer(config, WORLD, utc_offset=0, partitions=2)
+    trainer = Trainer(config, WORLD, utc_offset=0, sequences_per_step=8 * 2)
     trainer.evaluation.roll(0)
     return trainer
 
@@ -256,7 +256,7 @@ def test_a_restored_trainer_repeats_every_bit(log, tmp_path, encoder):
         trainer.train_step(batch)
     checkpoints.save(3, trainer.state())
     torch.manual_seed(99)  # what the process drew in between must not matter
-    restored = Trainer(config, WORLD, utc_offset=0, partitions=2)
+    restored = Trainer(config, WORLD, utc_offset=0, sequences_per_step=8 * 2)
     restored.load(checkpoints, 3)
     assert differing(flat(trainer), flat(restored)) == set()
     assert restored.progress == trainer.progress
@@ -277,7 +277,7 @@ def test_what_was_learnt_comes_alone(log, tmp_path):
     trainer.train_step(batches(config.data)[0])
     checkpoints = CheckpointManager(tmp_path, apart=(EVALUATION,))
     checkpoints.save(1, trainer.state())
-    restored = Trainer(config, WORLD, utc_offset=0, partitions=2)
+    restored = Trainer(config, WORLD, utc_offset=0, sequences_per_step=8 * 2)
     restored.load_learnt(checkpoints, 1)
     left = {key.split(".")[0] for key in differing(flat(trainer), flat(restored))}
     assert left == {EVALUATION, "progress"}
