@@ -45,6 +45,9 @@ class ReplicatedTables(Tables):
             rows = initial_rows(table, table=name, seed=seed, first=0, last=table.num_embeddings)
             self.weights[name] = nn.Parameter(rows.to(device))
         self.optimizer = build_optimizer(dict(self.weights.items()), config)
+        if device.type == "cuda":
+            # Batches come beside the work of the device.
+            self.exchange = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.is_dense = config.update_rule == "adamw"
 
     @property

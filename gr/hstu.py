@@ -240,5 +240,5 @@ def tail_index(info: SequenceInfo) -> Tensor:
     """Return (R,) int64: the tokens of the tails, in the order of the encoder's result."""
     tail_lengths_B = info.tail_offsets.diff()
     token_of_row_B = info.offsets[1:] - info.tail_offsets[1:]
-    shift_R = torch.repeat_interleave(token_of_row_B, tail_lengths_B)
-    return shift_R + torch.arange(shift_R.numel(), device=shift_R.device)
+    shift_R = torch.repeat_interleave(token_of_row_B, tail_lengths_B, output_size=info.num_rows)
+    return shift_R + torch.arange(info.num_rows, device=shift_R.device)

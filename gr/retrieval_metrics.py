@@ -23,6 +23,8 @@ RETRIEVAL = "retrieval"
 
 BLOCK_ROWS = 256
 """Positions scored at a time: scores of 256 x 7,600 items fit the caches of a CPU."""
+BLOCK_SCORES = 1 << 26
+"""The same on a GPU, in scores (256 MB), which waits for the host between blocks."""
 
 
 @torch.no_grad()
@@ -42,7 +44,8 @@ def catalogue_ranks(
         log_prob = score_target - log(sum over e of exp(score_e))
 
     Row 0, the unknown item, is not an item. Equal scores, as of rows that never trained, go by row
-    number. Scores are compared as fp32 rounds them. At most 256 x C scores are held.
+    number. Scores are compared as fp32 rounds them. At most 256 x C scores are held on a CPU, 2^26
+    or 256 x C on a GPU.
 
     Args:
         user_RD: user vectors, as `gr.heads.RetrievalHead` returns them.
@@ -70,8 +73,11 @@ def catalogue_ranks(
             continue
         rows_C = torch.arange(first, first + len(items_CD), device=user_RD.device)
         items_CD = items_CD.to(dtype)
-        for start in range(0, len(user_RD), BLOCK_ROWS):
-            block = slice(start, start + BLOCK_ROWS)
+        rows = BLOCK_ROWS
+        if user_RD.is_cuda:
+            rows = max(rows, BLOCK_SCORES // len(items_CD))
+        for start in range(0, len(user_RD), rows):
+            block = slice(start, start + rows)
             score_BC = user_RD[block] @ items_CD.T
             normalizer_R[block] = torch.logaddexp(normalizer_R[block], score_BC.logsumexp(1))
             if seen is not None:

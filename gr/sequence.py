@@ -3,7 +3,7 @@
 Letters: B sequences, L tokens, R rows of the result.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class SequenceInfo:
     num_candidates: Tensor
     """(B,) int64: candidates at the end, which see history and themselves only and share a
     position."""
+    num_rows: int
+    """R, known to the host, so that no device has to be waited for."""
 
 
 def sequence_info(batch: SequenceBatch) -> SequenceInfo:
@@ -59,6 +61,26 @@ def sequence_info(batch: SequenceBatch) -> SequenceInfo:
         query_time=batch.query_time,
         session_start=batch.session_start,
         num_context=batch.num_context,
+        num_candidates=batch.num_candidates,
+        num_rows=int(tail_offsets[-1]),
+    )
+
+
+def info_of_copy(info: SequenceInfo, batch: SequenceBatch, tail_offsets: Tensor) -> SequenceInfo:
+    """Return the structure of a batch's copy on a device, without waiting for the device.
+
+    Args:
+        info: `sequence_info` of the batch in host memory.
+        batch: the copy.
+        tail_offsets: of `info`, copied likewise.
+    """
+    return replace(
+        info,
+        offsets=batch.offsets,
+        tail_offsets=tail_offsets,
+        timestamp=batch.timestamp,
+        query_time=batch.query_time,
+        session_start=batch.session_start,
         num_candidates=batch.num_candidates,
     )
 

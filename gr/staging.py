@@ -7,6 +7,9 @@ import torch
 
 from embeddings.tables import PendingLookup, Tables
 from embeddings.vocabulary import Vocabulary
+from gr.config import ModelConfig
+from gr.flops import training_flops
+from gr.sequence import SequenceInfo, info_of_copy, sequence_info
 from pipelines.batch import SequenceBatch
 
 
@@ -16,6 +19,10 @@ class StagedBatch:
 
     batch: SequenceBatch
     """On the device, with rows of the tables in the place of raw ids."""
+    info: SequenceInfo
+    """Its structure, on the device."""
+    flops: float
+    """Of training on it."""
     lookup: PendingLookup
     """Of all its ids."""
     event: torch.Event | None
@@ -29,6 +36,7 @@ class StagedBatch:
             stream = torch.cuda.current_stream()
             stream.wait_event(self.event)
             self.batch.record_stream(stream)
+            self.info.tail_offsets.record_stream(stream)
         return self.batch
 
 
@@ -37,6 +45,7 @@ def stage(
     vocabulary: Vocabulary,
     tables: Tables,
     *,
+    model: ModelConfig,
     num_without_vector: tuple[int, ...] = (),
 ) -> StagedBatch:
     """Start to bring a batch, on a GPU beside its other work. On every rank alike.
@@ -45,20 +54,28 @@ def stage(
         batch: raw ids, on the CPU.
         vocabulary: maps raw ids to rows.
         tables: what the rows are looked up in.
+        model: says what training on a batch costs.
         num_without_vector: of the batch, to be kept with it.
 
     Raises:
         ValueError: for an id outside a static table.
     """
     batch = replace(batch, ids=vocabulary.rows(batch.lookup_ids(), batch.partition))
+    info = sequence_info(batch)  # in host memory: on a GPU it would have to be waited for
+    flops = training_flops(model, info)
     if tables.exchange is None:
         batch = batch.to(tables.device)
-        return StagedBatch(batch, tables.send(batch.ids), None, num_without_vector)
+        info = info_of_copy(info, batch, info.tail_offsets.to(tables.device))
+        sent = tables.send(batch.ids)
+        return StagedBatch(batch, info, flops, sent, None, num_without_vector)
     with torch.cuda.stream(tables.exchange):
         batch = batch.pin_memory().to(tables.device, non_blocking=True)
+        tail_offsets = info.tail_offsets.pin_memory().to(tables.device, non_blocking=True)
         event = torch.Event("cuda")
         event.record()
-        return StagedBatch(batch, tables.send(batch.ids), event, num_without_vector)
+        info = info_of_copy(info, batch, tail_offsets)
+        sent = tables.send(batch.ids)
+        return StagedBatch(batch, info, flops, sent, event, num_without_vector)
 
 
 class Ahead:

@@ -82,9 +82,13 @@ class TokenEmbedding(nn.Module):
         item_ID = self._sum(self.item_features, rows)
         for name in self.item_numbers:
             item_ID = item_ID + self.numbers.encode(name, batch.numbers[name])
-        x_LD = item_ID.new_zeros(batch.num_tokens, self.dim)
-        x_LD = x_LD.index_add(0, carries_item(kind).nonzero()[:, 0], item_ID)
-        token_A = ((kind == TokenKind.ACTION) | (kind == TokenKind.EVENT)).nonzero()[:, 0]
+        if len(item_ID) == batch.num_tokens:
+            x_LD = item_ID  # every token has one: looking for them would wait for the device
+        else:
+            x_LD = item_ID.new_zeros(batch.num_tokens, self.dim)
+            x_LD = x_LD.index_add(0, carries_item(kind).nonzero()[:, 0], item_ID)
+        if self.action is not None or self.action_context:
+            token_A = ((kind == TokenKind.ACTION) | (kind == TokenKind.EVENT)).nonzero()[:, 0]
         if self.action is not None:
             action_AD = self.action(batch.action_codes + self.code_start_S).sum(1)
             x_LD = x_LD.index_add(0, token_A, action_AD)

@@ -17,14 +17,13 @@ from embeddings.collection import build_tables
 from embeddings.vocabulary import Vocabulary
 from gr.checkpoint import CheckpointManager
 from gr.config import TrainConfig
-from gr.flops import training_flops
 from gr.metrics import EvalAccumulator
 from gr.model import Predictions, SequenceModel, dense_model, feature_dims
 from gr.objective import Objective
 from gr.optim import DenseUpdates, lr_factor
 from gr.parallel import World
 from gr.retrieval_metrics import catalogue_ranks
-from gr.sequence import SequenceInfo, sequence_index, sequence_info
+from gr.sequence import SequenceInfo, sequence_index
 from gr.staging import Ahead, StagedBatch, stage
 from gr.tokens import carries_item
 from pipelines.balance import LoadTarget
@@ -110,7 +109,9 @@ class Trainer:
         self.progress = Progress(skipped=[0] * len(self.skipped_names))
         lengths = config.data.stochastic_length
         self.load_target = LoadTarget(lengths.recalibrate_steps) if lengths.balance else None
-        self.loss_sums = torch.zeros(2, len(self.objective.names), dtype=torch.float64)
+        self.loss_sums = torch.zeros(
+            2, len(self.objective.names), dtype=torch.float64, device=world.device
+        )
         self.flops = 0.0
         self.has_dropout = config.model.has_dropout
         self.is_training = False
@@ -195,7 +196,7 @@ class Trainer:
             self.tables.optimizer_step()
             self.objective.count_targets(batch)
             self.model.observe(batch)
-            self.loss_sums += torch.stack([totals, global_weights]).cpu()
+            self.loss_sums += torch.stack([totals, global_weights])
         elif is_due:
             self.dense.sum_over_ranks()  # this batch has no backward pass that would do it
         self.tables.optimizer_zero_grad()
@@ -215,7 +216,7 @@ class Trainer:
         num_bad_rows = skipped[NONFINITE_ROWS]
         is_good = is_finite and dense_is_finite and num_bad_rows == 0
         skipped[NONFINITE_STEPS] = int(not is_good)
-        self.flops += training_flops(config.model, info)
+        self.flops += staged.flops
         self.progress.step += 1
         self.progress.examples += num_examples
         self.progress.tokens += num_tokens
@@ -240,9 +241,9 @@ class Trainer:
 
     def take_losses(self) -> dict[str, float]:
         """Return the mean of each loss since the last call, over all ranks, and their sum."""
-        totals, weights = self.loss_sums
+        totals, weights = self.loss_sums.tolist()
         means = {
-            name: float(total / weight) if weight > 0 else float("nan")
+            name: total / weight if weight > 0 else float("nan")
             for name, total, weight in zip(self.objective.names, totals, weights, strict=True)
         }
         factors = dict(zip(self.objective.names, self.objective.factors, strict=True))
@@ -283,13 +284,13 @@ class Trainer:
             replace(batch, vector_rows=vector_rows),
             self.vocabulary,
             self.tables,
+            model=self.config.model,
             num_without_vector=tuple(without_vector.values()),
         )
 
     def _arrive(self, staged: StagedBatch) -> tuple[SequenceBatch, SequenceInfo, dict[str, Tensor]]:
         """Return the batch on the device, ids mapped to rows; its structure; what is looked up."""
-        arrived = staged.arrive()
-        return arrived, sequence_info(arrived), self.tables.lookup(staged.lookup)
+        return staged.arrive(), staged.info, self.tables.lookup(staged.lookup)
 
     def _predict(
         self,

@@ -59,6 +59,7 @@ def make_info(sequences, num_context=0, extra_len=0):
         session_start=column([s.session_start for s in sequences]),
         num_context=num_context,
         num_candidates=column([s.num_candidates for s in sequences]),
+        num_rows=sum(s.tail for s in sequences),
     )
 
 
