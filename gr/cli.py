@@ -69,9 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gr", description="Train generative recommenders.")
-    parser.add_argument(
-        "--version", action="version", version=f"gr {metadata.version('gr-recsys')}"
-    )
+    parser.add_argument("--version", action="version", version=f"gr {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str, **options: Any) -> argparse.ArgumentParser:
@@ -127,6 +125,13 @@ def _parser() -> argparse.ArgumentParser:
 
     command("bench", _bench, "Time operators (gr bench --help).", add_help=False)
     return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version("gr-recsys")
+    except metadata.PackageNotFoundError:
+        return "(run from its folder, not installed)"
 
 
 def _sessionize(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,11 @@ import torch
 from gr.checkpoint import CheckpointManager
 from gr.runlog import read_lines
 from gr.trainer import EVALUATION
+from pipelines.config import SessionizeConfig
+from pipelines.manifest import read_manifest
+from pipelines.sessionize import sessionize
 from tests.dist import run_distributed
-from tests.e2e.toy import run, write_config, write_log
+from tests.e2e.toy import ACTIONS, FEATURES, run, write_config, write_events, write_log
 
 ROOT = Path(__file__).parents[2]
 GROUPS = ("dense", "optimizer", "tables", "objective", "loss_sums", "progress", EVALUATION)
@@ -60,6 +64,21 @@ def lifetime(run_dir: Path) -> dict:
 def finished(tmp_path_factory, log):
     """A run that nothing interrupted."""
     return run(write_config(tmp_path_factory.mktemp("finished"), log))
+
+
+def test_the_log_of_these_tests_is_what_sessionize_makes(log, tmp_path):
+    write_events(tmp_path / "events.parquet")
+    made = SessionizeConfig(
+        input=str(tmp_path / "events.parquet"),
+        output=str(tmp_path / "log"),
+        actions=tuple(ACTIONS),
+        features=tuple(FEATURES),
+        partitions=4,
+    )
+    sessionize(made)
+    ours, theirs = (read_manifest(folder) for folder in (log, tmp_path / "log"))
+    # The digests of the files are part of it.
+    assert replace(ours, folder=theirs.folder, config=theirs.config) == theirs
 
 
 def test_the_history_is_what_it_learns_from(finished, tmp_path, log):

@@ -1,6 +1,8 @@
 """A small log in which only the history tells what a user will click, and a run that learns it."""
 
 import random
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,8 +11,10 @@ import pyarrow.parquet as pq
 from gr.config import TrainConfig
 from gr.config_io import load_config
 from gr.train import train
-from pipelines.config import SessionizeConfig
-from pipelines.sessionize import sessionize
+from pipelines.manifest import Manifest, log_schema, write_manifest
+from pipelines.portable_hash import partition_of
+from pipelines.schema import part_name
+from pipelines.session_writer import WrittenFiles, check_file, write_sessions
 
 NUM_ITEMS = 24
 DAY = 86_400
@@ -48,8 +52,15 @@ device: cpu
 """
 
 
-def write_events(path: Path, *, users: int = 48, days: int = 3, seed: int = 0) -> None:
-    """Write an event log: half of the users click nearly all they meet, the others nearly none."""
+ACTIONS = {"click": "bool", "watch_ms": "int64"}
+FEATURES = {"price": "double"}
+
+
+def events(*, users: int = 48, days: int = 3, seed: int = 0) -> list[dict]:
+    """Return events, one a row: half of the users click nearly all they meet, others nearly none.
+
+    Each user has two sessions a day.
+    """
     rng = random.Random(seed)
     rows = []
     for user in range(users):
@@ -69,24 +80,61 @@ def write_events(path: Path, *, users: int = 48, days: int = 3, seed: int = 0) -
                             "click": click,
                             "watch_ms": rng.randrange(5_000, 60_000) if click else 500,
                             "price": float(item % 3),
+                            "session_id": 2 * day + session,
                         }
                     )
+    return rows
+
+
+def write_events(path: Path, **changes: int) -> None:
+    """Write an event log, which does not name the sessions."""
+    rows = [{k: v for k, v in row.items() if k != "session_id"} for row in events(**changes)]
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 def write_log(folder: Path, *, partitions: int = 4, **changes: int) -> Path:
-    """Write the session-end log of such events and return its folder."""
-    write_events(folder / "events.parquet", **changes)
-    sessionize(
-        SessionizeConfig(
-            input=str(folder / "events.parquet"),
-            output=str(folder / "log"),
-            actions=("click", "watch_ms"),
-            features=("price",),
+    """Write the session-end log of such events and return its folder.
+
+    As `gr sessionize` does (test_train.py compares them), but without its engine, which a machine
+    that only trains need not have.
+    """
+    log = folder / "log"
+    log.mkdir(parents=True)
+    schema = log_schema(ACTIONS, FEATURES, {})
+    sessions = []
+    for (user, number), rows in groupby(events(**changes), itemgetter("user_id", "session_id")):
+        own = [{k: v for k, v in row.items() if k not in ("user_id", "session_id")} for row in rows]
+        times = {"start_ts": own[0]["timestamp"], "end_ts": own[-1]["timestamp"]}
+        sessions.append({"user_id": user, "session_id": number, **times, "events": own})
+    sessions.sort(key=itemgetter("end_ts", "user_id"))
+    written = WrittenFiles()
+    parts = []
+    for p in range(partitions):
+        own = [row for row in sessions if partition_of(row["user_id"], 0, partitions) == p]
+        write_sessions(iter([pa.Table.from_pylist(own, schema=schema)]), log / part_name(p), schema)
+        parts.append(check_file(log / part_name(p), p, partitions, 0, written))
+    columns = ("item_id", "timestamp", *ACTIONS, *FEATURES)
+    write_manifest(
+        Manifest(
+            folder=log,
             partitions=partitions,
+            partition_seed=0,
+            timezone="UTC",
+            actions=ACTIONS,
+            features=FEATURES,
+            context={},
+            parts=tuple(parts),
+            histories=(),
+            start_ts=written.start_ts,
+            end_ts=written.end_ts,
+            num_rows_read=sum(part.num_events for part in parts),
+            num_duplicates=0,
+            rejects={},
+            nulls=dict.fromkeys(columns, 0),
+            config={},
         )
     )
-    return folder / "log"
+    return log
 
 
 def write_config(folder: Path, log: Path) -> Path:

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,15 @@ def test_usage_errors(argv, capsys):
         cli.main(argv)
     assert caught.value.code == 2
     assert "usage: gr" in capsys.readouterr().err
+
+
+def test_a_checkout_that_is_not_installed_runs(config, monkeypatch, capsys):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(cli.metadata, "version", missing)
+    assert cli.main(["train", config, "--print-config"]) == 0
+    assert "run_dir" in capsys.readouterr().out
 
 
 def test_the_module_is_the_command(config):
