@@ -1,8 +1,8 @@
 """One job from the log to the model, killed twice and resumed on half of its processes.
 
-    python -m tests.e2e.mission FOLDER              # on all GPUs of this machine, or with --device cpu
+    python -m tests.e2e.mission FOLDER     # on all GPUs of this machine, or with --device cpu
 
-`torchx run` trains HSTU on a session-end log of many partitions through the stream: sharded tables,
+`torchx run` trains HSTU on a session-end log of many partitions through the stream: tables sharded,
 fused row-wise AdamW, the kernels, fp8 (configs/synthetic_urn_sharded.yaml). First three seeds that
 nothing disturbs; then one of them again, of which a rank is killed with SIGKILL at a drawn step,
 and, once it has resumed, the whole job at another; then resumed on half as many processes. At the

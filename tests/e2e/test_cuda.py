@@ -1,9 +1,12 @@
 """The same run on a GPU: TorchRec's sharded tables and FBGEMM's fused row-wise AdamW."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from gr.runlog import read_lines
+from tests.dist import run_distributed
 from tests.e2e.toy import run
 
 
@@ -25,3 +28,21 @@ def test_a_resumed_gpu_run_repeats_bit_for_bit(config, tmp_path):
     run(config, f"run_dir={tmp_path / 'cut'}", "device=cuda", "max_steps=8")
     cut = run(config, f"run_dir={tmp_path / 'cut'}", "device=cuda", "resume=true")
     np.testing.assert_array_equal(losses(whole), losses(cut))
+
+
+def train(config, folder, *overrides):
+    run(Path(config), f"run_dir={folder}", "device=cuda", *overrides)
+
+
+def on_two(config, folder, *overrides):
+    run_distributed(train, 2, str(config), str(folder), *overrides, backend="nccl", timeout_s=200)
+    return losses(folder)
+
+
+@pytest.mark.multi_gpu
+def test_two_gpus_learn_what_one_does_with_and_without_overlap(config, tmp_path):
+    one = losses(run(config, f"run_dir={tmp_path / 'one'}", "device=cuda"))
+    plain = on_two(config, tmp_path / "plain", "overlap=false")
+    np.testing.assert_allclose(plain[:2], one[:2], rtol=1e-4)
+    np.testing.assert_allclose(plain, one, rtol=5e-3)
+    np.testing.assert_array_equal(on_two(config, tmp_path / "ahead", "overlap=true"), plain)

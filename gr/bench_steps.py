@@ -1,0 +1,383 @@
+"""Training steps on logs whose lengths are known: how long they take, and what they wait for."""
+
+import gc
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from embeddings.config import EmbeddingsConfig, TableConfig
+from gr.checkpoint import CheckpointManager
+from gr.config import (
+    EncodingConfig,
+    EvalConfig,
+    HeadConfig,
+    HSTUConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from gr.flops import layer_flops, peak_flops, sequence_cost
+from gr.parallel import World
+from gr.trainer import EVALUATION, Trainer
+from pipelines.batch import SequenceBatch
+from pipelines.config import ActionConfig, DataConfig, StochasticLengthConfig, TaskConfig
+from pipelines.stream import SessionStream
+
+PROFILED = 5
+"""Steps that are watched for what they wait for."""
+RECALIBRATE = 8
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all measurements share."""
+
+    logs: Path
+    """Holds the logs `zipf` and `fixed`."""
+    rows: int
+    """Of the table."""
+    sequences: int
+    """Of a rank's batch."""
+    partitions: int
+    """Of the logs."""
+    warm_up: int
+    """Steps that are not timed."""
+    is_small: bool = False
+    """A model for CPUs, with the update rule that FBGEMM has there."""
+
+
+class Bench:
+    """Measures runs on the ranks of a group.
+
+    Args:
+        settings: shared.
+        world: the ranks.
+    """
+
+    def __init__(self, settings: Settings, world: World) -> None:
+        self.settings, self.world = settings, world
+
+    def by_rows(self, log: str, *, fp8: bool = False) -> TrainConfig:
+        """Return a run whose ranks take as many sequences each."""
+        settings = self.settings
+        each = settings.sequences * self.world.size // settings.partitions
+        return self._config(log, fp8=fp8, sessions_per_partition=each)
+
+    def filled(
+        self, log: str, *, rows: int = 0, momentum: Literal["hbm", "host"] = "hbm"
+    ) -> TrainConfig:
+        """Return a run whose batches have as many FLOPs, on average those of `sequences`."""
+        config = self._config(log, rows=rows, momentum=momentum)
+        lengths = torch.from_numpy(np.load(self.settings.logs / f"{log}.npy"))
+        linear, attention = flops(config.model, lengths)
+        budget = (linear + 3.0 * attention) / len(lengths) * self.settings.sequences
+        return replace(
+            config,
+            data=replace(config.data, fill="flops", budget=budget, sessions_per_partition=8),
+        )
+
+    def stochastic(self, log: str, *, balance: bool) -> TrainConfig:
+        """Return `by_rows` with stochastic length."""
+        config = self.by_rows(log)
+        lengths = StochasticLengthConfig(
+            selection="weighted", balance=balance, recalibrate_steps=RECALIBRATE
+        )
+        return replace(config, data=replace(config.data, stochastic_length=lengths))
+
+    def rates(
+        self,
+        config: TrainConfig,
+        *,
+        steps: int = 30,
+        warm_up: int = 0,
+        live: bool = False,
+        profiled: bool = False,
+    ) -> dict[str, float]:
+        """Return seconds of a step, TFLOP/s and MFU of a GPU, tokens/s of a GPU, and loads.
+
+        Args:
+            config: the run.
+            steps: timed.
+            warm_up: steps before; 0 means those of the settings.
+            live: read the batches while training, instead of before.
+            profiled: also watch a few steps for communication that nothing hides.
+        """
+        warm_up = warm_up or self.settings.warm_up
+        trainer = self._trainer(config)
+        stream = _stream(config, self.world, trainer)
+        wanted = warm_up + steps + (PROFILED if profiled else 0)
+        batches: Iterable[SequenceBatch] = itertools.islice(stream, wanted)
+        batches = batches if live else list(batches)
+        loop = Loop(trainer, batches)
+        loop.run(warm_up)
+        self._barrier()
+        start = time.perf_counter()
+        made = loop.run(steps)
+        self._barrier()
+        seconds = time.perf_counter() - start
+        if len(made) < steps:
+            raise ValueError(
+                f"the log ended after {len(made)} of {steps} steps: write a longer one"
+            )
+        figures = self._figures(config, made, seconds)
+        if profiled:
+            figures |= self._profile(loop)
+        stream.close()
+        return figures
+
+    def checkpoint(self, config: TrainConfig, steps: int = 100) -> dict[str, float]:
+        """Return what 100 steps lose that hold an asynchronous checkpoint."""
+        steps = 10 if self.settings.is_small else steps
+        trainer = self._trainer(config)
+        some = list(itertools.islice(_stream(config, self.world, trainer), 20))
+        loop = Loop(trainer, itertools.cycle(some))
+        loop.run(self.settings.warm_up)
+        seconds, saving = [], 0.0
+        folder = [tempfile.mkdtemp(dir=self.settings.logs) if self.world.is_main else ""]
+        if self.world.size > 1:
+            dist.broadcast_object_list(folder)
+        checkpoints = CheckpointManager(Path(folder[0]), apart=(EVALUATION,), asynchronous=True)
+        for saves in (False, True):
+            self._barrier()
+            start = time.perf_counter()
+            loop.run(steps // 4)
+            if saves:
+                checkpoints.save(trainer.progress.step, trainer.state())
+                saving = time.perf_counter()
+            loop.run(steps - steps // 4)
+            self._barrier()
+            seconds.append(time.perf_counter() - start)
+        checkpoints.wait()
+        saving = time.perf_counter() - saving
+        size = sum(file.stat().st_size for file in Path(folder[0]).rglob("*") if file.is_file())
+        return {
+            "throughput": seconds[0] / seconds[1],
+            "plain_s": seconds[0],
+            "with_checkpoint_s": seconds[1],
+            "written_after_s": saving,
+            "state_gb": size / 1e9 / self.world.size,
+        }
+
+    def _config(
+        self,
+        log: str,
+        *,
+        rows: int = 0,
+        momentum: Literal["hbm", "host"] = "hbm",
+        fp8: bool = False,
+        sessions_per_partition: int = 1,
+    ) -> TrainConfig:
+        small = self.settings.is_small
+        rows = rows or self.settings.rows
+        dim, layers, heads, width, longest = (16, 2, 2, 8, 64) if small else (1024, 8, 4, 256, 4096)
+        # The log was written for a table of settings.rows: a smaller one takes any of its ids.
+        ids: Literal["static", "hashed"] = "static" if rows == self.settings.rows else "hashed"
+        table = TableConfig(
+            num_embeddings=rows,
+            dim=8 if small else 128,
+            ids=ids,
+            features=("item_id", "target_item_id"),
+            init_std=0.0,
+        )
+        return TrainConfig(
+            run_dir="none",
+            device="cpu" if small else "cuda",
+            precision="fp32" if small else "bf16",
+            data=DataConfig(
+                log=str(self.settings.logs / log),
+                supervise="all",
+                max_history_tokens=longest - 2,
+                actions={"like": ActionConfig()},
+                tasks={"like": TaskConfig(action="like")},
+                positive=("share",),  # of which there is none: no rows of targets
+                num_items=self.settings.rows - 1,
+                sessions_per_partition=sessions_per_partition,
+                window="none",
+            ),
+            embeddings=EmbeddingsConfig(
+                tables={"item": table},
+                form="sharded",
+                sharding=("row_wise",),
+                update_rule="row_wise_adagrad" if small else "row_wise_adamw",
+                weights="fp16" if rows != self.settings.rows and not small else "fp32",
+                momentum=momentum if not small else "hbm",
+            ),
+            model=ModelConfig(
+                dim=dim,
+                num_layers=layers,
+                hstu=HSTUConfig(
+                    num_heads=heads,
+                    qk_dim=width,
+                    v_dim=width,
+                    scaling_length=longest,
+                    precision="fp8" if fp8 and not small else "bf16",
+                ),
+                encoding=EncodingConfig(position="from_start", position_buckets=longest),
+                head=HeadConfig(ranking_hidden=(512 if not small else 8,), retrieval=False),
+            ),
+            optim=OptimConfig(warmup_steps=10),
+            eval=EvalConfig(lifetime_auc=False),
+        )
+
+    def _trainer(self, config: TrainConfig) -> Trainer:
+        gc.collect()
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        trainer = Trainer(
+            config,
+            self.world,
+            utc_offset=0,
+            sequences_per_step=self.settings.sequences * self.world.size,
+        )
+        # Rows drawn on the CPU would take minutes; zeros would make arithmetic cooler and faster.
+        for part in trainer.tables.checkpoint_state()["tables"].values():
+            for shard in part["weight"].local_shards():
+                for rows in shard.tensor.detach().split(1 << 20):
+                    rows.normal_(std=0.02)
+        return trainer
+
+    def _figures(
+        self, config: TrainConfig, batches: list[SequenceBatch], seconds: float
+    ) -> dict[str, float]:
+        each = np.array([flops(config.model, batch.lengths) for batch in batches])
+        tokens = sum(batch.num_tokens for batch in batches)
+        own = torch.tensor([*each.sum(0), tokens], dtype=torch.float64, device=self.world.device)
+        linear, attention, tokens = (self.world.sum(own) / self.world.size).tolist()
+        costs = own.new_zeros(self.world.size, len(batches))
+        costs[self.world.rank] = torch.from_numpy(each @ [1.0, 3.0])
+        costs = self.world.sum(costs)
+        peak = peak_flops(self.world.device) or float("nan")
+        return {
+            "step_s": seconds / len(batches),
+            "tflop": (linear + 3.5 * attention) / len(batches) / 1e12,
+            "tflops": (linear + 3.5 * attention) / seconds / 1e12,
+            "mfu": (linear + 3.5 * attention) / seconds / peak,
+            "mfu_3.0": (linear + 3.0 * attention) / seconds / peak,
+            "tokens_per_s": tokens / seconds,
+            "max_over_mean": float(costs.amax(0).sum() / costs.mean(0).sum()),
+        }
+
+    def _profile(self, loop: "Loop") -> dict[str, float]:
+        """Return shares of the time of a few steps: communication alone, nothing at all."""
+        if self.world.device.type == "cpu":
+            return {}
+        self._barrier()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            loop.run(PROFILED)
+            torch.cuda.synchronize()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json"
+            profile.export_chrome_trace(str(path))
+            events = json.loads(path.read_text())["traceEvents"]
+        communication, others = device_intervals(events)
+        return waits(communication, others)
+
+    def _barrier(self) -> None:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        dist.barrier()
+
+
+class Loop:
+    """The loop of gr.train, a number of steps at a time."""
+
+    def __init__(self, trainer: Trainer, batches: Iterable[SequenceBatch]) -> None:
+        self.trainer = trainer
+        self._source = batches
+        self._taken: list[SequenceBatch] = []
+        self.ahead = trainer.ahead(self._watched())
+        self._staged = iter(self.ahead)
+
+    def run(self, steps: int) -> list[SequenceBatch]:
+        """Train on the next batches; return them as they were read."""
+        first = self.trainer.progress.step
+        for staged in itertools.islice(self._staged, steps):
+            self.trainer.evaluation.roll(staged.batch.window)
+            self.trainer.train_step(staged, self.ahead)
+        return self._taken[first : self.trainer.progress.step]
+
+    def _watched(self) -> Iterator[SequenceBatch]:
+        for batch in self._source:
+            self._taken.append(batch)
+            yield batch
+
+
+def _stream(
+    config: TrainConfig, world: World, trainer: Trainer
+) -> Generator[SequenceBatch, None, None]:
+    stream = iter(
+        SessionStream(
+            config.data,
+            seed=0,
+            rank=world.rank,
+            world_size=world.size,
+            cost=sequence_cost(config.model),
+            load_target=trainer.load_target,
+        )
+    )
+    yield from stream
+
+
+def flops(model: ModelConfig, lengths: Tensor) -> tuple[float, float]:
+    """Return the FLOPs of a training step in matrices, and of attention's forward pass.
+
+    All tokens are supervised, and causal: every layer computes every token and pair.
+
+    Args:
+        model: the configuration.
+        lengths: (B,) tokens of each sequence.
+    """
+    per_key, per_query, per_pair = layer_flops(model)
+    lengths = lengths.double()
+    linear = 3.0 * model.num_layers * (per_key + per_query) * float(lengths.sum())
+    pairs = float((lengths * (lengths + 1) / 2).sum())
+    return linear, float(model.num_layers * per_pair * pairs)
+
+
+def device_intervals(events: list[dict[str, Any]]) -> tuple[list[Interval], list[Interval]]:
+    """Return when a GPU communicated and when it did anything else, of a trace in Chrome's format.
+
+    Communication is NCCL's kernels; everything else is kernels, copies and fills.
+    """
+    communication: list[Interval] = []
+    others: list[Interval] = []
+    for event in events:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            interval = (float(event["ts"]), float(event["ts"]) + float(event["dur"]))
+            (communication if "nccl" in event["name"].lower() else others).append(interval)
+    return communication, others
+
+
+def waits(communication: list[Interval], others: list[Interval]) -> dict[str, float]:
+    """Return the shares of the time from the first to the last interval.
+
+    Returns:
+        exposed: communication and nothing else; idle: nothing.
+    """
+    every = [*communication, *others]
+    span = max(end for _, end in every) - min(start for start, _ in every)
+    busy, computing = covered(every), covered(others)
+    return {"exposed": (busy - computing) / span, "idle": 1 - busy / span}
+
+
+def covered(intervals: list[Interval]) -> float:
+    """Return the length of the union of intervals."""
+    if not intervals:
+        return 0.0
+    ordered = sorted(intervals)
+    total, reached = 0.0, ordered[0][0]
+    for start, end in ordered:
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
