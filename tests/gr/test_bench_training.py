@@ -1,0 +1,105 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gr.bench_steps import Bench, Settings, covered, device_intervals, flops, waits
+from gr.flops import training_flops
+from gr.parallel import World
+from gr.sequence import sequence_info
+from pipelines.bench_log import write_bench_log, zipf_lengths
+from pipelines.stream import SessionStream
+
+ROOT = Path(__file__).parents[2]
+TOKENS = np.array([2, 64, 8, 40, 4, 2, 64, 10, 30, 6, 64, 2])
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("logs")
+    write_bench_log(folder / "zipf", TOKENS, partitions=4, num_items=999)
+    np.save(folder / "zipf.npy", TOKENS)
+    return folder
+
+
+def bench(logs):
+    settings = Settings(logs, 1000, 4, 4, warm_up=2, is_small=True)
+    return Bench(settings, World(0, 1, torch.device("cpu")))
+
+
+def test_a_log_has_the_lengths_that_were_asked_for(logs):
+    config = bench(logs).by_rows("zipf")
+    batches = list(SessionStream(config.data, seed=0))
+    # A global batch takes the next sequence of each partition.
+    assert [batch.lengths.tolist() for batch in batches] == TOKENS.reshape(3, 4).tolist()
+    for batch in batches:
+        assert batch.num_tokens == 2 * len(batch.ranking_positions)
+        assert len(batch.retrieval_positions) == 0
+        # Of every token a loss is read, or it stands before one that is: all layers compute all.
+        info = sequence_info(batch)
+        assert int(info.tail_offsets[-1]) == batch.num_tokens
+        linear, attention = flops(config.model, batch.lengths)
+        assert linear + 3 * attention == pytest.approx(training_flops(config.model, info))
+
+
+def test_a_budget_is_that_of_the_mean_batch(logs):
+    config = bench(logs).filled("zipf")
+    linear, attention = flops(config.model, torch.from_numpy(TOKENS))
+    assert config.data.budget == pytest.approx((linear + 3 * attention) / 3)
+    batches = list(SessionStream(config.data, seed=0))
+    assert sum(batch.num_sequences for batch in batches) == len(TOKENS)
+
+
+def test_lengths_follow_the_law_up_to_the_longest():
+    lengths = zipf_lengths(200_000, 1.2, 4096)
+    zeta = (np.arange(1, 10**6) ** -1.2).sum() + 10 ** (6 * -0.2) / 0.2
+    assert np.mean(lengths == 1) == pytest.approx(1 / zeta, abs=0.005)
+    tail = 1 - (np.arange(1, 4096) ** -1.2).sum() / zeta
+    assert np.mean(lengths == 4096) == pytest.approx(tail, abs=0.005)
+
+
+intervals = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), max_size=12)
+
+
+@given(intervals, intervals)
+def test_waiting_against_a_count_of_seconds(communication, others):
+    def spans(drawn):
+        return [(float(start), float(start + length)) for start, length in drawn]
+
+    def seconds(drawn):
+        return {s for start, length in drawn for s in range(start, start + length)}
+
+    a, b = seconds(communication), seconds(others)
+    assert covered(spans(communication)) == len(a)
+    every = [*spans(communication), *spans(others)]
+    span = max((end for _, end in every), default=0) - min((s for s, _ in every), default=0)
+    if span:
+        found = waits(spans(communication), spans(others))
+        assert found["exposed"] == pytest.approx(len(a - b) / span)
+        assert found["idle"] == pytest.approx(1 - len(a | b) / span)
+
+
+def test_what_a_trace_calls_communication():
+    def event(name, cat="kernel"):
+        return {"name": name, "cat": cat, "ts": 5, "dur": 2}
+
+    events = [event("ncclDevKernel_AllReduce"), event("gemm"), event("Memcpy", "gpu_memcpy")]
+    communication, others = device_intervals([*events, {"name": "python", "cat": "cpu_op"}])
+    assert communication == [(5.0, 7.0)]
+    assert len(others) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_all_of_it_runs_on_cpus():
+    command = [sys.executable, "-m", "gr.bench_training", "--small", "--rows", "20000"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for what in ("weak scaling 1 -> 2", "share of the bound", "host momentum", "checkpoint"):
+        assert what in done.stdout
+    assert "failed" not in done.stderr
