@@ -165,6 +165,13 @@ class FeatureConfig:
     is a value of its own."""
     bins: int = 16
     """Of `encoding: quantile`."""
+    counter: Literal["none", "user", "item", "user_item"] = "none"
+    """Of an item feature: instead of being read, the number is counted in the pass: past events of
+    the same user, item or both, each fading by `half_life_hours`, as they stood at the prediction's
+    time (pipelines/decayed_counters.py). `column` names the action whose known values are summed;
+    empty: events are counted. Of an item the events of its partition's users alone are seen."""
+    half_life_hours: float = 0.0
+    """Of `counter`: an event counts half after so long."""
 
     @property
     def is_bag(self) -> bool:
@@ -175,6 +182,11 @@ class FeatureConfig:
     def is_number(self) -> bool:
         """Whether the model gets its value, not an id."""
         return self.encoding != "id"
+
+    @property
+    def is_counter(self) -> bool:
+        """Whether it is counted in the pass, not read."""
+        return self.counter != "none"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -496,6 +508,17 @@ def check_features(data: DataConfig) -> None:
                 raise ValueError(
                     f"{key}.bins={feature.bins} is read with encoding=quantile only, got encoding="
                     f"{feature.encoding}: leave it out"
+                )
+            if feature.is_counter != (feature.half_life_hours > 0):
+                raise ValueError(
+                    f"{key} has counter={feature.counter} and half_life_hours="
+                    f"{feature.half_life_hours}: a counter needs a positive half-life, other "
+                    "features have none"
+                )
+            if feature.is_counter and (not feature.is_number or group == "context_features"):
+                raise ValueError(
+                    f"{key}.counter is a number that each event has: make it one of "
+                    "data.item_features, with encoding=zscore or quantile"
                 )
             if feature.is_bag and group == "context_features" and data.context == "none":
                 raise ValueError(

@@ -9,7 +9,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.config import ActionConfig, DataConfig, FeatureConfig, TaskConfig
-from pipelines.feature_columns import Floats, end_of, fill_columns, integers, numbers, slots
+from pipelines.feature_columns import (
+    MISSING_NUMBER,
+    Floats,
+    end_of,
+    fill_columns,
+    integers,
+    numbers,
+    slots,
+)
 from pipelines.history import EventRows, Ints
 from pipelines.schema import EVENT_ITEM_ID, EVENT_TIMESTAMP, USER_ID
 
@@ -53,6 +61,9 @@ class EventEncoder:
         self.num_ints += self.num_context * self.merges_context
         self.num_floats = len(config.tasks) + len(self.dense_features)
         self.num_codes = len(config.actions) + 1
+        features = config.item_features.values()
+        self.signals = list(dict.fromkeys(x.column for x in features if x.is_counter))
+        """Columns that counters sum, each once; empty text stands for the number of events."""
 
     @property
     def columns(self) -> list[Column]:
@@ -71,6 +82,11 @@ class EventEncoder:
         for name in self.dense_features:
             columns.append(Column("events", name, "number", "data.dense_features"))
         for name, feature in config.item_features.items():
+            if feature.is_counter:
+                if feature.column:
+                    key = f"data.item_features.{name}"
+                    columns.append(Column("events", feature.column, "number", key))
+                continue
             columns.append(_feature_column("events", name, feature, f"data.item_features.{name}"))
         for name, feature in config.context_features.items():
             place: Place = "session" if feature.column == USER_ID else "context"
@@ -100,6 +116,9 @@ class EventEncoder:
         ints[:, 0] = item_id
         ints[:, 1] = integers(events[EVENT_TIMESTAMP])
         for slot in self.item_slots:
+            if slot.feature.is_counter:  # pipelines.decayed_counters writes it
+                ints[:, slot.first] = MISSING_NUMBER
+                continue
             fill_columns(events[slot.feature.column or slot.name], slot, ints)
         if self.merges_context:
             ints[:, self.num_ints - self.num_context :] = np.repeat(
@@ -122,6 +141,13 @@ class EventEncoder:
         for name in config.positive:
             codes[:, -1] |= signals[name] >= 0.5
         return EventRows(ints.reshape(-1), floats.reshape(-1), codes.reshape(-1))
+
+    def counter_signals(self, events: Mapping[str, pa.Array], num_events: int) -> Floats | None:
+        """Return (E, signals) float64: what counters sum, NaN where unknown; None without any."""
+        if not self.signals:
+            return None
+        columns = [numbers(events[x]) if x else np.ones(num_events) for x in self.signals]
+        return np.stack(columns, axis=1)
 
     def encode_context(self, columns: Mapping[str, pa.Array], num_sessions: int) -> Ints:
         """Return (n, X) int64: the context features of some sessions.

@@ -87,6 +87,7 @@ def in_slices(block: Block, slices: Ints, most_events: int, skip: int = 0) -> Bl
     return replace(
         block,
         file_rows=block.first_row + row,
+        frontier=None if block.frontier is None else block.frontier[row],
         sessions=sessions._replace(
             user_id=sessions.user_id[row],
             session_id=sessions.session_id[row],

@@ -1,10 +1,13 @@
 """Where one partition of the log stands: its next session, and its users' histories."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from pipelines.counter_snapshot import counters_name, read_counters, write_counters
+from pipelines.decayed_counters import CounterStore, counter_rules, frontiers
 from pipelines.event_memory import Spill
 from pipelines.features import EventEncoder
 from pipelines.gather import Span
@@ -37,6 +40,7 @@ class PartitionReader:
         self._rejects = rejects
         self._max_session_events = rules.max_session_events
         self._store = HistoryStore(rules, spill)
+        self._counters = [CounterStore(rules) for rules in counter_rules(encoder)]
         self._num_begun = 0
         self._seek(0)
 
@@ -69,6 +73,7 @@ class PartitionReader:
         for block, first, last in self._cursor.take(num_sessions):
             self._rejects.add(self.partition, block, first, last)
             self._row += last - first
+            self._count(block, first, last)
             yield Span(self.partition, self._store, block, first, last)
 
     def cursor(self) -> "Cursor":
@@ -78,11 +83,15 @@ class PartitionReader:
     def peek(self, cursor: "Cursor", num_sessions: int) -> Iterator[Span]:
         """Yield the next sessions of a cursor, which stay to be taken."""
         for block, first, last in cursor.take(num_sessions):
+            self._count(block, first, last, extend=False)
             yield Span(self.partition, self._store, block, first, last)
 
     def save(self, folder: Path, encoding: str) -> None:
         """Write a snapshot of the histories, as they stand after the sessions taken."""
-        write_snapshot(self._path(folder), self._store, self._standing(encoding, self._row))
+        standing = self._standing(encoding, self._row)
+        write_snapshot(self._path(folder), self._store, standing)
+        if self._counters:
+            write_counters(folder / counters_name(self.partition), self._counters, standing)
 
     def restore(self, folder: Path, encoding: str, row: int, num_begun: int) -> None:
         """Take up the histories of a snapshot, and stand where it was written.
@@ -99,6 +108,8 @@ class PartitionReader:
         self._num_begun = num_begun
         expected = self._standing(encoding, row)
         counts = read_snapshot(self._path(folder), self._store, expected)
+        if self._counters:
+            read_counters(folder / counters_name(self.partition), self._counters, expected)
         self._rejects.restore(self.partition, counts)
         self._seek(row)
 
@@ -131,8 +142,20 @@ class PartitionReader:
                 yield from self._blocks_of(file, first_row=max(row - begin, 0))
             index += 1
 
+    def _count(self, block: Block, first: int, last: int, *, extend: bool = True) -> None:
+        """Write the counters of sessions into their events, and count these."""
+        for store in self._counters:
+            assert block.signals is not None
+            assert block.frontier is not None
+            store.fill(
+                *(block.sessions, block.events, block.signals, block.frontier),
+                *(first, last),
+                extend=extend,
+            )
+
     def _blocks_of(self, file: LogFile, first_row: int = 0) -> Iterator[Block]:
         skip = 0
+        frontier = frontiers(file.path) if self._counters else None
         if file.slices is not None:
             ends = np.cumsum(file.slices)
             session = int(np.searchsorted(ends, first_row, side="right"))
@@ -144,6 +167,9 @@ class PartitionReader:
                 flags = file.disordered[block.first_row :][: block.num_sessions]
                 reason = block.sessions.reason
                 reason[flags & (reason == 0)] = DISORDERED
+            if frontier is not None:
+                mine = frontier[block.first_row :][: block.num_sessions]
+                block = replace(block, frontier=mine)
             if file.slices is not None:
                 slices = file.slices[block.first_row :][: block.num_sessions]
                 most = events_per_slice(self._max_session_events)
@@ -152,9 +178,16 @@ class PartitionReader:
 
     def _load_history(self, path: Path) -> None:
         """Append the users' starting histories."""
+        first = np.empty(0, np.int64)
+        if self._counters and not self._segments[0].parts[self.partition].fault:
+            first = frontiers(self._segments[0].parts[self.partition].path)[:1]
         for block in read_blocks(path, self._encoder, rows_per_block=ROWS_PER_BLOCK):
             self._rejects.add(self.partition, block, 0, block.num_sessions)
             self._store.extend(block.sessions, block.events, 0, block.num_sessions)
+            for store in self._counters:
+                assert block.signals is not None
+                frontier = int(first[0]) if len(first) else 0
+                store.count(block.sessions, block.events, block.signals, frontier)
 
 
 class Cursor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipelines.feature_columns import UNKNOWN_ID, Flags, integers, read_numbers
+from pipelines.feature_columns import UNKNOWN_ID, Flags, Floats, integers, read_numbers
 from pipelines.features import Column, EventEncoder
 from pipelines.history import EventRows, Ints, SessionRows
 from pipelines.schema import (
@@ -43,6 +43,10 @@ class Block:
     events: EventRows
     file_rows: Ints | None = None
     """(n,) int64: row of the file of each; None: first_row, first_row + 1, ..."""
+    signals: NDArray[np.float64] | None = None
+    """(E, *) float64: what counters sum (pipelines.decayed_counters); None without counters."""
+    frontier: Ints | None = None
+    """(n,) int64 s: of each session, as counters need it; None without counters."""
 
     @property
     def num_sessions(self) -> int:
@@ -99,11 +103,20 @@ def read_end_ts(path: Path) -> Ints:
     Raises:
         ValueError: if the file cannot be opened.
     """
+    return read_times(path, END_TS)
+
+
+def read_times(path: Path, name: str) -> Ints:
+    """Return (n,) int64 s: a time of each session; NO_TIME where it is null or cannot be read.
+
+    Raises:
+        ValueError: if the file cannot be opened.
+    """
     parts = [np.empty(0, np.int64)]
     with open_parquet(path) as file:
         for group in range(file.num_row_groups):
             try:
-                column = file.read_row_group(group, columns=[END_TS], use_threads=False)[END_TS]
+                column = file.read_row_group(group, columns=[name], use_threads=False)[name]
                 values = integers(column.combine_chunks())
                 parts.append(np.where(is_absurd(values), NO_TIME, values))
             except (pa.ArrowException, OSError):
@@ -250,16 +263,19 @@ def _decode(batch: pa.RecordBatch, encoder: EventEncoder, path: Path, first_row:
     item_id = integers(columns[EVENT_ITEM_ID])
     context = encoder.encode_context(_context_columns(batch), batch.num_rows)
     events = encoder.encode(columns, item_id, context, offsets)
+    signals = encoder.counter_signals(columns, len(item_id))
     sessions = SessionRows(
         user_id=_owned(integers(batch.column(USER_ID))),
         session_id=_owned(integers(batch.column(SESSION_ID))),
         start_ts=_owned(integers(batch.column(START_TS))),
         offsets=offsets,
-        reason=_reasons(batch, columns, offsets, events, context, encoder),
+        reason=_reasons(batch, columns, offsets, events, context, signals, encoder),
         context=context,
         first_piece=np.zeros(batch.num_rows, np.int64),
     )
-    return Block(path, first_row, sessions, events)
+    if signals is not None:
+        np.nan_to_num(signals, copy=False, nan=0.0)
+    return Block(path, first_row, sessions, events, signals=signals)
 
 
 def _unreadable(path: Path, first_row: int, num_sessions: int, encoder: EventEncoder) -> Block:
@@ -278,6 +294,7 @@ def _unreadable(path: Path, first_row: int, num_sessions: int, encoder: EventEnc
             first_piece=np.zeros(num_sessions, np.int64),
         ),
         EventRows(np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.uint8)),
+        signals=np.empty((0, len(encoder.signals))) if encoder.signals else None,
     )
 
 
@@ -296,7 +313,7 @@ def _from_row(block: Block, first_row: int) -> Block:
         context=rows.context[skip:],
         first_piece=rows.first_piece[skip:],
     )
-    return Block(block.path, first_row, sessions, block.events)
+    return replace(block, first_row=first_row, sessions=sessions)
 
 
 def _owned(values: Ints) -> Ints:
@@ -319,6 +336,7 @@ def _reasons(
     offsets: Ints,
     events: EventRows,
     context: Ints,
+    signals: Floats | None,
     encoder: EventEncoder,
 ) -> NDArray[np.uint8]:
     """Return for each session 0, or why it cannot be used (pipelines.rejects.REASONS)."""
@@ -345,6 +363,8 @@ def _reasons(
         for slot in placed:
             if slot.feature.is_number:
                 flags |= np.isinf(read_numbers(rows, slot))
+    if signals is not None:
+        infinite |= np.isinf(signals).any(axis=1)
     tests = (
         null_key,
         np.diff(offsets) == 0,

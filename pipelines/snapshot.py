@@ -63,10 +63,12 @@ class Standing:
 
 def encoding_of(config: DataConfig) -> str:
     """Return a hash of all settings that shape the rows of a history."""
-    keys = (
+    keys: tuple[str, ...] = (
         *("layout", "supervise", "max_history_tokens", "overlap_slack"),
         *("actions", "item_features", "dense_features", "tasks", "positive"),
     )
+    if any(feature.is_counter for feature in config.item_features.values()):
+        keys += ("anchor", "max_session_events")
     values = {key: getattr(config, key) for key in keys}
     text = json.dumps(values, default=asdict, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -85,11 +87,25 @@ def write_snapshot(path: Path, store: HistoryStore, standing: Standing) -> None:
         store: histories.
         standing: where they stand.
     """
+    write_checked(path, _SCHEMA, standing, _batches(store))
+
+
+def write_checked(
+    path: Path, schema: pa.Schema, standing: Standing, batches: Iterator[pa.RecordBatch]
+) -> None:
+    """Write batches with their checksums; the file is there whole and on the disk, or not at all.
+
+    Args:
+        path: file; its folder exists.
+        schema: of the batches.
+        standing: where what they hold stands.
+        batches: made in a thread; the memory of one may be used again three batches later.
+    """
     draft = path.with_name(f".{path.name}.tmp")
-    schema = _SCHEMA.with_metadata({_KEY: json.dumps({"format": FORMAT, **asdict(standing)})})
+    schema = schema.with_metadata({_KEY: json.dumps({"format": FORMAT, **asdict(standing)})})
     with pa.OSFile(str(draft), "wb") as file, _synced(draft) as sync:
         with pa.ipc.new_file(file, schema) as writer:
-            for batch, checksum in prefetch(_checked(_batches(store)), 1):
+            for batch, checksum in prefetch(_checked(batches), 1):
                 writer.write_batch(batch, custom_metadata={_KEY: checksum})
                 sync(file.tell())
         file.flush()
@@ -111,6 +127,27 @@ def read_snapshot(path: Path, store: HistoryStore, expected: Standing) -> dict[s
         ValueError: if the file is missing or damaged, or its histories stand elsewhere or are made
             with another configuration.
     """
+    with read_checked(path, expected) as (rejected, batches):
+        ints, floats, codes = event_widths(store.rules)
+        store.reserve(path.stat().st_size // (8 * ints + 4 * floats + codes))
+        for batch in batches:
+            _restore(batch, store)
+    return rejected
+
+
+@contextmanager
+def read_checked(
+    path: Path, expected: Standing
+) -> Iterator[tuple[dict[str, int], Iterator[pa.RecordBatch]]]:
+    """Yield reason -> sessions skipped before, and the batches that `write_checked` wrote.
+
+    Args:
+        path: the file.
+        expected: where what it holds should stand; `rejected` is not compared.
+
+    Raises:
+        ValueError: if the file is missing or damaged, or stands elsewhere.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is missing: {_INSTEAD}")
     with (
@@ -120,12 +157,7 @@ def read_snapshot(path: Path, store: HistoryStore, expected: Standing) -> dict[s
     ):
         found = json.loads((file.schema.metadata or {}).get(_KEY, b"{}"))
         _check(path, found, expected)
-        ints, floats, codes = event_widths(store.rules)
-        store.reserve(path.stat().st_size // (8 * ints + 4 * floats + codes))
-        for batch in prefetch(_read(path, file), 2):
-            _restore(batch, store)
-    rejected: dict[str, int] = found["rejected"]
-    return rejected
+        yield found["rejected"], prefetch(_read(path, file), 2)
 
 
 _INSTEAD = (
@@ -230,15 +262,21 @@ def _batches(store: HistoryStore) -> Iterator[pa.RecordBatch]:
 
 def _restore(batch: pa.RecordBatch, store: HistoryStore) -> None:
     columns = [batch.column(name) for name in ("ints", "floats", "codes")]
-    lengths = np.diff(_values(columns[-1].offsets)) // store.rules.num_codes
-    events = EventRows(*(_values(column.flatten()) for column in columns))
+    lengths = np.diff(column_values(columns[-1].offsets)) // store.rules.num_codes
+    events = EventRows(*(column_values(column.flatten()) for column in columns))
     sizes = [int(lengths.sum()) * width for width in event_widths(store.rules)]
     if [len(values) for values in events] != sizes or lengths.max(initial=0) > store.rules.keep:
         raise pa.ArrowInvalid("its lists do not have the sizes of the configuration's events")
-    store.restore(_values(batch.column("user_id")), _values(batch.column("total")), lengths, events)
+    store.restore(
+        column_values(batch.column("user_id")),
+        column_values(batch.column("total")),
+        lengths,
+        events,
+    )
 
 
-def _values(column: pa.Array) -> NDArray:
+def column_values(column: pa.Array) -> NDArray:
+    """Return the values of a column without nulls, in its own memory."""
     return np.asarray(column.to_numpy(zero_copy_only=True))
 
 

@@ -30,6 +30,7 @@ data:
     tags: {{max_values: 2}}
     price: {{encoding: zscore}}
     age: {{encoding: quantile, bins: 4}}
+    fading: {{counter: user_item, half_life_hours: 24, column: seen, encoding: quantile, bins: 4}}
   context: {context}
   context_features:
     country: {{}}
