@@ -29,13 +29,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.hstu_attention._hopper.bias import (
+    add_time_bias,
     bias_inputs,
     load_closest,
     load_span,
     load_times,
     position_bias,
     tile_buckets,
-    time_bias,
 )
 from kernels.hstu_attention._hopper.bias_gradient import (
     REPLICAS,
@@ -51,6 +51,7 @@ from kernels.hstu_attention._hopper.reduce_add import async_reduce_add
 from kernels.hstu_attention._hopper.tile import (
     full_block,
     half_score,
+    multiply,
     part_block,
     sequence,
     store_rows,
@@ -195,7 +196,10 @@ def _step(
     if time_ptr is not None:
         bias = position_bias(
             position_ptr, key_first, col, length - q_len + query_first, row, history, 1, CANDIDATES
-        ) + time_bias(no_score, key_time, query_times, row, low, high, time_ptr, threshold_ptr)
+        )
+        bias = add_time_bias(
+            bias, key_time, query_times, row, low, high, time_ptr, threshold_ptr
+        )  # fmt: skip
     mbarrier.wait(q_full.index(stage), (it // STAGES) & 1)
     product = warpgroup_mma(
         k_w, q_s.index(stage).permute((1, 0)), no_score, use_acc=False, is_async=True
@@ -227,7 +231,7 @@ def _step(
         dweight = warpgroup_mma_wait(1 if VALUE_GRAD else 0, deps=[dweight])
         if DOUT_STAGES != STAGES:
             mbarrier.arrive(dout_empty.index(dout_stage))
-        dscore = dweight * slope
+        dscore = multiply(dweight, slope)
         if MASKED:
             dscore = gl.where(seen, dscore, 0.0)
         rounded = dscore.to(dtype)

@@ -284,26 +284,24 @@ def apart(row_time, col_time, seconds):
 
 
 @gluon.jit
-def time_bias(
-    shape_of, row_time, col_time_ptr, col, low, high, time_ptr, threshold_ptr
-):  # fmt: skip
-    """Return half the bias by time of a tile like shape_of, float32; 0.0 without one.
+def add_time_bias(bias, row_time, col_time_ptr, col, low, high, time_ptr, threshold_ptr):
+    """Return `bias`, a tile, and half the bias by time; without one, `bias`.
 
     low and high bound the buckets of the tile; the times of columns, from col_time_ptr on, are
-    read where they are needed.
+    read where they are needed. Steps from bucket to bucket are added to what is there: were the
+    bias by time made apart, the compiler would keep both, and add them where the sum is read.
     """
-    if time_ptr is None:
-        return 0.0
-    else:
-        first = gl.load(time_ptr + low).to(gl.float32) * 0.5
-        bias = gl.full(shape_of.shape, first, gl.float32, shape_of.type.layout)
+    if time_ptr is not None:
+        below = gl.load(time_ptr + low).to(gl.float32) * 0.5
+        bias += below
         if low < high:
             col_time = load_columns(col_time_ptr, col, 1)
             for bucket in range(low, high):
                 above = gl.load(time_ptr + bucket + 1).to(gl.float32) * 0.5
                 is_above = apart(row_time, col_time, gl.load(threshold_ptr + bucket))
-                bias = gl.where(is_above, above, bias)
-        return bias
+                bias = gl.where(is_above, bias + (above - below), bias)
+                below = above
+    return bias
 
 
 @gluon.jit

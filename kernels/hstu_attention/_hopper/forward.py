@@ -23,13 +23,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.hstu_attention._hopper.bias import (
+    add_time_bias,
     bias_inputs,
     load_closest,
     load_span,
     load_times,
     position_bias,
     tile_buckets,
-    time_bias,
 )
 from kernels.hstu_attention._hopper.launch import (
     forward_blocks,
@@ -119,11 +119,8 @@ def _bias(
             time_first, time_last, closest, key_span_ptr, key_start, b, key_first, NUM_BUCKETS
         )
         key_times = key_time_ptr + key_start
-    by_position = position_bias(
-        position_ptr, row_first, row, key_first, col, history, -1, CANDIDATES
-    )
-    by_time = time_bias(no_score, query_time, key_times, col, low, high, time_ptr, threshold_ptr)
-    return by_position + by_time
+    bias = position_bias(position_ptr, row_first, row, key_first, col, history, -1, CANDIDATES)
+    return add_time_bias(bias, query_time, key_times, col, low, high, time_ptr, threshold_ptr)
 
 
 @gluon.jit

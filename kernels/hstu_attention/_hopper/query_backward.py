@@ -19,12 +19,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels.hstu_attention._hopper.bias import (
     BiasInputs,
+    add_time_bias,
     load_closest,
     load_span,
     load_times,
     position_bias,
     tile_buckets,
-    time_bias,
 )
 from kernels.hstu_attention._hopper.launch import kernel_constants, launch, tiles
 from kernels.hstu_attention._hopper.tile import (
@@ -135,12 +135,10 @@ def _step(
             time_first, time_last, closest, key_span_ptr, key_start, b, key_first, NUM_BUCKETS
         )
         key_times = key_time_ptr + key_start
-    by_time = time_bias(no_score, query_time, key_times, col, low, high, time_ptr, threshold_ptr)
-    by_position = position_bias(
-        position_ptr, row_first, row, key_first, col, history, -1, CANDIDATES
-    )
+    bias = position_bias(position_ptr, row_first, row, key_first, col, history, -1, CANDIDATES)
+    bias = add_time_bias(bias, query_time, key_times, col, low, high, time_ptr, threshold_ptr)
     product = warpgroup_mma_wait(1, deps=[product])
-    half = half_score(product, half_alpha, by_position + by_time, position_ptr is not None)
+    half = half_score(product, half_alpha, bias, position_ptr is not None)
     t = tanh(half)
     weight = gl.fma(half, t, half)
     slope = gl.fma(t, 1.0 - weight, 1.0 + weight)  # twice the derivative of silu

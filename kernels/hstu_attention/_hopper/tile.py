@@ -85,6 +85,17 @@ def tanh(x):
 
 
 @gluon.jit
+def multiply(x, y):
+    """Return x * y, rounded: what is added to it afterwards is not made one operation with it.
+
+    That would keep both factors in registers for as long as the product is wanted.
+    """
+    return gl.inline_asm_elementwise(
+        "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def half_score(product, half_alpha, bias, HAS_BIAS: gl.constexpr):
     """Return (alpha * q k + bias) / 2, the argument of tanh in SiLU; `bias` is halved already."""
     if HAS_BIAS:
