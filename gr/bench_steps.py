@@ -102,7 +102,6 @@ class Bench:
         steps: int = 30,
         warm_up: int = 0,
         live: bool = False,
-        profiled: bool = False,
     ) -> dict[str, float]:
         """Return seconds of a step, TFLOP/s and MFU of a GPU, tokens/s of a GPU, and loads.
 
@@ -111,13 +110,11 @@ class Bench:
             steps: timed.
             warm_up: steps before; 0 means those of the settings.
             live: read the batches while training, instead of before.
-            profiled: also watch a few steps for communication that nothing hides.
         """
         warm_up = warm_up or self.settings.warm_up
         trainer = self._trainer(config)
         stream = _stream(config, self.world, trainer)
-        wanted = warm_up + steps + (PROFILED if profiled else 0)
-        batches: Iterable[SequenceBatch] = itertools.islice(stream, wanted)
+        batches: Iterable[SequenceBatch] = itertools.islice(stream, warm_up + steps)
         batches = batches if live else list(batches)
         loop = Loop(trainer, batches)
         loop.run(warm_up)
@@ -130,11 +127,28 @@ class Bench:
             raise ValueError(
                 f"the log ended after {len(made)} of {steps} steps: write a longer one"
             )
-        figures = self._figures(config, made, seconds)
-        if profiled:
-            figures |= self._profile(loop)
         stream.close()
-        return figures
+        return self._figures(config, made, seconds)
+
+    def profile(self, config: TrainConfig) -> dict[str, float]:
+        """Return shares of the time of a few steps: communication alone, nothing at all."""
+        trainer = self._trainer(config)
+        stream = _stream(config, self.world, trainer)
+        loop = Loop(trainer, list(itertools.islice(stream, self.settings.warm_up + PROFILED)))
+        stream.close()
+        loop.run(self.settings.warm_up)
+        if self.world.device.type == "cpu":
+            return {}
+        self._barrier()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            loop.run(PROFILED)
+            torch.cuda.synchronize()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json"
+            profile.export_chrome_trace(str(path))
+            events = json.loads(path.read_text())["traceEvents"]
+        communication, others = device_intervals(events)
+        return waits(communication, others)
 
     def checkpoint(self, config: TrainConfig, steps: int = 100) -> dict[str, float]:
         """Return what 100 steps lose that hold an asynchronous checkpoint."""
@@ -267,21 +281,6 @@ class Bench:
             "tokens_per_s": tokens / seconds,
             "max_over_mean": float(costs.amax(0).sum() / costs.mean(0).sum()),
         }
-
-    def _profile(self, loop: "Loop") -> dict[str, float]:
-        """Return shares of the time of a few steps: communication alone, nothing at all."""
-        if self.world.device.type == "cpu":
-            return {}
-        self._barrier()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            loop.run(PROFILED)
-            torch.cuda.synchronize()
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "trace.json"
-            profile.export_chrome_trace(str(path))
-            events = json.loads(path.read_text())["traceEvents"]
-        communication, others = device_intervals(events)
-        return waits(communication, others)
 
     def _barrier(self) -> None:
         if self.world.device.type == "cuda":
