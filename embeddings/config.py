@@ -7,6 +7,40 @@ from omegaconf import MISSING
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DynamicIdsConfig:
+    """Which ids have a row of their own, of a table with `ids: dynamic` (embeddings/id_map.py)."""
+
+    admit_after: int = 1
+    """Events with an id after which it gets a row; until then it is looked up as unknown. An event
+    counts once, though histories bring it again."""
+    max_waiting: int = 0
+    """Ids whose events are counted before they get a row; of more, those seen longest ago are
+    forgotten. 0: as many as the table has rows. Nothing waits with admit_after=1."""
+    ttl_days: float = 0.0
+    """Days, in the time of the log, after which an id that no batch looked up loses its row.
+    0: never."""
+    when_full: Literal["evict", "refuse"] = "evict"
+    """What a table without a free row does for a new id. evict: the ids that batches looked up
+    longest ago lose their rows, a 64th of the table at once; refuse: the id stays unknown."""
+
+    def __post_init__(self) -> None:
+        if self.admit_after < 1 or self.max_waiting < 0:
+            raise ValueError(
+                "dynamic.admit_after must be at least 1 and dynamic.max_waiting at least 0, got "
+                f"{self.admit_after} and {self.max_waiting}"
+            )
+        if self.max_waiting and self.admit_after == 1:
+            raise ValueError(
+                f"dynamic.max_waiting={self.max_waiting} changes nothing with dynamic.admit_after=1"
+                ", where no id waits: raise admit_after, or leave max_waiting out"
+            )
+        if not 0 <= self.ttl_days < float("inf"):
+            raise ValueError(
+                f"dynamic.ttl_days must be finite and at least 0 (0: never), got {self.ttl_days}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TableConfig:
     """One embedding table. Row 0 is reserved for the unknown id (-1, or null in the log)."""
 
@@ -14,8 +48,11 @@ class TableConfig:
     """Rows, row 0 included. With `ids: static`, ids run from 0 to num_embeddings - 2."""
     dim: int = MISSING
     """Width of a row; a multiple of 4, but for form=replicated."""
-    ids: Literal["static", "hashed"] = "static"
-    """static: row = id + 1, and an id out of range is an error; hashed: any 64-bit id."""
+    ids: Literal["static", "hashed", "dynamic"] = "static"
+    """static: row = id + 1, and an id out of range is an error; hashed: any 64-bit id, ids that
+    collide share a row; dynamic: any 64-bit id, with a row of its own while it is in use."""
+    dynamic: DynamicIdsConfig = field(default_factory=DynamicIdsConfig)
+    """Of `ids: dynamic`."""
     features: tuple[str, ...] = MISSING
     """Features that are looked up in this table."""
     init_std: float = 0.02
@@ -33,6 +70,17 @@ class TableConfig:
         if not 0 <= self.hbm_gb < float("inf"):
             raise ValueError(
                 f"hbm_gb must be finite and at least 0 (0: all rows in HBM), got {self.hbm_gb}"
+            )
+        if self.ids != "dynamic" and self.dynamic != DynamicIdsConfig():
+            raise ValueError(f"dynamic.* would be ignored with ids={self.ids}: set ids=dynamic")
+        if self.ids == "dynamic" and self.hbm_gb:
+            raise ValueError(
+                "ids=dynamic gives new ids rows that a cache may hold, so hbm_gb must be 0, got "
+                f"{self.hbm_gb}: use ids=hashed or embeddings.momentum=host"
+            )
+        if self.ids == "dynamic" and self.num_embeddings >= 2**31:
+            raise ValueError(
+                f"ids=dynamic numbers rows with 31 bits, got num_embeddings={self.num_embeddings}"
             )
 
 

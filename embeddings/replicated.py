@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import EmbeddingsConfig
+from embeddings.initial import initial_rows
 from embeddings.optim import RowGradient, build_optimizer, row_gradient, sum_duplicates
-from embeddings.tables import PendingLookup, Tables, initial_rows
+from embeddings.tables import PendingLookup, Tables
 
 
 class ReplicatedTables(Tables):
@@ -84,6 +85,13 @@ class ReplicatedTables(Tables):
         self.table_config(table)
         weight: Tensor = self.weights[table]
         return weight
+
+    @torch.no_grad()
+    def set_rows(self, table: str, rows_U: Tensor, values_UD: Tensor) -> None:
+        """Give rows new values, and moments of zero (see Tables)."""
+        self.weights[table].index_copy_(0, rows_U, values_UD)
+        for moment in self.optimizer.state[table].values():
+            moment.index_fill_(0, rows_U, 0.0)
 
     def optimizer_zero_grad(self) -> None:
         """Forget gradients that no step has used."""

@@ -25,10 +25,11 @@ from torchrec.distributed.types import ParameterSharding, ShardingEnv
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import EmbeddingsConfig
+from embeddings.initial import BLOCK_ROWS, initial_rows
 from embeddings.memory import cache_fraction, table_bytes
 from embeddings.planning import plan_tables
 from embeddings.sharding import Collections, check_trainable, collection_path, sharder
-from embeddings.tables import BLOCK_ROWS, PendingLookup, Tables, initial_rows
+from embeddings.tables import PendingLookup, Tables
 
 
 class ShardedTables(Tables):
@@ -63,6 +64,7 @@ class ShardedTables(Tables):
         check_trainable(config, device)
         self.steps = 0
         self._awaits_backward = False
+        self._live: dict[str, dict[str, ShardedTensor]] | None = None
         self.group = process_group or dist.distributed_c10d._get_default_group()
         model = Collections(config)
         self.features, self.feature_counts = model.features, model.sizes
@@ -158,6 +160,20 @@ class ShardedTables(Tables):
             "sampled loss (loss.retrieval=sampled_softmax) or embeddings.form=replicated; to score "
             "only, use all_rows"
         )
+
+    @torch.no_grad()
+    def set_rows(self, table: str, rows_U: Tensor, values_UD: Tensor) -> None:
+        """Give those of the rows that this rank holds new values, and moments of zero."""
+        if self._live is None:
+            # TorchRec's and FBGEMM's own tensors; to look them up takes milliseconds.
+            self._live = self.checkpoint_state()["tables"]
+        weight, *moments = (_local_rows(x) for x in self._live[table].values())
+        for i, (first, local_ED) in enumerate(weight):
+            is_here_U = (rows_U >= first) & (rows_U < first + local_ED.shape[0])
+            own_U = rows_U[is_here_U] - first
+            local_ED.index_copy_(0, own_U, values_UD[is_here_U].to(local_ED.dtype))
+            for moment in moments:
+                moment[i][1].index_fill_(0, own_U, 0.0)
 
     def optimizer_zero_grad(self) -> None:
         """Let go of the rows of a lookup that no backward followed."""

@@ -1,6 +1,5 @@
-"""What every form of the tables offers, and the rows that they start with."""
+"""What every form of the tables offers."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
@@ -10,9 +9,6 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import EmbeddingsConfig, TableConfig
-
-BLOCK_ROWS = 4096
-"""Rows that one generator draws; a part of how the rows of a seed are defined, so never changed."""
 
 
 class Tables(nn.Module, ABC):
@@ -99,6 +95,16 @@ class Tables(nn.Module, ABC):
 
         Raises:
             ValueError: if the form does not hold the whole table on this rank.
+        """
+
+    @abstractmethod
+    def set_rows(self, table: str, rows_U: Tensor, values_UD: Tensor) -> None:
+        """Give rows new values, and moments of zero. On all ranks alike, between steps.
+
+        Args:
+            table: its name.
+            rows_U: (U,) int64, distinct, on the device.
+            values_UD: (U, D).
         """
 
     @abstractmethod
@@ -199,26 +205,3 @@ class _Guard(torch.autograd.Function):
             ctx.tables.count_nonfinite(bad_n)
             finite.append(grad_nD.masked_fill(bad_n[:, None], 0.0))
         return None, *finite
-
-
-def initial_rows(config: TableConfig, *, table: str, seed: int, first: int, last: int) -> Tensor:
-    """Return rows first .. last - 1 of a new table, (last - first, dim) float32 on the CPU.
-
-    Normal with standard deviation config.init_std, truncated at two of it. Row 0 (unknown) is drawn
-    like the others. A row depends on (seed, table, row, dim) only, so that every form, plan and
-    number of ranks starts alike: each block of BLOCK_ROWS rows has a generator of its own.
-    """
-    rows = torch.zeros(last - first, config.dim)
-    if config.init_std == 0:
-        return rows
-    for block in range(first // BLOCK_ROWS, -(-last // BLOCK_ROWS)):
-        start = block * BLOCK_ROWS
-        stop = min(start + BLOCK_ROWS, config.num_embeddings)
-        digest = hashlib.blake2b(f"{seed}/{table}/{block}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        drawn = torch.empty(stop - start, config.dim)
-        std = config.init_std
-        nn.init.trunc_normal_(drawn, std=std, a=-2 * std, b=2 * std, generator=generator)
-        lo, hi = max(start, first), min(stop, last)
-        rows[lo - first : hi - first] = drawn[lo - start : hi - start]
-    return rows

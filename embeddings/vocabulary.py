@@ -5,6 +5,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import EmbeddingsConfig, TableConfig
+from embeddings.hashing import hash_ids
 
 UNKNOWN_ID = -1
 """Raw id of what is not known; row 0 of every table."""
@@ -14,7 +15,7 @@ class Vocabulary:
     """Maps the raw ids of each feature to rows of the table that serves it.
 
     Row 0 is for the unknown id, -1. static: row = id + 1; hashed: row = 1 + hash_ids(id) %
-    (num_embeddings - 1).
+    (num_embeddings - 1). dynamic: ids stay as they are, for embeddings/dynamic.py to map.
 
     Args:
         config: the tables.
@@ -77,9 +78,15 @@ class Vocabulary:
             ids: (n,) int64 raw ids.
 
         Raises:
-            ValueError: if there is no such table, or an id is outside a static table.
+            ValueError: if there is no such table, its ids are dynamic, or an id is outside a static
+                table.
         """
         config = self._table(table)
+        if config.ids == "dynamic":
+            raise ValueError(
+                f"table {table!r} has ids=dynamic, whose rows change as batches come: ask "
+                "DynamicVocabulary"
+            )
         if config.ids == "static":
             outside = _outside(ids, config)
             if outside.numel():
@@ -118,41 +125,9 @@ class Vocabulary:
         return config
 
 
-def hash_ids(ids: Tensor) -> Tensor:
-    """Return a well-mixed hash of each id, int64 in 0 .. 2^63 - 1, the same on every platform.
-
-    With x the id's 64 bits and arithmetic modulo 2^64:
-
-        x += 0x9E3779B97F4A7C15
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-        x = x ^ (x >> 31)
-
-    then the top bit is dropped. Changing it would lose every trained hashed table.
-
-    Args:
-        ids: int64, any shape and any value.
-
-    Source: SplitMix64 (Steele, Lea, Flood 2014), its first output from the state x.
-    """
-    x = ids + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
-    mixed: Tensor = (x ^ _shift_right(x, 31)) & (2**63 - 1)
-    return mixed
-
-
-def _signed(bits: int) -> int:
-    return bits - 2**64 if bits >= 2**63 else bits
-
-
-def _shift_right(x: Tensor, count: int) -> Tensor:
-    # int64 shifts copy the sign bit; the mask makes them those of unsigned numbers.
-    shifted: Tensor = (x >> count) & (2 ** (64 - count) - 1)
-    return shifted
-
-
 def _to_rows(ids: Tensor, table: TableConfig) -> Tensor:
+    if table.ids == "dynamic":
+        return ids
     if table.ids == "static":
         return ids + 1
     return torch.where(ids == UNKNOWN_ID, 0, 1 + hash_ids(ids) % (table.num_embeddings - 1))

@@ -533,6 +533,7 @@ def check_consistency(config: TrainConfig) -> None:
             "which the history's own predictions must not know: data.supervise must be session, "
             f"got {data.supervise}"
         )
+    _check_item_table(config)
     accumulate = config.optim.accumulate
     for name, steps in (
         ("checkpoint.every_steps", config.checkpoint.every_steps),
@@ -580,4 +581,28 @@ def check_consistency(config: TrainConfig) -> None:
         raise ValueError(
             f"loss.task_weights names unknown task(s) {unknown}; "
             f"data.tasks has {sorted(data.tasks)}"
+        )
+
+
+def _check_item_table(config: TrainConfig) -> None:
+    """Refuse what a table of items, or the range of their ids, cannot go with."""
+    data, tables = config.data, config.embeddings.tables
+    name = next(name for name, table in tables.items() if ITEM_ID in table.features)
+    is_dynamic = tables[name].ids == "dynamic"
+    draws = data.num_negatives > 0
+    if draws and is_dynamic != (data.num_items == 0):
+        raise ValueError(
+            f"data.num_items={data.num_items} and embeddings.tables.{name}.ids={tables[name].ids}: "
+            "negatives of a table with dynamic ids are drawn from the ids in use, for which "
+            "data.num_items must be 0; for other tables it must be the number of items"
+        )
+    if is_dynamic and config.model.head.retrieval and config.loss.retrieval == "full_softmax":
+        raise ValueError(
+            f"loss.retrieval=full_softmax needs every row of the table, but those of {name!r} come "
+            "and go (ids=dynamic): use loss.retrieval=sampled_softmax or in_batch"
+        )
+    if draws and is_dynamic and NEGATIVE_ITEM_ID not in tables[name].features:
+        raise ValueError(
+            f"{NEGATIVE_ITEM_ID} must be a feature of table {name!r}, as item_id is, since its "
+            "ids are dynamic"
         )

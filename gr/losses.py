@@ -308,6 +308,13 @@ class ItemFrequency(nn.Module):
         self.count_E.index_add_(0, rows, torch.ones_like(rows))
         self.total += len(rows)
 
+    @torch.no_grad()
+    def forget(self, rows: Tensor) -> None:
+        """Take back what was counted of rows, alike on all ranks; repeats are allowed."""
+        rows = torch.unique(rows)
+        self.total -= self.count_E[rows].sum()
+        self.count_E[rows] = 0
+
 
 def _full_chunk(user_RD: Tensor, item_ED: Tensor, rows_R: Tensor, weight_R: Tensor) -> Tensor:
     logit_RE = user_RD @ item_ED[1:].T

@@ -83,6 +83,11 @@ class Objective(nn.Module):
         if self.frequency is not None:
             self.frequency.update(batch.ids[TARGET_ITEM_ID].values())
 
+    def forget(self, rows: Tensor) -> None:
+        """Let rows of the item table, which are to stand for other items, have no past."""
+        if self.frequency is not None:
+            self.frequency.forget(rows)
+
     def _retrieval(
         self,
         batch: SequenceBatch,

@@ -1,8 +1,10 @@
 """Ranks of retrieval targets among the full catalogue, and what is reported of them.
 
-Letters: R retrieval positions, D width of an item row, C rows of a chunk of the catalogue, S pairs.
+Letters: R retrieval positions, D width of an item row, E rows of the item table, C rows of a chunk
+of it, S pairs.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -36,6 +38,7 @@ def catalogue_ranks(
     *,
     temperature: float = 1.0,
     seen: tuple[Tensor, Tensor] | None = None,
+    is_item_E: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the rank of each target among all items, and its log probability.
 
@@ -55,6 +58,9 @@ def catalogue_ranks(
         temperature: divides the scores; changes no rank.
         seen: (positions (S,), rows (S,)), int64: pairs to leave out of the ranking of a position,
             unless the row is its target. The log probability stays that of the full catalogue.
+        is_item_E: (E,) bool: which rows of the table are items, where not all but row 0 are.
+            A target of row 0 is then an item that the table does not know: it is ranked E, behind
+            any other, and has the probability of a guess, 1 / E.
 
     Returns:
         (R,) int64 ranks, 0 where the target is row 0 or in no chunk (EvalAccumulator refuses them);
@@ -79,6 +85,8 @@ def catalogue_ranks(
         for start in range(0, len(user_RD), rows):
             block = slice(start, start + rows)
             score_BC = user_RD[block] @ items_CD.T
+            if is_item_E is not None:
+                score_BC.masked_fill_(~is_item_E[rows_C], -torch.inf)
             normalizer_R[block] = torch.logaddexp(normalizer_R[block], score_BC.logsumexp(1))
             if seen is not None:
                 _leave_out(score_BC, start, first, seen)
@@ -93,7 +101,12 @@ def catalogue_ranks(
             before_BC = rows_C < target_rows_R[block, None]
             ahead_BC = (score_BC > target_B1) | ((score_BC == target_B1) & before_BC)
             not_worse_R[block] += ahead_BC.sum(1)
-    return torch.where(found_R, not_worse_R + 1, 0), score_R - normalizer_R
+    rank_R, log_prob_R = torch.where(found_R, not_worse_R + 1, 0), score_R - normalizer_R
+    if is_item_E is not None:
+        is_known_R = target_rows_R > 0
+        rank_R = rank_R.where(is_known_R, len(is_item_E))
+        log_prob_R = log_prob_R.where(is_known_R, -math.log(len(is_item_E)))
+    return rank_R, log_prob_R
 
 
 def _leave_out(score_BC: Tensor, start: int, first: int, seen: tuple[Tensor, Tensor]) -> None:

@@ -1,14 +1,15 @@
 """Batches on their way: to the device, and their ids to the ranks that hold the rows."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import torch
 
+from embeddings.dynamic import Sightings
 from embeddings.tables import PendingLookup, Tables
-from embeddings.vocabulary import Vocabulary
 from gr.config import ModelConfig
 from gr.flops import training_flops
+from gr.ids import IdRows
 from gr.sequence import SequenceInfo, info_of_copy, sequence_info
 from pipelines.batch import SequenceBatch
 
@@ -29,6 +30,10 @@ class StagedBatch:
     """On a GPU: all copies are made."""
     num_without_vector: tuple[int, ...] = ()
     """Ids without a pretrained vector, for each kind of vectors."""
+    seen: Sightings = field(default_factory=Sightings)
+    """Its ids in dynamic tables."""
+    time: int | None = None
+    """Of the batch, s: its latest token; None of an empty one."""
 
     def arrive(self) -> SequenceBatch:
         """Return the batch, which the device's current work may use from here on."""
@@ -42,7 +47,7 @@ class StagedBatch:
 
 def stage(
     batch: SequenceBatch,
-    vocabulary: Vocabulary,
+    id_rows: IdRows,
     tables: Tables,
     *,
     model: ModelConfig,
@@ -52,7 +57,7 @@ def stage(
 
     Args:
         batch: raw ids, on the CPU.
-        vocabulary: maps raw ids to rows.
+        id_rows: maps raw ids to rows.
         tables: what the rows are looked up in.
         model: says what training on a batch costs.
         num_without_vector: of the batch, to be kept with it.
@@ -60,22 +65,24 @@ def stage(
     Raises:
         ValueError: for an id outside a static table.
     """
-    batch = replace(batch, ids=vocabulary.rows(batch.lookup_ids(), batch.partition))
+    time = int(batch.timestamp.max()) if batch.num_tokens else None
+    batch, is_event = id_rows.rows_on_host(batch)
     info = sequence_info(batch)  # in host memory: on a GPU it would have to be waited for
     flops = training_flops(model, info)
-    if tables.exchange is None:
-        batch = batch.to(tables.device)
-        info = info_of_copy(info, batch, info.tail_offsets.to(tables.device))
-        sent = tables.send(batch.ids)
-        return StagedBatch(batch, info, flops, sent, None, num_without_vector)
+    tail_offsets, event = info.tail_offsets, None
     with torch.cuda.stream(tables.exchange):
-        batch = batch.pin_memory().to(tables.device, non_blocking=True)
-        tail_offsets = info.tail_offsets.pin_memory().to(tables.device, non_blocking=True)
-        event = torch.Event("cuda")
-        event.record()
+        if tables.exchange is not None:
+            batch, tail_offsets = batch.pin_memory(), tail_offsets.pin_memory()
+        batch = batch.to(tables.device, non_blocking=True)
+        tail_offsets = tail_offsets.to(tables.device, non_blocking=True)
+        is_event = {name: x.to(tables.device) for name, x in is_event.items()}
+        batch, seen = id_rows.rows_on_device(batch, is_event)
+        if tables.exchange is not None:
+            event = torch.Event("cuda")
+            event.record()
         info = info_of_copy(info, batch, tail_offsets)
         sent = tables.send(batch.ids)
-        return StagedBatch(batch, info, flops, sent, event, num_without_vector)
+        return StagedBatch(batch, info, flops, sent, event, num_without_vector, seen, time)
 
 
 class Ahead:

@@ -198,8 +198,10 @@ def new_numbers(batch: SequenceBatch, of_items: Collection[str]) -> dict[str, Te
     }
 
 
-def is_new(batch: SequenceBatch, name: str, *, of_items: bool) -> Tensor:
+def is_new(batch: SequenceBatch, name: str = "", *, of_items: bool = False) -> Tensor:
     """Return (n,) bool: which values of a feature, as batch.ids holds them, are of the session.
+
+    Without a name: which tokens are.
 
     The context of a sequence is, but a series that is merged also has tokens in the history.
 
@@ -211,6 +213,8 @@ def is_new(batch: SequenceBatch, name: str, *, of_items: bool) -> Tensor:
     sequence_L = sequence_index(batch.offsets, batch.num_tokens)
     place_L = torch.arange(batch.num_tokens, device=sequence_L.device) - batch.offsets[sequence_L]
     is_new_L = place_L >= batch.session_start[sequence_L]
+    if not name:
+        return is_new_L
     if of_items:
         return is_new_L[carries_item(batch.token_kind)]
     if name in batch.context_positions:

@@ -155,6 +155,7 @@ def loop(
                 **trainer.take_losses(),
                 **values,
                 **trainer.skipped_by_name(),
+                **trainer.id_rows.dynamic.take_metrics(),
                 **clock.read(),
             },
         )

@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from embeddings.collection import build_tables
-from embeddings.vocabulary import Vocabulary
 from gr.checkpoint import CheckpointManager
 from gr.config import TrainConfig
+from gr.ids import IdRows
 from gr.metrics import EvalAccumulator
 from gr.model import Predictions, SequenceModel, dense_model, feature_dims
 from gr.objective import Objective
@@ -83,7 +83,6 @@ class Trainer:
         self.item_table = next(
             name for name, table in config.embeddings.tables.items() if ITEM_ID in table.features
         )
-        self.vocabulary = Vocabulary(config.embeddings)
         self.tables = build_tables(
             config.embeddings,
             device=world.device,
@@ -91,6 +90,7 @@ class Trainer:
             num_sequences_hint=-(-sequences_per_step // world.size),
             mean_length_hint=max(1.0, config.data.max_history_tokens),
         )
+        self.id_rows = IdRows(config, self.tables, self.item_table)
         # After the tables: how much of the generator their form uses must not matter.
         torch.manual_seed(config.seed)
         self.model = dense_model(config, dims, utc_offset).to(world.device)
@@ -159,11 +159,13 @@ class Trainer:
 
         staged = batch if isinstance(batch, StagedBatch) else self._stage(batch)
         batch, info, rows = self._arrive(staged)
-        global_weights = self._sum_weights(batch)
+        catalogue = self.id_rows.catalogue()
+        learnt = self.id_rows.learnable(batch)
+        global_weights = self._sum_weights(learnt)
         with self.dense.gradients_of(self.progress.step):
             predictions = self._predict(self.dense.module, batch, info, rows)
             head = self.model.retrieval if isinstance(self.model, SequenceModel) else None
-            sums = self.objective(batch, rows, predictions, head, self.tables)
+            sums = self.objective(learnt, rows, predictions, head, self.tables)
             # Gradients are averaged over ranks, sums are not: hence world.size.
             loss = sum(
                 factor * sums[name].total * (world.size / weight.clamp_min(1e-12))
@@ -177,8 +179,9 @@ class Trainer:
             assert isinstance(loss, Tensor)
             own = [sums[name].total.detach().double() for name in self.objective.names]
             totals = world.sum(torch.stack(own))
+            # The device is at work on the forward pass: time that costs nothing.
+            self.id_rows.observe(staged.seen, step=self.progress.step, time=staged.time)
             if ahead is not None:
-                # The device is at work on the forward pass: time that costs nothing.
                 ahead.fetch()
             # All ranks decide alike, before backward, in which tables are updated.
             is_finite = self._check_loss(totals)
@@ -188,7 +191,7 @@ class Trainer:
                 if config.eval.mode == "progressive":
                     if self.has_dropout:
                         predictions = self._predict_undropped(batch, info, rows)
-                    self._score(batch, rows, predictions)
+                    self._score(batch, rows, predictions, catalogue)
                 loss.backward()  # type: ignore[no-untyped-call]
         is_due, dense_is_finite = self.dense.is_due(self.progress.step), True
         if is_finite:
@@ -200,6 +203,7 @@ class Trainer:
         elif is_due:
             self.dense.sum_over_ranks()  # this batch has no backward pass that would do it
         self.tables.optimizer_zero_grad()
+        self.id_rows.apply(self.objective)
         if is_due:
             dense_is_finite = self.dense.update()
 
@@ -276,13 +280,13 @@ class Trainer:
         if ahead is not None:
             ahead.fetch()
             ahead.advance()
-        self._score(batch, rows, predictions)
+        self._score(batch, rows, predictions, self.id_rows.catalogue())
 
     def _stage(self, batch: SequenceBatch) -> StagedBatch:
         vector_rows, without_vector = self.model.find_vectors(batch)
         return stage(
             replace(batch, vector_rows=vector_rows),
-            self.vocabulary,
+            self.id_rows,
             self.tables,
             model=self.config.model,
             num_without_vector=tuple(without_vector.values()),
@@ -315,7 +319,11 @@ class Trainer:
 
     @torch.no_grad()
     def _score(
-        self, batch: SequenceBatch, rows: dict[str, Tensor], predictions: Predictions
+        self,
+        batch: SequenceBatch,
+        rows: dict[str, Tensor],
+        predictions: Predictions,
+        catalogue: Tensor | None,
     ) -> None:
         sequence_L = sequence_index(batch.offsets, batch.num_tokens)
         if predictions.ranking:
@@ -340,6 +348,7 @@ class Trainer:
                 chunks,
                 temperature=self.config.loss.temperature,
                 seen=seen_items(batch, sequence_L) if self.config.eval.filter_seen else None,
+                is_item_E=catalogue,
             )
             self.evaluation.update_retrieval(ranks, log_probs, batch.retrieval_weights)
 
@@ -399,6 +408,7 @@ class Trainer:
             "dense": get_model_state_dict(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.dense.optimizer),
             "tables": self.tables.checkpoint_state(),
+            "vocabulary": self.id_rows.checkpoint_state(),
             "objective": self.objective.state_dict(),
             "loss_sums": self.loss_sums,
             EVALUATION: {f"rank_{self.world.rank}": self.evaluation.state_dict()},
@@ -457,6 +467,7 @@ class Trainer:
         set_model_state_dict(self.model, state["dense"])
         set_optimizer_state_dict(self.model, self.dense.optimizer, state["optimizer"])
         self.tables.load_checkpoint_state(state["tables"])
+        self.id_rows.load_checkpoint_state(state["vocabulary"])
         self.objective.load_state_dict(state["objective"])
         self.loss_sums = state["loss_sums"]
         return state

@@ -29,6 +29,10 @@ from pipelines.history import (
 from pipelines.keyed_random import Purpose, draw_items
 from pipelines.unify import Tokens, lay_out, layout_rules
 
+NO_RANGE = 2**62
+"""Negatives of ids without a range (data.num_items=0) are numbers below this, for a vocabulary to
+turn into ids."""
+
 
 def assemble(
     gathered: Gathered,
@@ -208,7 +212,7 @@ def _ids(
             sequences[:, PIECE],
             seed,
             int(Purpose.NEGATIVES),
-            config.num_items,
+            config.num_items or NO_RANGE,
             negatives,
         )
         lengths.append(np.full(num_sequences, num_negatives))

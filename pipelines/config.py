@@ -345,7 +345,8 @@ class DataConfig:
     """Actions any of which (>= 0.5) makes an event a target of retrieval; empty means every
     event."""
     num_items: int = MISSING
-    """Item ids are 0 .. num_items - 1 (the range that negatives are drawn from)."""
+    """Item ids are 0 .. num_items - 1 (the range that negatives are drawn from). 0: ids have no
+    range; negatives are drawn from the items that the table of item_id holds (ids: dynamic)."""
     num_negatives: int = 0
     """Uniform negatives drawn for each sequence, keyed by (seed, user, session)."""
     sessions_per_partition: int = 8
@@ -579,7 +580,7 @@ def check_ranges(data: DataConfig) -> None:
         "max_history_tokens": 0,
         "max_session_events": 1,
         "overlap_slack": 0,
-        "num_items": 1,
+        "num_items": 0,
         "num_negatives": 0,
         "sessions_per_partition": 1,
         "prefetch": 0,

@@ -15,7 +15,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.collection import build_tables
 from embeddings.config import EmbeddingsConfig, RowWiseAdamWConfig, TableConfig
-from embeddings.tables import PendingLookup, initial_rows
+from embeddings.initial import initial_rows
+from embeddings.tables import PendingLookup
 from tests.embeddings.oracle import RowWiseOracle
 
 SEED = 7

@@ -8,7 +8,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.collection import build_tables
 from embeddings.config import EmbeddingsConfig, TableConfig
-from embeddings.tables import initial_rows
+from embeddings.initial import initial_rows
 from tests.dist import run_distributed
 from tests.embeddings.scenario import (
     DECAY,

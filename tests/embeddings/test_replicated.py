@@ -3,7 +3,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from embeddings.config import TableConfig
-from embeddings.tables import BLOCK_ROWS, initial_rows
+from embeddings.initial import BLOCK_ROWS, initial_rows
 from tests.dist import run_distributed
 from tests.embeddings.oracle import RowWiseOracle
 from tests.embeddings.scenario import (

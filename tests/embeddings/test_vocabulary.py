@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import EmbeddingsConfig, TableConfig
-from embeddings.vocabulary import Vocabulary, hash_ids
+from embeddings.hashing import hash_ids
+from embeddings.vocabulary import Vocabulary
 
 CONFIG = EmbeddingsConfig(
     tables={

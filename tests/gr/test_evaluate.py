@@ -59,7 +59,7 @@ def by_hand(run_dir, config, step):
     items = torch.nn.functional.normalize(trainer.tables.weights["item"].detach(), dim=1)
     labels, probabilities, ranks = [], [], []
     for batch in SessionStream(config.data, seed=config.seed):
-        batch.ids = trainer.vocabulary.rows(batch.ids)
+        batch.ids = trainer.id_rows.vocabulary.rows(batch.ids)
         with torch.no_grad():
             rows = trainer.tables.lookup(batch.ids)
             predictions = model(batch, sequence_info(batch), rows)

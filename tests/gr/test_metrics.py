@@ -444,14 +444,23 @@ def test_auc_and_gauc_count_pairs(rows):
     num_positions=st.integers(0, 9),
     chunk=st.integers(1, 45),
     with_seen=st.booleans(),
+    is_dynamic=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_ranks_equal_a_sort_of_the_catalogue(num_rows, num_positions, chunk, with_seen, seed):
+def test_ranks_equal_a_sort_of_the_catalogue(
+    num_rows, num_positions, chunk, with_seen, is_dynamic, seed
+):
     g = torch.Generator().manual_seed(seed)
     # Small integers: products are exact, so that ties are real.
     items = torch.randint(-1, 2, (num_rows, 3), generator=g).double()
     users = torch.randint(-2, 3, (num_positions, 3), generator=g).double()
-    targets = torch.randint(1, num_rows, (num_positions,), generator=g)
+    targets = torch.randint(0 if is_dynamic else 1, num_rows, (num_positions,), generator=g)
+    # Rows that stand for no item are in the table all the same.
+    is_item = torch.ones(num_rows, dtype=torch.bool)
+    if is_dynamic:
+        is_item = torch.randint(0, 2, (num_rows,), generator=g) > 0
+        is_item[targets] = True
+        is_item[0] = False
     num_pairs = 30 if with_seen and num_positions else 0
     seen = (
         torch.randint(0, max(1, num_positions), (num_pairs,), generator=g),
@@ -459,11 +468,22 @@ def test_ranks_equal_a_sort_of_the_catalogue(num_rows, num_positions, chunk, wit
     )
     chunks = [(start, items[start : start + chunk]) for start in range(0, num_rows, chunk)]
     rank, log_prob = catalogue_ranks(
-        users, items[targets], targets, chunks, temperature=0.5, seen=seen if with_seen else None
+        users,
+        items[targets],
+        targets,
+        chunks,
+        temperature=0.5,
+        seen=seen if with_seen else None,
+        is_item_E=is_item if is_dynamic else None,
     )
     pairs = set(zip(seen[0].tolist(), seen[1].tolist(), strict=True))
     for r, target in enumerate(targets.tolist()):
-        score = {e: (users[r] * items[e]).sum().item() / 0.5 for e in range(1, num_rows)}
+        if target == 0:
+            assert rank[r] == num_rows
+            assert log_prob[r].item() == pytest.approx(math.log(1 / num_rows))
+            continue
+        in_table = [e for e in range(1, num_rows) if is_item[e]]
+        score = {e: (users[r] * items[e]).sum().item() / 0.5 for e in in_table}
         kept = [e for e in score if e == target or (r, e) not in pairs]
         order = sorted(kept, key=lambda e: (-score[e], e))
         assert rank[r] == 1 + order.index(target)

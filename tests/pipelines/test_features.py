@@ -90,7 +90,7 @@ def test_ids_of_every_integer_type(kind):
         ({"tasks": {}}, "data.tasks is empty"),
         ({"max_session_events": 0}, "data.max_session_events must be at least 1, got 0"),
         ({"max_history_tokens": -1}, "data.max_history_tokens must be at least 0, got -1"),
-        ({"num_items": 0}, "data.num_items must be at least 1, got 0"),
+        ({"num_items": -1}, "data.num_items must be at least 0, got -1"),
         ({"max_reject_fraction": 1.5}, "from 0 to 1, got 1.5"),
         ({"tasks": {"x": TaskConfig(action="click", scale=0.0)}}, "data.tasks.x.scale"),
         (
