@@ -119,6 +119,12 @@ def _parser() -> argparse.ArgumentParser:
     child.add_argument("--output", help="folder of the report; the first run if not given")
     child.add_argument("--traceback", action="store_true", help="show it also for user errors")
 
+    child = command("results", _results, "Keep records of runs and make docs/results.md of them.")
+    child.add_argument("page", help="YAML file: which row of which table a run is")
+    child.add_argument("runs", nargs="*", help="run directories of a sweep, or ROW=DIRECTORY")
+    child.add_argument("--output", required=True, help="Markdown file; records go beside it")
+    child.add_argument("--traceback", action="store_true", help="show it also for user errors")
+
     child = command("checkpoint", _checkpoint, "Look into a checkpoint.")
     child.add_argument("action", choices=["inspect"])
     child.add_argument("path", help="step_N folder, checkpoints folder or run directory")
@@ -239,6 +245,12 @@ def _report(arguments: argparse.Namespace) -> None:
     from gr.report import report
 
     print(report(arguments.runs, arguments.output))
+
+
+def _results(arguments: argparse.Namespace) -> None:
+    from gr.results import results
+
+    print(results(arguments.page, arguments.runs, arguments.output))
 
 
 def _checkpoint(arguments: argparse.Namespace) -> None:

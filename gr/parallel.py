@@ -1,6 +1,7 @@
 """Ranks and processes. The only place that reads the launcher's environment."""
 
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -170,6 +171,13 @@ def stop(world: World) -> None:
         # process would never end (torch 2.13, gloo). So a reference is kept.
         _ended_groups.append(dist.group.WORLD)
         dist.destroy_process_group()
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a device is called: that of a GPU, or CPU and the kind of machine."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"CPU ({platform.machine()})"
 
 
 def set_determinism(deterministic: bool) -> None:

@@ -10,6 +10,9 @@ from gr.atomic import write_atomically
 from gr.plots import draw_all
 from gr.runs import ALL, Group, Run, group_runs, metric_name, read_run, table_metrics, windows_of
 
+MOST_WINDOWS = 60
+"""Of a table."""
+
 
 def report(runs: Sequence[str | Path], output: str | Path | None = None) -> str:
     """Compare runs and write report.md, report.csv, summary.csv and plots.
@@ -62,6 +65,8 @@ def _overall(groups: Sequence[Group]) -> str:
 
 def _by_window(groups: Sequence[Group]) -> Iterable[str]:
     windows = windows_of(groups)
+    if len(windows) > MOST_WINDOWS:
+        windows = []  # many epochs: the plots show them, report.csv holds them
     for name, metrics in table_metrics(groups).items() if windows else ():
         head = [f"{metric_name(m)} {g.label}" for m in metrics for g in groups]
         rows = [

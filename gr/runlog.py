@@ -3,7 +3,8 @@
 config.yaml      resolved configuration       metrics.jsonl   a line a logged step
 overrides.txt    overrides, one a line        eval.jsonl      a line a window, and one overall
 commit.txt       commit and uncommitted diff  checkpoints/    gr/checkpoint.py
-job.txt          id of the job that writes    events.out.*    TensorBoard, the same numbers
+facts.json       devices, torch, log          events.out.*    TensorBoard, the same numbers
+job.txt          id of the job that writes
 """
 
 import json
@@ -24,6 +25,8 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 EVAL = "eval.jsonl"
 JOB = "job.txt"
+COMMIT = "commit.txt"
+FACTS = "facts.json"
 # What may change when a run is resumed: it leaves model, data and optimisation as they were.
 FREE_ON_RESUME = (
     *("run_dir", "resume", "max_steps", "log_every", "device", "timeout_minutes", "data.prefetch"),
@@ -62,6 +65,7 @@ def open_run_dir(
     resume: bool,
     resolved: DictConfig,
     overrides: Sequence[str] = (),
+    facts: Mapping[str, Value] | None = None,
     job: str = "",
 ) -> RunDir:
     """Make a run directory, or take up an old one. Called on one rank.
@@ -71,6 +75,7 @@ def open_run_dir(
         resume: whether to go on with the run that is there.
         resolved: the configuration, as load_config returns it.
         overrides: of the command line, for the record.
+        facts: what the run has to do with that no configuration says, for the record.
         job: id of the job that this process belongs to. A run that the same job began is resumed
             without `resume`: that is how a restarted job goes on.
 
@@ -103,14 +108,15 @@ def open_run_dir(
     if found:
         _refuse_changes(run.path / CONFIG, resolved)
         lines = _appended(run.path / "overrides.txt", lines)
-        commit = _appended(run.path / "commit.txt", commit)
+        commit = _appended(run.path / COMMIT, commit)
     run.path.mkdir(parents=True, exist_ok=True)
     if job:
         # First, so that a kill in between leaves nothing that a retry would refuse.
         write_atomically(run.path / JOB, f"{job}\n")
     write_atomically(run.path / CONFIG, OmegaConf.to_yaml(resolved))
     write_atomically(run.path / "overrides.txt", lines)
-    write_atomically(run.path / "commit.txt", commit)
+    write_atomically(run.path / COMMIT, commit)
+    write_atomically(run.path / FACTS, json_line(facts or {}))
     return run
 
 
@@ -148,9 +154,15 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def describe_commit(folder: Path) -> str:
-    """Return the commit of the code in `folder`, untracked files and the uncommitted diff."""
+    """Return the commit of the code in `folder`, untracked files and the uncommitted diff.
+
+    A copy without .git, in a container or on a cluster, may say its commit in a file COMMIT.
+    """
     if not (folder / ".git").exists():
-        return "none: the code is not in a git checkout\n"
+        stated = folder / "COMMIT"
+        if stated.is_file():
+            return stated.read_text(encoding="utf-8")
+        return "none: the code is not in a git checkout, and there is no file COMMIT\n"
     answers = []
     for command in (["rev-parse", "HEAD"], ["status", "--porcelain"], ["diff", "HEAD"]):
         try:

@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from gr import parallel
@@ -98,6 +99,12 @@ def train(config: TrainConfig, resolved: DictConfig, overrides: Sequence[str] = 
                 resume=config.resume,
                 resolved=resolved,
                 overrides=overrides,
+                facts={
+                    "device": parallel.device_name(world.device),
+                    "processes": world.size,
+                    "torch": torch.__version__,
+                    "log": source.fingerprint,
+                },
                 job=parallel.environment_job(),
             )
         )

@@ -29,7 +29,9 @@ def test_a_new_run_directory_holds_config_overrides_and_commit(tmp_path):
     assert OmegaConf.load(run.path / "config.yaml") == config()
     assert (run.path / "overrides.txt").read_text() == "seed=0\n"
     assert (run.path / "commit.txt").read_text()
-    assert {p.name for p in run.path.iterdir()} == {"config.yaml", "overrides.txt", "commit.txt"}
+    assert {p.name for p in run.path.iterdir()} == {
+        *("config.yaml", "overrides.txt", "commit.txt", "facts.json"),
+    }
 
 
 def test_a_directory_in_use_is_refused_and_left_as_it_is(tmp_path):
@@ -112,6 +114,8 @@ def test_commit_names_the_change(tmp_path):
     import subprocess
 
     assert "not in a git checkout" in describe_commit(tmp_path)
+    (tmp_path / "COMMIT").write_text("c0ffee\n")
+    assert describe_commit(tmp_path) == "c0ffee\n"
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True)
     (tmp_path / "a.txt").write_text("one\n")

@@ -1,0 +1,204 @@
+"""The page of published comparisons: tables and plots, made of records alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from gr.atomic import write_atomically
+from gr.report import markdown_table
+from gr.results import METRICS, PageConfig, Record, RowConfig, TableConfig
+from gr.runs import mean_interval, metric_name
+
+TARGETS = ("hr@10", "ndcg@10")
+"""Metrics that a target is about."""
+
+
+def write_page(
+    page: PageConfig, records: Sequence[Record], output: Path, *, command: str
+) -> list[Path]:
+    """Write the page and its plots.
+
+    Args:
+        page: what stands where.
+        records: of any rows of it; a row without one is left out.
+        output: Markdown file; plots go into the folder of its name without suffix.
+        command: what makes the page, to be told to its readers.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: if a record belongs to no row of the page.
+    """
+    rows = {name for table in page.tables.values() for name in table.rows}
+    unknown = sorted({record.file_name for record in records if record.row not in rows})
+    if unknown:
+        raise ValueError(
+            f"record(s) {unknown} belong to no row of the page, which has {sorted(rows)}: remove "
+            "them, or add the row"
+        )
+    folder, files = output.with_suffix(""), [output]
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [f"# {page.title}\n", f"This page is made by `{command}`.\n"]
+    parts += [f"{page.text.strip()}\n"] if page.text else []
+    for name, table in page.tables.items():
+        groups = {
+            row: found for row in table.rows if (found := [r for r in records if r.row == row])
+        }
+        if not groups:
+            continue
+        plot = folder / f"{name}.png"
+        _draw(page, table, groups, plot)
+        files.append(plot)
+        parts += _section(page, table, groups, f"{folder.name}/{plot.name}")
+    write_atomically(output, "\n".join(parts))
+    return files
+
+
+def _section(
+    page: PageConfig, table: TableConfig, groups: dict[str, list[Record]], plot: str
+) -> list[str]:
+    by = metric_name(page.choose_by)
+    parts = [f"## {table.title}\n"]
+    parts += [f"{table.note.strip()}\n"] if table.note else []
+    head = ["model", *(metric_name(m) for m in METRICS), "epochs", "seeds"]
+    lines = []
+    for row, records in groups.items():
+        epochs = ", ".join(str(r.epoch) for r in records)
+        cells = [_interval([r.test[m] for r in records]) for m in METRICS]
+        lines.append([table.rows[row].title, *cells, epochs, str(len(records))])
+        lines += _published(table.rows[row])
+    parts.append(
+        f"Epoch chosen by {by} of the validation events, mean and 95 % interval over seeds; "
+        "the model is then trained anew with the validation events, and scored once on the test "
+        f"events.{f' Published figures: {table.source}.' if table.source else ''}\n"
+    )
+    parts.append(markdown_table(head, lines) + "\n")
+    parts += _targets(table, groups)
+    parts += _comparison(table, groups)
+    head = ["model", *(metric_name(m) for m in METRICS), "epochs"]
+    lines = []
+    for row, records in groups.items():
+        cells = [_interval([r.best_test[m] for r in records]) for m in METRICS]
+        epochs = ", ".join(str(r.best_test_epoch) for r in records)
+        lines.append([table.rows[row].title, *cells, epochs])
+    parts.append(
+        f"For comparison with tables that report the epoch that is best on the test events (by "
+        f"{by}), which looks at them {len(next(iter(groups.values()))[0].epochs)} times:\n"
+    )
+    parts.append(markdown_table(head, lines) + "\n")
+    parts.append(f"![{table.title}: {by} after each epoch]({plot})\n")
+    parts.append(_origins(table, groups))
+    return parts
+
+
+def _published(row: RowConfig) -> list[list[str]]:
+    if not row.published:
+        return []
+    cells = [f"{row.published[m]:.4f}" if m in row.published else "-" for m in METRICS]
+    return [[f"- {row.title}, published", *cells, "", "1"]]
+
+
+def _targets(table: TableConfig, groups: dict[str, list[Record]]) -> list[str]:
+    lines = []
+    for name, records in groups.items():
+        row = table.rows[name]
+        if not row.within:
+            continue
+        cells, is_met = [], True
+        for metric in TARGETS:
+            mean = float(np.mean([r.test[metric] for r in records]))
+            change = mean / row.published[metric] - 1
+            is_met &= change >= -row.within
+            cells.append(f"{change:+.1%}")
+        verdict = "met" if is_met else "MISSED"
+        lines.append([row.title, *cells, f"at most {row.within:.0%} below", verdict])
+    if not lines:
+        return []
+    head = ["model", *(f"{metric_name(m)} against published" for m in TARGETS), "target", ""]
+    return [markdown_table(head, lines) + "\n"]
+
+
+def _comparison(table: TableConfig, groups: dict[str, list[Record]]) -> list[str]:
+    """Return the paired differences from the baseline; a seed is a pair."""
+    base = {r.seed: r for r in groups.get(table.baseline, [])}
+    lines = []
+    for name, records in groups.items():
+        pairs = [(r, base[r.seed]) for r in records if r.seed in base]
+        if name == table.baseline or len(pairs) < 2:
+            continue
+        cells = []
+        for metric in METRICS:
+            differences = [mine.test[metric] - other.test[metric] for mine, other in pairs]
+            found = mean_interval(differences)
+            assert found is not None
+            mean, half, _ = found
+            sure = "" if abs(mean) <= half else " *"
+            cells.append(f"{mean:+.4f} ± {half:.4f}{sure}")
+        lines.append([table.rows[name].title, *cells])
+    if not lines:
+        return []
+    title = table.rows[table.baseline].title
+    return [
+        f"Difference from {title} at the same seed, mean and 95 % interval (paired t); * where it "
+        "leaves 0 out:\n",
+        markdown_table(["model", *(metric_name(m) for m in METRICS)], lines) + "\n",
+    ]
+
+
+def _origins(table: TableConfig, groups: dict[str, list[Record]]) -> str:
+    """Return where each row comes from, and the command that repeats it."""
+    lines = []
+    for name, records in groups.items():
+        seconds = [s for r in records for s in r.seconds.values()]
+        lines.append(
+            f"- {table.rows[name].title}: `gr train {table.rows[name].config} seed=SEED "
+            "data.leave_one_out.hold_out=test` (and `=validation`), seeds "
+            f"{', '.join(str(r.seed) for r in records)}; {_all(r.device for r in records)}, "
+            f"{min(seconds):.0f} to {max(seconds):.0f} s a run; commit "
+            f"{_all(r.commit[:12] + r.commit[40:] for r in records)}; sequences "
+            f"{_all(r.log[:16] for r in records)}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _all(values) -> str:  # type: ignore[no-untyped-def]
+    return ", ".join(dict.fromkeys(values))
+
+
+def _interval(values: Sequence[float]) -> str:
+    found = mean_interval(values)
+    assert found is not None
+    mean, half, n = found
+    return f"{mean:.4f}" if n == 1 else f"{mean:.4f} ± {half:.4f}"
+
+
+def _draw(
+    page: PageConfig, table: TableConfig, groups: dict[str, list[Record]], path: Path
+) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, records in groups.items():
+        epochs = records[0].epochs
+        # Runs of one row may have been scored at other epochs: those that all have are averaged.
+        shared = sorted(set(epochs).intersection(*(r.epochs for r in records)))
+        for held_out, style in (("test", "-"), ("validation", ":")):
+            curves = [
+                [getattr(r, f"{held_out}_curve")[r.epochs.index(e)] for e in shared]
+                for r in records
+            ]
+            label = table.rows[name].title if held_out == "test" else None
+            color = None if label else axes.lines[-1].get_color()
+            axes.plot(shared, np.mean(curves, 0), style, label=label, color=color)
+    axes.set_xlabel("epochs")
+    axes.set_ylabel(f"{metric_name(page.choose_by)}, mean over seeds")
+    axes.set_title(f"{table.title} (line: test events, dotted: validation events)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

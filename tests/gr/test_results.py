@@ -1,0 +1,155 @@
+"""Records and the page of results, from run directories written by hand."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from gr.cli import main
+from gr.config_io import load_config
+from gr.results import METRICS, PageConfig, make_records, read_records, results
+from launch.config import SweepConfig
+from launch.sweep import expand
+
+PAGE = """
+title: Results
+text: How it was done.
+tables:
+  toy:
+    title: Toy
+    note: Not real.
+    source: nowhere
+    baseline: base
+    rows:
+      base: {title: Base, config: configs/base.yaml}
+      better:
+        title: Better
+        config: configs/better.yaml
+        published: {hr@10: 0.5, ndcg@10: 0.25}
+        within: 0.02
+"""
+# row, seed -> ndcg@10 after each epoch, of the validation events and of the test events
+CURVES = {
+    ("base", 0): ([0.10, 0.30, 0.20], [0.11, 0.21, 0.31]),
+    ("base", 1): ([0.10, 0.20, 0.20], [0.12, 0.22, 0.10]),
+    ("better", 0): ([0.40, 0.20, 0.10], [0.26, 0.50, 0.10]),
+    ("better", 1): ([0.10, 0.20, 0.30], [0.10, 0.20, 0.24]),
+}
+
+
+def write_run(folder: Path, row, seed, held_out, curve, **changes) -> Path:
+    path = folder / f"{row}_s{seed}_{abs(hash((row, seed, held_out))) % 16**10:010x}"
+    path.mkdir(parents=True)
+    config = {
+        "run_dir": str(path),
+        "seed": seed,
+        "model": {"dim": 4},
+        "data": {"leave_one_out": {"hold_out": held_out}},
+    }
+    (path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config | changes)))
+    rows = [
+        {"window": f"epoch {i:04d}", "step": i, **dict.fromkeys(METRICS, value), "hr@10": 2 * value}
+        for i, value in enumerate(curve, 1)
+    ]
+    rows.append(rows[-1] | {"window": "all"})
+    (path / "eval.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+    lines = [{"step": i, "perf/seconds": 1.5} for i in range(4)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (path / "commit.txt").write_text("c0ffee" * 6 + "beef\n")
+    (path / "facts.json").write_text(json.dumps({"device": "GPU", "log": "f" * 64}))
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path):
+    (tmp_path / "page.yaml").write_text(PAGE)
+    return [
+        write_run(tmp_path / "runs", row, seed, held_out, curve)
+        for (row, seed), curves in CURVES.items()
+        for held_out, curve in zip(("validation", "test"), curves, strict=True)
+    ]
+
+
+def test_the_validation_run_alone_chooses_the_epoch(tmp_path, runs):
+    page, _ = load_config(PageConfig, tmp_path / "page.yaml")
+    found = {(r.row, r.seed): r for r in make_records(page, runs)}
+    # The earliest of equals; the test events have no say.
+    assert {key: r.epoch for key, r in found.items()} == {
+        ("base", 0): 2,
+        ("base", 1): 2,
+        ("better", 0): 1,
+        ("better", 1): 3,
+    }
+    assert {key: r.test["ndcg@10"] for key, r in found.items()} == {
+        ("base", 0): 0.21,
+        ("base", 1): 0.22,
+        ("better", 0): 0.26,
+        ("better", 1): 0.24,
+    }
+    assert [found["better", 0].best_test_epoch, found["better", 0].best_test["ndcg@10"]] == [2, 0.5]
+    assert found["base", 0].seconds == {"validation": 6.0, "test": 6.0}
+    assert found["base", 0].config == {"model.dim": 4}
+
+
+def test_the_page_says_what_the_records_say(tmp_path, runs):
+    output = tmp_path / "docs" / "results.md"
+    said = results(tmp_path / "page.yaml", runs, output)
+    assert "4 records added, 4 in all" in said
+    text = output.read_text()
+    # Two seeds: the half width is t(1) = 12.7062 times the standard error.
+    half = 12.7062 * 0.01 / math.sqrt(2) * math.sqrt(2)
+    assert f"| 0.2500 ± {half:.4f} " in text  # better: 0.26 and 0.24
+    assert "- Better, published" in text
+    assert "| Better | +0.0%" in text
+    assert "at most 2% below | met" in text
+    differences = (0.26 - 0.21, 0.24 - 0.22)
+    mean = sum(differences) / 2
+    half = 12.7062 * abs(differences[0] - differences[1]) / 2
+    assert f"{mean:+.4f} ± {half:.4f}" in text
+    assert "gr train configs/better.yaml seed=SEED" in text
+    assert (tmp_path / "docs" / "results" / "toy.png").stat().st_size > 1_000
+    # Of the records alone, without the runs, the same page.
+    results(tmp_path / "page.yaml", [], output)
+    assert output.read_text() == text
+    assert len(read_records(tmp_path / "docs" / "results")) == 4
+
+
+def test_a_missed_target_is_called_missed(tmp_path, runs):
+    (tmp_path / "page.yaml").write_text(PAGE.replace("ndcg@10: 0.25", "ndcg@10: 0.26"))
+    results(tmp_path / "page.yaml", runs, tmp_path / "results.md")
+    assert "| MISSED |" in (tmp_path / "results.md").read_text()
+
+
+def test_what_is_no_pair_is_refused(tmp_path, runs, capsys):
+    def fails(*given, page="page.yaml"):
+        output = tmp_path / "results.md"
+        argv = ["results", str(tmp_path / page), *map(str, given), "--output", str(output)]
+        assert main(argv) == 2
+        assert not output.exists()
+        return capsys.readouterr().err
+
+    assert "there is no test run beside" in fails(runs[0])
+    other = write_run(tmp_path / "more", "base", 0, "test", [0.1] * 3, model={"dim": 8})
+    assert "differ in model.dim, not only" in fails(runs[0], other)
+    assert "are both the test run of base" in fails(*runs[:2], other)
+    short = write_run(tmp_path / "short", "base", 0, "test", [0.1] * 2)
+    assert "differ in the epochs that were scored" in fails(runs[0], short)
+    stranger = write_run(tmp_path / "strange", "stranger", 0, "test", [0.1])
+    assert "stranger is no row of the page; there are" in fails(stranger)
+    lines = (runs[1] / "eval.jsonl").read_text().splitlines(keepends=True)
+    (runs[1] / "eval.jsonl").write_text("".join(lines[:-1]))
+    assert "is not finished" in fails(*runs[:2])
+    assert "holds no records" in fails()
+    (tmp_path / "twice.yaml").write_text(PAGE.replace("baseline: base", "baseline: nobody"))
+    assert "baseline=nobody is no row" in fails(page="twice.yaml")
+
+
+def test_the_published_sweep_makes_the_rows_of_the_published_page():
+    page, _ = load_config(PageConfig, "configs/published/results.yaml")
+    sweep, _ = load_config(SweepConfig, "configs/sweeps/published.yaml", ["seeds=[0]"])
+    rows = {name: row.config for name, row in page.tables["ml1m"].rows.items()}
+    members = expand(sweep)
+    assert {member.label.split()[0]: member.base for member in members} == rows
+    assert len(members) == 2 * len(rows)
