@@ -217,6 +217,7 @@ def _dataset(arguments: argparse.Namespace) -> None:
         )
     from pipelines.datasets.convert import convert
     from pipelines.datasets.download import download
+    from pipelines.location import locate
 
     source = Path(arguments.source)
     if arguments.download:
@@ -224,7 +225,7 @@ def _dataset(arguments: argparse.Namespace) -> None:
         source, checksum = download(dataset, source)
         print(f"{source}: {checksum}")
     flags = {"overwrite": arguments.overwrite, "partial": arguments.partial}
-    print(convert(dataset, source, Path(arguments.output), **flags))
+    print(convert(dataset, source, locate(arguments.output), **flags))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -236,9 +237,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
     if arguments.config:
         override = [f"data.log={arguments.log}"]
         data = load_config(TrainConfig, arguments.config, override)[0].data
-    log = Path(arguments.log)
-    output = arguments.output or log.with_name(f"{log.name}_inspect")
-    print(inspect(log, output, data=data, num_sequences=arguments.sequences))
+    # Beside the log; of a URL in the working folder.
+    beside = Path(arguments.log.rsplit("/", 1)[-1] if "://" in arguments.log else arguments.log)
+    output = arguments.output or beside.with_name(f"{beside.name}_inspect")
+    print(inspect(arguments.log, output, data=data, num_sequences=arguments.sequences))
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -11,7 +11,6 @@ import heapq
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from pipelines.config import DataConfig
 from pipelines.cost import CostRules, sequence_cost
 from pipelines.feature_columns import integers
 from pipelines.history import Ints, Rules
+from pipelines.location import Location
 from pipelines.long_sessions import events_per_slice
 from pipelines.reader import explain_corruption, open_parquet
 from pipelines.schedule import Schedule
@@ -112,9 +112,9 @@ class Planner:
         self,
         schedule: Schedule,
         end_ts: Sequence[Ints],
-        parts: Sequence[Path | None],
+        parts: Sequence[Location | None],
         slices: Sequence[Ints | None],
-        histories: Sequence[Path | None],
+        histories: Sequence[Location | None],
     ) -> BudgetSchedule:
         """Return the steps of the next segment.
 
@@ -180,7 +180,7 @@ def _merged(a: SessionSizes, b: SessionSizes) -> SessionSizes:
     return SessionSizes(users, np.full(len(users), -1), num_events, np.zeros_like(users))
 
 
-def _sizes(path: Path | None, num_sessions: int) -> SessionSizes:
+def _sizes(path: Location | None, num_sessions: int) -> SessionSizes:
     """Return the sizes of a file; a damaged one has sessions of one event, which are skipped."""
     if path is not None:
         with suppress(ValueError):
@@ -189,7 +189,7 @@ def _sizes(path: Path | None, num_sessions: int) -> SessionSizes:
     return SessionSizes(-count, -count, count, 0 * count)
 
 
-def read_sizes(path: Path) -> SessionSizes:
+def read_sizes(path: Location) -> SessionSizes:
     """Return the sizes of a file's sessions.
 
     Raises:

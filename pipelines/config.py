@@ -23,7 +23,7 @@ class JoinConfig:
     """Columns of a second file that are added to each event, or to each session as context."""
 
     path: str = MISSING
-    """Parquet file, folder or glob; one row a key."""
+    """Parquet or Arrow IPC file, folder or glob, path or URL; one row a key."""
     key: str = MISSING
     """Column of the event log that is looked up."""
     right_key: str = ""
@@ -60,12 +60,12 @@ class SessionizeConfig:
     """How an event log becomes a session-end log."""
 
     input: str = MISSING
-    """Event log: Parquet file, folder or glob."""
+    """Event log: Parquet or Arrow IPC file, folder or glob; a path or a URL."""
     history: str = ""
     """Events before the log, same columns (a missing one is null): they start the users' histories
     and are never supervised. Empty means none."""
     output: str = MISSING
-    """Folder of the session-end log."""
+    """Folder of the session-end log; a path or a URL."""
     overwrite: bool = False
     """Replace a session-end log that is already there. Anything else that is there is refused."""
     user_id: str = "user_id"
@@ -287,8 +287,9 @@ class DataConfig:
     """How a session-end log becomes batches of token sequences."""
 
     log: str = MISSING
-    """Folder of the session-end log, as `gr sessionize` wrote it, or a folder of such folders: the
-    segments of a log, read in the order of their names. With `window: epoch` an event log."""
+    """Folder (path or URL) of the session-end log, as `gr sessionize` wrote it, or a folder of such
+    folders: the segments of a log, read in the order of their names. With `window: epoch` an event
+    log."""
     follow: bool = False
     """Go on with segments that land while the log is read, until none has come for
     `follow_idle_seconds`."""

@@ -19,7 +19,6 @@ it is missing, never wrong.
 Letters: n sessions, E events, C counters and W weights of a kind of key.
 """
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +29,7 @@ from pipelines.feature_columns import MISSING_NUMBER
 from pipelines.features import EventEncoder
 from pipelines.history import TIMESTAMP, EventRows, Ints, SessionRows
 from pipelines.keyed_random import U, mix
+from pipelines.location import Location
 from pipelines.reader import NO_TIME, read_times
 from pipelines.schedule import disordered, filled
 from pipelines.schema import END_TS, START_TS
@@ -110,7 +110,7 @@ def counter_rules(encoder: EventEncoder) -> list[CounterRules]:
     return rules
 
 
-def frontiers(path: Path) -> Ints:
+def frontiers(path: Location) -> Ints:
     """Return (n,) int64 s: for each session of a file a time that ascends, never after the starts.
 
     No session from this one on starts earlier, but those that LONGEST_SECONDS and OVERHANG_SECONDS

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipelines.config import SessionizeConfig
-from pipelines.event_log import Kind, Source, protocols
+from pipelines.event_log import Kind, Source
+from pipelines.location import protocols
 
 if TYPE_CHECKING:
     import ibis.expr.types as ir

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.location import Location
 from pipelines.manifest import file_sha256
 
 EVENTS_FOLDER = "events"
@@ -22,7 +23,7 @@ FORMAT = "gr event log"
 ROW_GROUP_EVENTS = 1 << 18
 
 
-def is_event_log(folder: Path) -> bool:
+def is_event_log(folder: Location) -> bool:
     """Return whether `folder` holds an event log that this project made."""
     try:
         content = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.manifest import Manifest
+from pipelines.reader import explain_corruption, open_parquet
 from pipelines.schema import (
     END_TS,
     EVENT_ITEM_ID,
@@ -235,11 +235,8 @@ def _add_times(found: LogStatistics, events: Any, lengths: Ints, offset: int) ->
 
 def _batches(manifest: Manifest, name: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
     path = manifest.folder / name
-    try:
-        with pq.ParquetFile(path) as parquet:
-            yield from parquet.iter_batches(_BATCH_SESSIONS, columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable Parquet file: {error}") from error
+    with open_parquet(path) as parquet, explain_corruption(path):
+        yield from parquet.iter_batches(_BATCH_SESSIONS, columns=columns)
 
 
 def _leaf(name: str) -> str:

@@ -7,7 +7,6 @@ number of events alone, so that all ranks, and a run that resumes, agree on the 
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.history import Ints
+from pipelines.location import Location
 from pipelines.reader import Block, open_parquet
 from pipelines.schema import EVENT_ITEM_ID, EVENTS
 
@@ -26,7 +26,7 @@ def events_per_slice(max_session_events: int) -> int:
     return PIECES_PER_SLICE * max_session_events
 
 
-def read_slices(path: Path, most_events: int, longest: int | None) -> Ints | None:
+def read_slices(path: Location, most_events: int, longest: int | None) -> Ints | None:
     """Return (n,) the rows that each session is read as; None if each is one.
 
     A session whose length cannot be read is one row.

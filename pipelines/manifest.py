@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.location import Location, locate, open_input
 from pipelines.portable_hash import PARTITION_HASH, STRING_HASH
 from pipelines.schema import CONTEXT, MANIFEST, session_schema
 
@@ -47,7 +48,7 @@ class PartitionFile:
 class Manifest:
     """What a session-end log holds."""
 
-    folder: Path
+    folder: Location
     """Where it lies; not in the file."""
     partitions: int
     """P."""
@@ -134,24 +135,25 @@ def write_manifest(manifest: Manifest) -> None:
         "num_history_events": manifest.num_history_events,
         **content,
     }
+    assert isinstance(manifest.folder, Path)  # files are made locally, then sent
     path = manifest.folder / MANIFEST
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def read_manifest(folder: str | Path, *, check_files: bool = True) -> Manifest:
+def read_manifest(folder: str | Location, *, check_files: bool = True) -> Manifest:
     """Read the manifest of a session-end log and check that its files are there with their rows.
 
     Only the footers of the files are read; `verify_checksums` reads all.
 
     Args:
-        folder: of the log.
+        folder: of the log: a path, or a URL that fsspec knows.
         check_files: false: the caller finds out about files that are missing or damaged.
 
     Raises:
         ValueError: if the folder is missing or is no such log; if a file is missing, is no Parquet
             or has another number of rows than the manifest says.
     """
-    folder = Path(folder)
+    folder = locate(folder)
     if not folder.is_dir():
         raise ValueError(
             f"no session-end log at {folder}: there is no such folder. Make it with "
@@ -189,12 +191,12 @@ def read_manifest(folder: str | Path, *, check_files: bool = True) -> Manifest:
     return manifest
 
 
-def is_session_log(folder: Path) -> bool:
+def is_session_log(folder: Location) -> bool:
     """Return whether `folder` holds a session-end log of any version."""
     return _read_content(folder / MANIFEST) is not None
 
 
-def _read_content(path: Path) -> dict[str, Any] | None:
+def _read_content(path: Location) -> dict[str, Any] | None:
     """Return the content of a manifest; None if the file is missing or is not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -223,7 +225,8 @@ def check_file(manifest: Manifest, file: PartitionFile) -> None:
     """
     path = manifest.folder / file.name
     try:
-        num_rows = pq.read_metadata(path).num_rows
+        with open_input(path) as source:
+            num_rows = pq.read_metadata(source).num_rows
     except FileNotFoundError as error:
         raise ValueError(
             f"{path} is missing, though {MANIFEST} names it with {file.num_sessions} rows: "
@@ -256,7 +259,7 @@ def verify_checksums(manifest: Manifest) -> None:
             )
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: Location) -> str:
     """Return the SHA-256 of a file's bytes in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,7 +11,7 @@ from pipelines.decayed_counters import CounterStore, counter_rules, frontiers
 from pipelines.event_memory import Spill
 from pipelines.features import EventEncoder
 from pipelines.gather import Span
-from pipelines.history import HistoryStore, Rules
+from pipelines.history import HistoryStore, Ints, Rules
 from pipelines.long_sessions import events_per_slice, in_slices
 from pipelines.reader import DISORDERED, Block, read_blocks
 from pipelines.rejects import RejectLog
@@ -57,7 +57,7 @@ class PartitionReader:
                     file = files[self.partition]
                     self._rejects.add_file(self.partition, file.path, file.num_sessions, file.fault)
             if segment.histories and not segment.histories[self.partition].fault:
-                self._load_history(segment.histories[self.partition].path)
+                self._load_history(segment.histories[self.partition])
         self._num_begun = max(self._num_begun, num_begun)
 
     def replay(self, num_sessions: int) -> None:
@@ -153,15 +153,25 @@ class PartitionReader:
                 extend=extend,
             )
 
+    def _frontiers(self, file: LogFile) -> Ints:
+        try:
+            return frontiers(file.path)
+        except ValueError:  # gone since the log was opened: none of its sessions can be read
+            return np.zeros(file.num_sessions, np.int64)
+
     def _blocks_of(self, file: LogFile, first_row: int = 0) -> Iterator[Block]:
         skip = 0
-        frontier = frontiers(file.path) if self._counters else None
+        frontier = self._frontiers(file) if self._counters else None
         if file.slices is not None:
             ends = np.cumsum(file.slices)
             session = int(np.searchsorted(ends, first_row, side="right"))
             first_row, skip = session, first_row - int(ends[session] - file.slices[session])
         for block in read_blocks(
-            file.path, self._encoder, rows_per_block=ROWS_PER_BLOCK, first_row=first_row
+            file.path,
+            self._encoder,
+            rows_per_block=ROWS_PER_BLOCK,
+            first_row=first_row,
+            num_rows=file.num_sessions,
         ):
             if file.disordered is not None:
                 flags = file.disordered[block.first_row :][: block.num_sessions]
@@ -176,12 +186,17 @@ class PartitionReader:
                 block, skip = in_slices(block, slices, most, skip), 0
             yield block
 
-    def _load_history(self, path: Path) -> None:
+    def _load_history(self, file: LogFile) -> None:
         """Append the users' starting histories."""
         first = np.empty(0, np.int64)
         if self._counters and not self._segments[0].parts[self.partition].fault:
-            first = frontiers(self._segments[0].parts[self.partition].path)[:1]
-        for block in read_blocks(path, self._encoder, rows_per_block=ROWS_PER_BLOCK):
+            first = self._frontiers(self._segments[0].parts[self.partition])[:1]
+        for block in read_blocks(
+            file.path,
+            self._encoder,
+            rows_per_block=ROWS_PER_BLOCK,
+            num_rows=file.num_sessions,
+        ):
             self._rejects.add(self.partition, block, 0, block.num_sessions)
             self._store.extend(block.sessions, block.events, 0, block.num_sessions)
             for store in self._counters:

@@ -1,7 +1,7 @@
 """Reads a partition of the session-end log as blocks of checked, encoded sessions."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pipelines.feature_columns import UNKNOWN_ID, Flags, Floats, integers, read_numbers
 from pipelines.features import Column, EventEncoder
 from pipelines.history import EventRows, Ints, SessionRows
+from pipelines.location import Location, open_input
 from pipelines.schema import (
     CONTEXT,
     END_TS,
@@ -36,7 +37,7 @@ DISORDERED = 10
 class Block:
     """Consecutive sessions of a partition."""
 
-    path: Path
+    path: Location
     first_row: int
     """Row of the file."""
     sessions: SessionRows
@@ -59,7 +60,12 @@ class Block:
 
 
 def read_blocks(
-    path: Path, encoder: EventEncoder, *, rows_per_block: int, first_row: int = 0
+    path: Location,
+    encoder: EventEncoder,
+    *,
+    rows_per_block: int,
+    first_row: int = 0,
+    num_rows: int | None = None,
 ) -> Iterator[Block]:
     """Yield the sessions of a file in order, decoding only the columns that `encoder` needs.
 
@@ -70,11 +76,20 @@ def read_blocks(
         encoder: names the columns, encodes the events.
         rows_per_block: most sessions of a block.
         first_row: row to start with; row groups before it are not read.
+        num_rows: of the file as it was found before: if it cannot be opened any more, all of them
+            come as unreadable. None: that is an error.
 
     Raises:
         ValueError: if the file cannot be opened, lacks a column, or a column has another type.
     """
-    with open_parquet(path) as file:
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(open_parquet(path))
+        except ValueError:
+            if num_rows is None:
+                raise
+            yield _unreadable(path, first_row, num_rows - first_row, encoder)
+            return
         paths = _leaf_paths(file, encoder.columns, path)
         begin = 0
         for group in range(file.num_row_groups):
@@ -97,7 +112,7 @@ def read_blocks(
             begin = end
 
 
-def read_end_ts(path: Path) -> Ints:
+def read_end_ts(path: Location) -> Ints:
     """Return (n,) int64 s: end_ts of each session; NO_TIME where it is null or cannot be read.
 
     Raises:
@@ -106,7 +121,7 @@ def read_end_ts(path: Path) -> Ints:
     return read_times(path, END_TS)
 
 
-def read_times(path: Path, name: str) -> Ints:
+def read_times(path: Location, name: str) -> Ints:
     """Return (n,) int64 s: a time of each session; NO_TIME where it is null or cannot be read.
 
     Raises:
@@ -129,7 +144,7 @@ def is_absurd(times: Ints) -> Flags:
     return (times < 0) | (times >= END_OF_TIME)
 
 
-def check_columns(path: Path, columns: Iterable[Column]) -> None:
+def check_columns(path: Location, columns: Iterable[Column]) -> None:
     """Check that a file of sessions has the columns that the configuration needs.
 
     Raises:
@@ -140,24 +155,31 @@ def check_columns(path: Path, columns: Iterable[Column]) -> None:
 
 
 @contextmanager
-def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+def open_parquet(path: Location) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file.
 
     Raises:
         ValueError: if it is missing or not Parquet.
     """
-    if not path.is_file():
+    with explain_corruption(path):
+        is_there = path.is_file()
+    if not is_there:
         raise ValueError(
             f"{path} is missing, though the log's manifest names it: run gr sessionize again"
         )
     with explain_corruption(path):
-        file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
-    with file:
+        source = open_input(path)
+        file = pq.ParquetFile(
+            source,
+            page_checksum_verification=True,
+            pre_buffer=not isinstance(path, Path),  # few large requests instead of many small ones
+        )
+    with source, file:
         yield file
 
 
 @contextmanager
-def explain_corruption(path: Path) -> Iterator[None]:
+def explain_corruption(path: Location) -> Iterator[None]:
     """Turn what Arrow raises about a damaged file into a ValueError that names it."""
     try:
         yield
@@ -167,7 +189,7 @@ def explain_corruption(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _leaf_paths(file: pq.ParquetFile, wanted: Iterable[Column], path: Path) -> list[str]:
+def _leaf_paths(file: pq.ParquetFile, wanted: Iterable[Column], path: Location) -> list[str]:
     """Return the Parquet paths of the columns, after a check that they are what is needed."""
     schema = file.schema_arrow
     for name in (USER_ID, SESSION_ID, START_TS, END_TS):
@@ -205,7 +227,7 @@ def _leaf_paths(file: pq.ParquetFile, wanted: Iterable[Column], path: Path) -> l
     return [leaf for leaf in _parquet_leaves(file) if needed & _columns_of(leaf)]
 
 
-def _check_type(column: Column, found: pa.DataType, path: Path) -> None:
+def _check_type(column: Column, found: pa.DataType, path: Location) -> None:
     is_list = any(
         test(found)
         for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
@@ -251,7 +273,7 @@ def _columns_of(leaf: str) -> set[tuple[str, ...]]:
     return {(top, rest), (top, rest.rsplit(".", 2)[0])}
 
 
-def _decode(batch: pa.RecordBatch, encoder: EventEncoder, path: Path, first_row: int) -> Block:
+def _decode(batch: pa.RecordBatch, encoder: EventEncoder, path: Location, first_row: int) -> Block:
     lists = batch.column(EVENTS)
     lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
     offsets = np.zeros(batch.num_rows + 1, np.int64)
@@ -278,7 +300,7 @@ def _decode(batch: pa.RecordBatch, encoder: EventEncoder, path: Path, first_row:
     return Block(path, first_row, sessions, events, signals=signals)
 
 
-def _unreadable(path: Path, first_row: int, num_sessions: int, encoder: EventEncoder) -> Block:
+def _unreadable(path: Location, first_row: int, num_sessions: int, encoder: EventEncoder) -> Block:
     """Return sessions of which nothing is known."""
     unknown = np.full(num_sessions, UNKNOWN_ID, np.int64)
     return Block(

@@ -2,11 +2,11 @@
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from pipelines.feature_columns import UNKNOWN_ID
+from pipelines.location import Location, path_within
 from pipelines.reader import Block
 
 # Codes of SessionRows.reason. Where several hold, the first one counts.
@@ -51,7 +51,7 @@ class Reject:
 class RejectLog:
     """What one rank skipped."""
 
-    def __init__(self, max_fraction: float, folder: Path) -> None:
+    def __init__(self, max_fraction: float, folder: Location) -> None:
         """Allow `max_fraction` of all sessions of `folder` that the rank will read (`expect`)."""
         self._max_fraction = max_fraction
         self._folder = folder
@@ -85,7 +85,7 @@ class RejectLog:
         for session in (first + np.flatnonzero(bad)).tolist():
             reject = Reject(
                 partition=partition,
-                file=str(block.path.relative_to(self._folder)),
+                file=path_within(block.path, self._folder),
                 row=block.row_of(session),
                 user_id=int(sessions.user_id[session]),
                 session_id=int(sessions.session_id[session]),
@@ -94,7 +94,7 @@ class RejectLog:
             self._append(reject)
         self._check(f"{block.path}", f"The last is row {self._new[-1].row}.")
 
-    def add_file(self, partition: int, path: Path, num_sessions: int, why: str) -> None:
+    def add_file(self, partition: int, path: Location, num_sessions: int, why: str) -> None:
         """Note that a file cannot be used at all.
 
         Args:
@@ -106,7 +106,7 @@ class RejectLog:
         Raises:
             ValueError: if too many sessions are skipped by now.
         """
-        file = str(path.relative_to(self._folder))
+        file = path_within(path, self._folder)
         self._append(Reject(partition, file, 0, -1, -1, WHOLE_FILE, num_sessions, why))
         self._check(f"{path}", f"{why}.")
 

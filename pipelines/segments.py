@@ -10,7 +10,6 @@ import time
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from pipelines.budget import Planner
 from pipelines.config import DataConfig
 from pipelines.features import EventEncoder
 from pipelines.history import Ints
+from pipelines.location import Location, locate
 from pipelines.long_sessions import events_per_slice, read_slices
 from pipelines.manifest import (
     Manifest,
@@ -37,7 +37,7 @@ from pipelines.schema import MANIFEST
 class LogFile:
     """A file of a segment."""
 
-    path: Path
+    path: Location
     num_sessions: int
     """As the manifest says."""
     fault: str
@@ -93,7 +93,7 @@ class LogSegments:
             ValueError: if there is no log, none of its files can be used, a segment of `begun` is
                 missing, or segments do not fit each other.
         """
-        self.folder = Path(config.log)
+        self.folder = locate(config.log)
         self._config, self._encoder, self._planner = config, encoder, planner
         self._segments: list[Segment] = []
         there = segment_names(self.folder)
@@ -288,13 +288,13 @@ class LogSegments:
         return opened, end_ts
 
 
-def segment_names(folder: str | Path, known: Collection[str] = ()) -> list[str]:
+def segment_names(folder: str | Location, known: Collection[str] = ()) -> list[str]:
     """Return the names of a log's segments that are there, ascending, without the known ones.
 
     A folder that is no folder of segments is taken for a single log, of which the name is empty;
     whether it is one is for `read_manifest` to find out.
     """
-    folder = Path(folder)
+    folder = locate(folder)
     if not folder.is_dir() or (folder / MANIFEST).exists():
         names = [""]
     else:
@@ -303,13 +303,14 @@ def segment_names(folder: str | Path, known: Collection[str] = ()) -> list[str]:
     return [name for name in names if name not in known]
 
 
-def read_manifests(folder: str | Path) -> list[Manifest]:
+def read_manifests(folder: str | Location) -> list[Manifest]:
     """Return the manifests of a log's segments that are there; their files are not checked.
 
     Raises:
         ValueError: if there is no log.
     """
-    return [read_manifest(Path(folder) / name, check_files=False) for name in segment_names(folder)]
+    folder = locate(folder)
+    return [read_manifest(folder / name, check_files=False) for name in segment_names(folder)]
 
 
 def _check_fit(manifest: Manifest, first: Manifest) -> None:

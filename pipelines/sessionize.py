@@ -14,7 +14,7 @@ time, and asks DuckDB for the rest of the expression where one does not fit into
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,7 +27,8 @@ from pipelines import session_expression as steps
 from pipelines.config import SessionizeConfig
 from pipelines.counters import counter_names
 from pipelines.duckdb_engine import DuckDBEngine, open_duckdb
-from pipelines.event_log import IBIS_TYPES, Kind, Source, find_source
+from pipelines.event_log import IBIS_TYPES, Kind, Source, as_parquet, find_source
+from pipelines.location import RemotePath, locate
 from pipelines.manifest import LIST, Manifest, log_schema, read_manifest, write_manifest
 from pipelines.output_folder import check_output, new_folder
 from pipelines.schema import EVENT_ITEM_ID, EVENT_TIMESTAMP, history_name, part_name
@@ -89,6 +90,15 @@ class _Inputs:
     context: tuple[str, ...]
     """Context columns."""
 
+    def as_parquet(self, folder: Path) -> "_Inputs":
+        """Return the same with files that are not Parquet copied to such in `folder`."""
+        return replace(
+            self,
+            log=as_parquet(self.log, folder),
+            history=self.history and as_parquet(self.history, folder),
+            joins=tuple(as_parquet(source, folder) for source in self.joins),
+        )
+
 
 def sessionize(config: SessionizeConfig) -> Manifest:
     """Write the session-end log of an event log.
@@ -109,10 +119,16 @@ def sessionize(config: SessionizeConfig) -> Manifest:
     """
     _check_names(config)
     _check_timezone(config.timezone)
-    output = Path(config.output)
+    output = locate(config.output)
+    if isinstance(output, RemotePath) and config.engine == "spark":
+        raise ValueError(
+            f"output={config.output}: Spark's workers need a folder that they share with the "
+            "driver: give engine=spark a path, and copy the log from there"
+        )
     check_output(output, config.overwrite)
     inputs = _find_inputs(config)
     with new_folder(output) as (folder, scratch):
+        inputs = inputs.as_parquet(scratch)
         with _engine(config, scratch) as engine:
             manifest = _write(config, inputs, engine, folder)
         write_manifest(manifest)
@@ -400,7 +416,7 @@ def _count(
 def _file_of(inputs: _Inputs, row: dict[str, Any]) -> str:
     source = inputs.log if row["source"] == steps.LOG else inputs.history
     assert source is not None
-    name: str = source.files[row["file"]]
+    name: str = source.names[row["file"]]
     return name
 
 
@@ -421,7 +437,7 @@ def _check_unique(engine: Engine, right: "ir.Table", key: str, source: Source) -
     repeated = engine.collect(counts.filter(counts["n"] > 1).order_by("key").limit(1)).to_pylist()
     if repeated:
         raise ValueError(
-            f"{source.setting}={', '.join(source.files)}: {key}={repeated[0]['key']} stands in "
+            f"{source.setting}={', '.join(source.names)}: {key}={repeated[0]['key']} stands in "
             f"{repeated[0]['n']} rows, expected one row a key: drop the others"
         )
 
@@ -434,7 +450,7 @@ def _check_joins(config: SessionizeConfig, inputs: _Inputs, manifest: Manifest) 
             raise ValueError(
                 f"joins.{index}: all columns are null for every {join.into}: no {join.key} of the "
                 f"log has a value in column {join.right_key or join.key} of "
-                f"{', '.join(source.files)}. Check key and right_key, or drop the join."
+                f"{', '.join(source.names)}. Check key and right_key, or drop the join."
             )
 
 

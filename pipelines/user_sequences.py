@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.config import DataConfig
-from pipelines.event_log import Kind, find_source
+from pipelines.event_log import Kind, find_source, read_tables
 from pipelines.features import Column, EventEncoder
 from pipelines.history import Ints
 from pipelines.schema import EVENT_ITEM_ID, EVENT_TIMESTAMP, USER_ID
@@ -131,8 +130,8 @@ def _read(log: str, columns: Sequence[Column]) -> pa.Table:
     allowed |= {USER_ID: ids, EVENT_ITEM_ID: ids, EVENT_TIMESTAMP: ("integer", "timestamp")}
     source = find_source(log, _SETTING, allowed)
     parts = []
-    for path in source.files:
-        parts.append(pq.read_table(path, columns=list(allowed), filesystem=source.filesystem))
+    for path, table in read_tables(source):
+        parts.append(table)
         for name in (USER_ID, EVENT_ITEM_ID, EVENT_TIMESTAMP):
             if parts[-1][name].null_count:
                 row = int(np.flatnonzero(pc.is_null(parts[-1][name]).to_numpy())[0])

@@ -18,7 +18,14 @@ from pipelines.datasets.members import is_parquet, open_members
 from pipelines.datasets.parquet_reader import read_parquet
 from pipelines.datasets.rejected import Rejected
 from pipelines.datasets.text_reader import read_text
-from pipelines.event_log_writer import EVENTS_FOLDER, is_event_log, write_events, write_summary
+from pipelines.event_log_writer import (
+    EVENTS_FOLDER,
+    SUMMARY,
+    is_event_log,
+    write_events,
+    write_summary,
+)
+from pipelines.location import Location
 from pipelines.output_folder import check_output, new_folder
 
 CONFIG = "sessionize.yaml"
@@ -28,7 +35,7 @@ REJECTS = "rejects.parquet"
 def convert(
     dataset: Dataset,
     source: Path,
-    output: Path,
+    output: Location,
     *,
     overwrite: bool = False,
     partial: bool = False,
@@ -55,7 +62,7 @@ def convert(
     check_output(output, overwrite, kind="converted event log", is_ours=is_event_log)
     rejected = Rejected()
     rows: Counter[tuple[str, str]] = Counter()
-    with new_folder(output) as (folder, _):
+    with new_folder(output, last=SUMMARY) as (folder, _):
         for name, file in _files(dataset, source):
             tables = _counted(_read(dataset, source, name, file, rejected), dataset, name, rows)
             path = folder / EVENTS_FOLDER / f"{name.rsplit('.', 1)[0]}.parquet"
@@ -156,9 +163,8 @@ def _check_counts(
     return checks
 
 
-def _write_config(dataset: Dataset, output: Path, folder: Path) -> None:
-    log = output.with_name(f"{output.name}_log")
-    settings: dict[str, Any] = {"input": str(output / EVENTS_FOLDER), "output": str(log)}
+def _write_config(dataset: Dataset, output: Location, folder: Path) -> None:
+    settings: dict[str, Any] = {"input": str(output / EVENTS_FOLDER), "output": f"{output}_log"}
     text = yaml.safe_dump(settings | dataset.sessionize, sort_keys=False, width=100)
     head = (
         f"# Sessions of {dataset.name} by a gap of half an hour; `gr sessionize` reads this file.\n"

@@ -19,14 +19,16 @@ from numba import njit
 from pipelines.event_log_writer import (
     EVENTS_FOLDER,
     HISTORY_FOLDER,
+    SUMMARY,
     is_event_log,
     write_events,
     write_summary,
 )
+from pipelines.location import locate
 from pipelines.manifest import Manifest, PartitionFile, log_schema, write_manifest
 from pipelines.output_folder import check_output, new_folder
 from pipelines.portable_hash import partition_of
-from pipelines.schema import history_name, part_name
+from pipelines.schema import MANIFEST, history_name, part_name
 from pipelines.session_writer import WrittenFiles, check_file, write_sessions
 from pipelines.synthetic import dirichlet, polya_urn
 from pipelines.synthetic.config import SyntheticConfig
@@ -58,13 +60,14 @@ def synthesize(config: SyntheticConfig) -> int:
     Raises:
         ValueError: if the configuration cannot be met, or `output` may not be replaced.
     """
-    output = Path(config.output)
+    output = locate(config.output)
     if config.format == "sessions":
         check_output(output, config.overwrite)
     else:
         check_output(output, config.overwrite, kind="synthetic event log", is_ours=is_event_log)
     stream, actions, features = make_stream(config)
-    with new_folder(output) as (folder, _):
+    last = MANIFEST if config.format == "sessions" else SUMMARY
+    with new_folder(output, last=last) as (folder, _):
         if config.format == "sessions":
             num_events = _write_log(config, stream, actions, features, folder)
         else:
