@@ -68,10 +68,10 @@ class Bench:
     def __init__(self, settings: Settings, world: World) -> None:
         self.settings, self.world = settings, world
 
-    def by_rows(self, log: str, *, fp8: bool = False) -> TrainConfig:
-        """Return a run whose ranks take as many sequences each."""
+    def by_rows(self, log: str, *, fp8: bool = False, times: int = 1) -> TrainConfig:
+        """Return a run whose ranks take as many sequences each: `times` those of the settings."""
         settings = self.settings
-        each = settings.sequences * self.world.size // settings.partitions
+        each = times * settings.sequences * self.world.size // settings.partitions
         return self._config(log, fp8=fp8, sessions_per_partition=each)
 
     def filled(
@@ -88,8 +88,8 @@ class Bench:
         )
 
     def stochastic(self, log: str, *, balance: bool) -> TrainConfig:
-        """Return `by_rows` with stochastic length."""
-        config = self.by_rows(log)
+        """Return `by_rows` with stochastic length, and more sequences, since most are cut."""
+        config = self.by_rows(log, times=4)
         lengths = StochasticLengthConfig(
             selection="weighted", balance=balance, recalibrate_steps=RECALIBRATE
         )
