@@ -1,5 +1,8 @@
 """Hashes that are the same in every engine: the partition of a user, the id of a string.
 
+Not xxHash, the faster choice: DuckDB 2.0 has none (its `hash` is its own and may change), Spark's
+has a fixed seed, Python's is another package. MD5 is in all; docs/design.md has what it costs.
+
 The partition uses & >> ^ * % + on non-negative values below 2^62 only, so that one text serves
 Python integers, numpy arrays and Ibis columns, and no engine overflows.
 """

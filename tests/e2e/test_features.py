@@ -7,6 +7,7 @@ encoded, items are drawn uniformly.
 import random
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from gr.runlog import read_lines
 from pipelines.config import SessionizeConfig
 from pipelines.sessionize import sessionize
+from tests.dist import run_distributed
 from tests.e2e.test_train import assert_equal_runs
 from tests.e2e.toy import DAY, START, run
 
@@ -167,6 +169,28 @@ def test_a_resumed_run_has_the_statistics_of_one_that_went_through(folder, merge
     vectors.write_bytes(content)
     resumed = run(config, where, "resume=true")
     assert_equal_runs(merged, resumed)
+
+
+ADAGRAD = "embeddings.update_rule=row_wise_adagrad"  # the sharded form has no AdamW on the CPU
+
+
+def train_sharded(config: str, at: str) -> None:
+    run(Path(config), f"run_dir={at}/sharded", ADAGRAD, "embeddings.form=sharded", "max_steps=8")
+
+
+@pytest.mark.slow
+def test_bags_of_sharded_tables_are_those_of_replicated_ones(folder, tmp_path):
+    config = configure(folder, tmp_path, "merged")
+    alone = run(config, f"run_dir={tmp_path}/replicated", ADAGRAD, "max_steps=8")
+    run_distributed(train_sharded, 2, str(config), str(tmp_path))
+    losses = [
+        np.array([row["train/loss"] for row in read_lines(at / "metrics.jsonl")])
+        for at in (alone, tmp_path / "sharded")
+    ]
+    assert len(losses[0]) >= 2
+    # Sums in another order differ in the last bits of float32, and training spreads that.
+    np.testing.assert_allclose(*losses, rtol=2e-3)
+    np.testing.assert_allclose(losses[0][0], losses[1][0], rtol=1e-5)
 
 
 @pytest.mark.slow
