@@ -35,7 +35,7 @@ class RowConfig:
     title: str = MISSING
     """Name of the model."""
     config: str = MISSING
-    """What `gr train` takes."""
+    """What `gr train` takes: a file and overrides."""
     published: dict[str, float] = field(default_factory=dict)
     """Metric -> published figure; empty if there is none."""
     within: float = 0.0

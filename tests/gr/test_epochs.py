@@ -21,6 +21,7 @@ from gr.runlog import read_lines
 from gr.train import train
 from gr.trainer import Trainer
 from pipelines.leave_one_out import LeaveOneOutStream
+from tests.dist import run_distributed
 
 NUM_ITEMS, NUM_USERS = 30, 40
 CONFIG = f"""
@@ -182,6 +183,33 @@ def test_a_held_out_event_changes_no_weight(folder, finished):
     assert losses[0] == losses[1]
     scores = [json.dumps(read_lines(path / "eval.jsonl")) for path in (other, finished)]
     assert scores[0] != scores[1]
+
+
+def train_here(config: TrainConfig, resolved) -> None:
+    train(config, resolved)
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_and_score_as_one(folder):
+    """With negatives that sequences share, which are a function of user and epoch."""
+    overrides = (
+        "loss.position_negatives=0",
+        "data.num_negatives=8",
+        "loss.negatives_scope=sequence",
+        "embeddings.tables.item.features=[item_id,target_item_id,negative_item_id]",
+        "model.hstu.dropout=0",
+        "model.encoding.dropout=0",
+    )
+    one = run(folder, "one", *overrides)
+    config = load_config(
+        TrainConfig, folder / "run.yaml", (*overrides, f"run_dir={folder / 'two'}")
+    )
+    run_distributed(train_here, 2, *config)
+    rows = [read_lines(path / "eval.jsonl") for path in (one, folder / "two")]
+    assert len(rows[0]) == len(rows[1]) == 5
+    for a, b in zip(*rows, strict=True):
+        assert a["num_examples-retrieval"] == b["num_examples-retrieval"] == NUM_USERS
+        assert a["log_pplx"] == pytest.approx(b["log_pplx"], rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from omegaconf import OmegaConf
 
 from gr.cli import main
 from gr.config_io import load_config
-from gr.results import METRICS, PageConfig, make_records, read_records, results
+from gr.results import HOLD_OUT, METRICS, PageConfig, make_records, read_records, results
 from launch.config import SweepConfig
 from launch.sweep import expand
 
@@ -146,10 +147,15 @@ def test_what_is_no_pair_is_refused(tmp_path, runs, capsys):
     assert "baseline=nobody is no row" in fails(page="twice.yaml")
 
 
-def test_the_published_sweep_makes_the_rows_of_the_published_page():
+@pytest.mark.parametrize("name", ["published", "published_small", "published_amazon"])
+def test_the_sweeps_make_the_rows_of_the_page(name):
+    """The command that the page gives for a row is what the sweep runs."""
     page, _ = load_config(PageConfig, "configs/published/results.yaml")
-    sweep, _ = load_config(SweepConfig, "configs/sweeps/published.yaml", ["seeds=[0]"])
-    rows = {name: row.config for name, row in page.tables["ml1m"].rows.items()}
-    members = expand(sweep)
-    assert {member.label.split()[0]: member.base for member in members} == rows
-    assert len(members) == 2 * len(rows)
+    rows = {name: row.config for table in page.tables.values() for name, row in table.rows.items()}
+    sweep, _ = load_config(SweepConfig, f"configs/sweeps/{name}.yaml", ["seeds=[0]"])
+    members = expand(replace(sweep, grid={HOLD_OUT: ["test"]}))
+    assert len(members) == len(sweep.runs)
+    for member in members:
+        *mine, last, seed = member.overrides
+        assert (last, seed) == (f'{HOLD_OUT}="test"', "seed=0")
+        assert " ".join([member.base, *mine]) == rows[member.label.split()[0]]

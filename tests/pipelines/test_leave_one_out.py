@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.config import ActionConfig, DataConfig, LeaveOneOutConfig, TaskConfig
+from pipelines.datasets.catalogue import find
+from pipelines.datasets.convert import convert
 from pipelines.leave_one_out import LeaveOneOutStream
 from pipelines.user_sequences import read_user_sequences
 
@@ -89,6 +91,29 @@ def test_sequences_are_those_of_plain_python(tmp_path_factory, seed, text):
     assert sum(found.left_out.values()) == len(rows) - len(flat)
     lines = [f"{u}\t{' '.join(str(e[0]) for e in events)}\n" for u, events in by_hand.items()]
     assert found.fingerprint == hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def test_the_publishers_file_gives_the_sequences_of_the_filtered_parquet(tmp_path):
+    """ratings.dat, in the order of users, against rows in time order without rare items."""
+    rng, rows = random.Random(1), []
+    for user in range(1, 30):
+        for item in rng.sample(range(60), rng.randint(20, 40)):
+            # Item 59 is rare by its number: the filter of five finds it.
+            if item != 59 or user < 5:
+                rows.append((user, item, 978_300_000 + rng.randrange(30), rng.randint(1, 5)))
+    (tmp_path / "ratings.dat").write_text("".join(f"{u}::{i}::{r}::{t}\n" for u, i, t, r in rows))
+    convert(find("movielens-1m"), tmp_path, tmp_path / "ml1m", partial=True)
+    events = [(u, i, t, float(r)) for u, i, t, r in rows if i != 59]
+    events.sort(key=lambda e: e[2])
+    plain = write_events(tmp_path / "plain.parquet", events)
+    by_hand = sequences_by_hand(rows, 5)
+    of_file, of_plain = (
+        read_user_sequences(config_of(path, by_hand, rules={"min_events": 5}))
+        for path in (tmp_path / "ml1m" / "events", plain)
+    )
+    assert of_file.left_out != {} == of_plain.left_out
+    assert of_file.fingerprint == of_plain.fingerprint
+    assert of_file.ints.tolist() == of_plain.ints.tolist()
 
 
 @pytest.fixture(scope="module")
