@@ -422,6 +422,9 @@ def check_epochs(data: DataConfig) -> None:
     wrong = [f"data.{k}={getattr(data, k)}" for k, v in expected.items() if getattr(data, k) != v]
     if data.context_features:
         wrong.append("data.context_features")
+    wrong += [
+        f"data.item_features.{n}.counter" for n, x in data.item_features.items() if x.is_counter
+    ]
     if data.stochastic_length.balance:
         wrong.append("data.stochastic_length.balance")
     if wrong:

@@ -13,13 +13,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.config import ActionConfig, DataConfig, LeaveOneOutConfig, TaskConfig
+from pipelines.config import (
+    ActionConfig,
+    DataConfig,
+    FeatureConfig,
+    LeaveOneOutConfig,
+    TaskConfig,
+)
 from pipelines.datasets.catalogue import find
 from pipelines.datasets.convert import convert
 from pipelines.leave_one_out import LeaveOneOutStream
 from pipelines.user_sequences import read_user_sequences
 
 EPOCHS = 3
+COUNTER = FeatureConfig(encoding="zscore", counter="user", half_life_hours=1.0)
 
 
 def write_events(path: Path, rows) -> Path:
@@ -282,6 +289,7 @@ def test_null_ids_are_refused(tmp_path):
         ({"rules": {"epochs": 0}}, "needs data.leave_one_out.epochs of 1 or more"),
         ({"window": "none"}, "read with data.window=epoch only"),
         ({"sessions_per_partition": 4}, "data.sessions_per_partition=4"),
+        ({"item_features": {"seen": COUNTER}}, "data.item_features.seen.counter"),
         ({"rules": {"eval_every": 0}}, "eval_every must be at least 1, got 0"),
     ],
 )
