@@ -161,14 +161,14 @@ class DynamicVocabulary:
         changes = self._changes[table]
         return torch.cat([changes.freed, changes.rows])
 
-    def is_used(self, table: str) -> Tensor | None:
-        """Return (E,) bool: the rows that stand for an id; None if all but row 0 do."""
-        return self.maps[table].is_used() if table in self.maps else None
+    def is_used(self, table: str) -> Tensor:
+        """Return (E,) bool: the rows of a dynamic table that stand for an id."""
+        return self.maps[table].is_used()
 
-    def ids_of(self, table: str, rows: Tensor) -> Tensor:
-        """Return the raw ids of rows of a dynamic table, UNKNOWN_ID where a row has none."""
+    def ids(self, table: str) -> Tensor:
+        """Return (E,) int64 raw ids of the rows of a dynamic table, else UNKNOWN_ID."""
         id_map = self.maps[table]
-        return id_map.id_E[rows].where(id_map.is_used()[rows], UNKNOWN_ID)
+        return id_map.id_E.where(id_map.is_used(), UNKNOWN_ID)
 
     def take_metrics(self) -> dict[str, float]:
         """Return what became of the ids, over all ranks.

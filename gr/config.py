@@ -223,18 +223,34 @@ class HeadConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PretrainedConfig:
-    """Frozen vectors of ids, a part of the tokens that carry the feature (gr/pretrained.py)."""
+class VectorFileConfig:
+    """A file of frozen vectors of ids (gr/pretrained.py)."""
 
-    feature: str = MISSING
-    """item_id, or a feature of data.item_features or data.context_features with one id a token,
-    whose raw ids the file knows."""
     path: str = MISSING
     """Parquet file with one row an id, or .npy file with a matrix whose row i belongs to id i."""
     id_column: str = "id"
     """Of a Parquet file: integers, or text, which is hashed as gr sessionize does."""
     vector_column: str = "vector"
     """Of a Parquet file: lists of floating numbers, all of one length."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainedConfig(VectorFileConfig):
+    """Frozen vectors of ids, a part of the tokens that carry the feature."""
+
+    feature: str = MISSING
+    """item_id, or a feature of data.item_features or data.context_features with one id a token,
+    whose raw ids the file knows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ColdStartConfig(VectorFileConfig):
+    """Content of items, a part of their embedding wherever it stands (gr/cold_start.py)."""
+
+    path: str = ""
+    """Vectors of items, as VectorFileConfig; empty: there is no such part."""
+    hidden: tuple[int, ...] = (128,)
+    """Widths of the hidden layers between a vector and the embedding; empty means linear."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -260,6 +276,10 @@ class ModelConfig:
     attention; mean where it is not named (gr/bags.py)."""
     pretrained: dict[str, PretrainedConfig] = field(default_factory=dict)
     """Name -> frozen vectors. Ids without one are counted (data/without_vector/NAME)."""
+    cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
+    """Embedding of an item = its row + a function of its content, so that a new item has a place
+    before it was learnt; give its table `init_std: 0`. Items without a vector are counted
+    (data/without_vector/cold_start)."""
     head: HeadConfig = field(default_factory=HeadConfig)
     """Ranking and retrieval."""
 
@@ -509,6 +529,7 @@ def check_consistency(config: TrainConfig) -> None:
             "model.pretrained is read by the tokens of a sequence, which model.encoder=dlrm does "
             "not have: leave it out"
         )
+    _check_cold_start(config)
     if model.encoder == "dlrm" and data.context == "merged":
         raise ValueError(
             "model.encoder=dlrm reads one value of each context feature, but data.context=merged "
@@ -605,4 +626,36 @@ def _check_item_table(config: TrainConfig) -> None:
         raise ValueError(
             f"{NEGATIVE_ITEM_ID} must be a feature of table {name!r}, as item_id is, since its "
             "ids are dynamic"
+        )
+
+
+def _check_cold_start(config: TrainConfig) -> None:
+    """Refuse content of items where embeddings of items cannot have it."""
+    model, tables = config.model, config.embeddings.tables
+    if not model.cold_start.path:
+        if model.cold_start != ColdStartConfig():
+            raise ValueError("model.cold_start has no path, so that it would be ignored: set it")
+        return
+    if "cold_start" in model.pretrained:
+        raise ValueError("model.pretrained.cold_start has the name of model.cold_start: rename it")
+    if model.encoder == "dlrm":
+        raise ValueError("model.encoder=dlrm does not read model.cold_start: leave it out")
+    name = next(name for name, table in tables.items() if ITEM_ID in table.features)
+    apart = {TARGET_ITEM_ID, NEGATIVE_ITEM_ID} & {
+        f for other, table in tables.items() for f in table.features if other != name
+    }
+    if apart:
+        raise ValueError(
+            f"model.cold_start is of items, but {sorted(apart)} are in another table than item_id: "
+            f"put them into embeddings.tables.{name}.features"
+        )
+    if tables[name].ids == "hashed":
+        raise ValueError(
+            f"model.cold_start needs the id of each row, which embeddings.tables.{name}.ids=hashed "
+            "does not tell: use static or dynamic"
+        )
+    if model.head.retrieval and config.loss.retrieval == "full_softmax":
+        raise ValueError(
+            "loss.retrieval=full_softmax trains rows only, not model.cold_start: use "
+            "loss.retrieval=sampled_softmax or in_batch"
         )

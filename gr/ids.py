@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,11 +10,26 @@ from torch import Tensor
 from embeddings.dynamic import DynamicVocabulary, Sightings
 from embeddings.tables import Tables
 from embeddings.vocabulary import Vocabulary
+from gr.cold_start import vectors_key
 from gr.config import TrainConfig
 from gr.objective import Objective
 from gr.tokens import is_new
 from pipelines.batch import SequenceBatch
 from pipelines.config import ITEM_ID, NEGATIVE_ITEM_ID, TARGET_ITEM_ID
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The items that have a row."""
+
+    is_item: Tensor | None
+    """(E,) bool: which rows of the item table are items; None: all but row 0."""
+    id: Tensor | None
+    """(E,) int64: their ids, where their content counts; None: row - 1."""
+
+    def ids(self, rows: Tensor) -> Tensor:
+        """Return the raw ids of rows, which are those of a static or dynamic table."""
+        return rows - 1 if self.id is None else self.id[rows]
 
 
 class IdRows:
@@ -36,6 +51,7 @@ class IdRows:
         self.tables = tables
         self.item_table = item_table
         self.item_is_dynamic = item_table in self.dynamic.maps
+        self.has_content = bool(config.model.cold_start.path)
         self.of_items = {ITEM_ID, *config.data.item_features}
 
     def rows_on_host(self, batch: SequenceBatch) -> tuple[SequenceBatch, dict[str, Tensor]]:
@@ -68,20 +84,28 @@ class IdRows:
         ids, seen = self.dynamic.map(batch.ids, is_event)
         return replace(batch, ids=ids), seen
 
-    def catalogue(self) -> Tensor | None:
-        """Return (rows,) bool: the rows of the item table that are items now; None: all but 0."""
+    def catalogue(self) -> Catalogue:
+        """Return the items as they are now; later batches leave it as it is."""
+        if not self.item_is_dynamic:
+            return Catalogue(None, None)
         with self._beside():
-            return self.dynamic.is_used(self.item_table)
+            ids = self.dynamic.ids(self.item_table) if self.has_content else None
+            return Catalogue(self.dynamic.is_used(self.item_table), ids)
 
     def learnable(self, batch: SequenceBatch) -> SequenceBatch:
-        """Return the batch without weight on targets that have no row: there is none to learn."""
-        if not self.item_is_dynamic or TARGET_ITEM_ID not in batch.ids.keys():  # noqa: SIM118
+        """Return the batch without weight on targets that have neither a row nor content."""
+        if not self.item_is_dynamic:
             return batch
-        has_row_R = batch.ids[TARGET_ITEM_ID].values() > 0
-        return replace(batch, retrieval_weights=batch.retrieval_weights * has_row_R)
+        is_something_R = batch.ids[TARGET_ITEM_ID].values() > 0
+        content_R = batch.vector_rows.get(vectors_key(TARGET_ITEM_ID))
+        if content_R is not None:
+            is_something_R = is_something_R | (content_R >= 0)
+        return replace(batch, retrieval_weights=batch.retrieval_weights * is_something_R)
 
     def observe(self, seen: Sightings, *, step: int, time: int | None) -> None:
         """Take note of the batch in training, before the next one is mapped."""
+        if not self.dynamic.maps:
+            return
         with self._beside():
             self.dynamic.observe(seen, step=step, time=time)
 

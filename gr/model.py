@@ -5,22 +5,29 @@ M negatives, D model dim.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from gr.baselines.dlrm import DLRM
 from gr.baselines.sasrec import SASRecEncoder
 from gr.baselines.transformer import TransformerEncoder
+from gr.cold_start import NAME, ContentTower, vectors_key
 from gr.config import TrainConfig
 from gr.encodings import TokenEncoding
 from gr.heads import RankingHead, RetrievalHead
 from gr.hstu import HSTUEncoder
 from gr.numbers import NumberEncodings
 from gr.sequence import SequenceInfo, sequence_index, tail_rows
-from gr.tokens import BagVectors, TokenEmbedding, carries_item, new_numbers
+from gr.tokens import BagVectors, TokenEmbedding, carries_item, is_new, new_numbers
 from pipelines.batch import SequenceBatch
-from pipelines.config import ITEM_ID, bag_features, id_features, number_features
+from pipelines.config import (
+    ITEM_ID,
+    TARGET_ITEM_ID,
+    bag_features,
+    id_features,
+    number_features,
+)
 
 ENCODERS = {"hstu": HSTUEncoder, "sasrec": SASRecEncoder, "transformer": TransformerEncoder}
 
@@ -33,6 +40,8 @@ class Predictions:
     """Task -> (P,) logits or values."""
     user_vectors: Tensor | None
     """(Q, item dim) user vector of each retrieval position."""
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    """Feature -> its rows, as they were looked up, or of items with their content."""
 
 
 class SequenceModel(nn.Module):
@@ -52,10 +61,22 @@ class SequenceModel(nn.Module):
             if model.head.retrieval
             else None
         )
+        self.content = (
+            ContentTower(model.cold_start, feature_dims[ITEM_ID]) if model.cold_start.path else None
+        )
 
     def find_vectors(self, batch: SequenceBatch) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Return batch.vector_rows of a batch with raw ids, and how many ids have no vector."""
-        return self.tokens.find_vectors(batch)
+        """Return batch.vector_rows of a batch with raw ids, and how many ids have no vector.
+
+        Not those of negatives, which are known when their rows are.
+        """
+        rows, lacking = self.tokens.find_vectors(batch)
+        if self.content is not None:
+            for name in (ITEM_ID, TARGET_ITEM_ID):
+                rows[vectors_key(name)] = self.content.find(batch.ids[name].values())
+            is_new_n = is_new(batch, ITEM_ID, of_items=True)
+            lacking[NAME] = int((is_new_n & (rows[vectors_key(ITEM_ID)] < 0)).sum())
+        return rows, lacking
 
     def observe(self, batch: SequenceBatch) -> None:
         """Add a batch to what numbers are encoded by, on all ranks together."""
@@ -65,6 +86,8 @@ class SequenceModel(nn.Module):
         self, batch: SequenceBatch, info: SequenceInfo, rows: Mapping[str, Tensor]
     ) -> Predictions:
         """Return the predictions at every position that a loss reads."""
+        if self.content is not None:
+            rows = self.content.add(batch, rows)
         x_LD = self.encoding(self.tokens(batch, rows), info)
         y_RD: Tensor = self.encoder(x_LD, info)
         sequence_L = sequence_index(batch.offsets, batch.num_tokens)
@@ -78,7 +101,20 @@ class SequenceModel(nn.Module):
             user_vectors=self.retrieval(read(batch.retrieval_positions))
             if self.retrieval
             else None,
+            rows=rows,
         )
+
+    def item_vectors(self, rows: Tensor, ids: Tensor) -> Tensor:
+        """Return items as they are compared with user vectors, (n, item dim).
+
+        Args:
+            rows: (n, item dim) of the item table.
+            ids: (n,) int64 raw ids, on the device.
+        """
+        assert self.retrieval is not None
+        if self.content is not None:
+            rows = rows + self.content(self.content.find_on_device(ids))
+        return self.retrieval.item_vectors(rows)
 
 
 class PointwiseModel(nn.Module):
@@ -122,7 +158,7 @@ class PointwiseModel(nn.Module):
                 if name in self.bags.names
                 else vectors[name][sequence_P]
             )
-        return Predictions(self.ranking(self.dlrm(batch.dense_features, features)), None)
+        return Predictions(self.ranking(self.dlrm(batch.dense_features, features)), None, rows)
 
     def find_vectors(self, batch: SequenceBatch) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Return nothing: there are no pretrained vectors here."""

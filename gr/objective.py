@@ -58,7 +58,6 @@ class Objective(nn.Module):
     def forward(
         self,
         batch: SequenceBatch,
-        rows: dict[str, Tensor],
         predictions: Predictions,
         head: RetrievalHead | None,
         tables: Tables,
@@ -67,7 +66,6 @@ class Objective(nn.Module):
 
         Args:
             batch: labels, weights, targets and negatives (rows of the tables).
-            rows: feature -> looked-up rows.
             predictions: of the dense part.
             head: turns item rows into item vectors; None without retrieval.
             tables: for losses over the whole catalogue.
@@ -75,7 +73,7 @@ class Objective(nn.Module):
         tasks = self.config.data.tasks
         sums = multitask_loss(predictions.ranking, batch.labels, batch.weights, tasks)
         if head is not None and predictions.user_vectors is not None:
-            sums[RETRIEVAL] = self._retrieval(batch, rows, predictions.user_vectors, head, tables)
+            sums[RETRIEVAL] = self._retrieval(batch, predictions, head, tables)
         return sums
 
     def count_targets(self, batch: SequenceBatch) -> None:
@@ -91,12 +89,12 @@ class Objective(nn.Module):
     def _retrieval(
         self,
         batch: SequenceBatch,
-        rows: dict[str, Tensor],
-        user_QD: Tensor,
+        predictions: Predictions,
         head: RetrievalHead,
         tables: Tables,
     ) -> LossSum:
-        loss = self.config.loss
+        loss, rows, user_QD = self.config.loss, predictions.rows, predictions.user_vectors
+        assert user_QD is not None
         target_rows = batch.ids[TARGET_ITEM_ID].values()
         weights = batch.retrieval_weights
         if loss.retrieval == "full_softmax":

@@ -15,16 +15,61 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gr.config import PretrainedConfig
+from gr.config import PretrainedConfig, VectorFileConfig
 from pipelines.portable_hash import string_id
 
 WITHOUT_VECTOR = -1
 
 
-class PretrainedVectors(nn.Module):
-    """y = W v of the id's vector v; an id without one has a learned y of its own.
+class FrozenVectors(nn.Module):
+    """The vectors of a file, by id.
 
-    The vectors are no part of a checkpoint, which keeps a digest of them instead.
+    They are no part of a checkpoint, which keeps a digest of them instead.
+
+    Args:
+        key: of the configuration, for messages.
+        config: the file.
+
+    Raises:
+        ValueError: if the file cannot be read, or repeats an id.
+    """
+
+    def __init__(self, key: str, config: VectorFileConfig) -> None:
+        super().__init__()
+        self.key, self.path = key, config.path
+        ids, vectors = read_vectors(key, config)
+        order = np.argsort(ids, kind="stable")
+        # On the CPU, where ids are looked up.
+        self.sorted_ids = torch.from_numpy(np.ascontiguousarray(ids[order]))
+        same = (self.sorted_ids[1:] == self.sorted_ids[:-1]).nonzero()
+        if len(same):
+            raise ValueError(
+                f"{key}.path={config.path}: id {int(self.sorted_ids[same[0]])} "
+                "has more than one vector: keep one row an id"
+            )
+        self.vectors_EW: Tensor
+        vectors = np.ascontiguousarray(vectors[order])
+        self.register_buffer("vectors_EW", torch.from_numpy(vectors), persistent=False)
+        self.expected_digest = _digest(self.sorted_ids.numpy(), vectors)
+        self.digest: Tensor
+        self.register_buffer("digest", torch.tensor(self.expected_digest))
+
+    def find(self, ids_n: Tensor) -> Tensor:
+        """Return (n,) int64: the row of each raw id, -1 where it has no vector. On the CPU."""
+        return find_rows(self.sorted_ids, ids_n)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        found = state_dict.get(f"{prefix}digest")
+        if found is not None and int(found) != self.expected_digest:
+            raise ValueError(
+                f"{self.key}.path={self.path} holds other vectors than "
+                "those that the checkpoint was trained with: restore the file, or train anew"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+
+
+class PretrainedVectors(FrozenVectors):
+    """y = W v of the id's vector v; an id without one has a learned y of its own.
 
     Args:
         name: of the vectors in model.pretrained, for messages.
@@ -36,33 +81,10 @@ class PretrainedVectors(nn.Module):
     """
 
     def __init__(self, name: str, config: PretrainedConfig, dim: int) -> None:
-        super().__init__()
-        self.name, self.config = name, config
-        ids, vectors = read_vectors(f"model.pretrained.{name}", config)
-        order = np.argsort(ids, kind="stable")
-        # On the CPU, where ids are looked up.
-        self.sorted_ids = torch.from_numpy(np.ascontiguousarray(ids[order]))
-        same = (self.sorted_ids[1:] == self.sorted_ids[:-1]).nonzero()
-        if len(same):
-            raise ValueError(
-                f"model.pretrained.{name}.path={config.path}: id {int(self.sorted_ids[same[0]])} "
-                "has more than one vector: keep one row an id"
-            )
-        self.vectors_EW: Tensor
-        vectors = np.ascontiguousarray(vectors[order])
-        self.register_buffer("vectors_EW", torch.from_numpy(vectors), persistent=False)
-        self.expected_digest = _digest(self.sorted_ids.numpy(), vectors)
-        self.digest: Tensor
-        self.register_buffer("digest", torch.tensor(self.expected_digest))
-        self.project = nn.Linear(vectors.shape[1], dim, bias=False)
+        super().__init__(f"model.pretrained.{name}", config)
+        self.config = config
+        self.project = nn.Linear(self.vectors_EW.shape[1], dim, bias=False)
         self.missing_D = nn.Parameter(torch.randn(dim) * 0.02)
-
-    def find(self, ids_n: Tensor) -> Tensor:
-        """Return (n,) int64: the row of each raw id, -1 where it has no vector. On the CPU."""
-        if not len(self.sorted_ids):
-            return torch.full_like(ids_n, WITHOUT_VECTOR)
-        row_n = torch.searchsorted(self.sorted_ids, ids_n).clamp_max(len(self.sorted_ids) - 1)
-        return row_n.where(self.sorted_ids[row_n] == ids_n, WITHOUT_VECTOR)
 
     def forward(self, row_n: Tensor) -> Tensor:
         """Return (n, D) of rows that `find` gave."""
@@ -71,17 +93,16 @@ class PretrainedVectors(nn.Module):
         projected_nD: Tensor = self.project(vector_nW)
         return torch.where((row_n >= 0)[:, None], projected_nD, self.missing_D.to(weight.dtype))
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        found = state_dict.get(f"{prefix}digest")
-        if found is not None and int(found) != self.expected_digest:
-            raise ValueError(
-                f"model.pretrained.{self.name}.path={self.config.path} holds other vectors than "
-                "those that the checkpoint was trained with: restore the file, or train anew"
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+
+def find_rows(sorted_ids_E: Tensor, ids_n: Tensor) -> Tensor:
+    """Return (n,) int64: where each id stands among ascending ones, -1 where it does not."""
+    if not len(sorted_ids_E):
+        return torch.full_like(ids_n, WITHOUT_VECTOR)
+    row_n = torch.searchsorted(sorted_ids_E, ids_n).clamp_max(len(sorted_ids_E) - 1)
+    return row_n.where(sorted_ids_E[row_n] == ids_n, WITHOUT_VECTOR)
 
 
-def read_vectors(key: str, config: PretrainedConfig) -> tuple[NDArray[np.int64], NDArray[Any]]:
+def read_vectors(key: str, config: VectorFileConfig) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """Return (E,) ids and (E, W) float16 or float32 vectors of a file.
 
     Args:
@@ -123,7 +144,7 @@ def _read_npy(key: str, path: Path) -> tuple[NDArray[np.int64], NDArray[Any]]:
 
 
 def _read_parquet(
-    key: str, path: Path, config: PretrainedConfig
+    key: str, path: Path, config: VectorFileConfig
 ) -> tuple[NDArray[np.int64], NDArray[Any]]:
     columns = [config.id_column, config.vector_column]
     try:

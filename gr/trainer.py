@@ -15,8 +15,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 from embeddings.collection import build_tables
 from gr.checkpoint import CheckpointManager
+from gr.cold_start import NAME, vectors_key
 from gr.config import TrainConfig
-from gr.ids import IdRows
+from gr.ids import Catalogue, IdRows
 from gr.metrics import EvalAccumulator
 from gr.model import Predictions, SequenceModel, dense_model, feature_dims
 from gr.objective import Objective
@@ -28,7 +29,7 @@ from gr.staging import Ahead, StagedBatch, stage
 from gr.tokens import carries_item
 from pipelines.balance import LoadTarget
 from pipelines.batch import SequenceBatch, StreamPosition
-from pipelines.config import ITEM_ID, TARGET_ITEM_ID
+from pipelines.config import ITEM_ID, NEGATIVE_ITEM_ID, TARGET_ITEM_ID
 from pipelines.rejects import REASONS
 
 EVALUATION = "evaluation"
@@ -104,7 +105,8 @@ class Trainer:
             ks=config.eval.ks,
             lifetime_auc=config.eval.lifetime_auc,
         )
-        vectors = (f"data/without_vector/{name}" for name in config.model.pretrained)
+        with_vectors = [*config.model.pretrained, *([NAME] if config.model.cold_start.path else [])]
+        vectors = (f"data/without_vector/{name}" for name in with_vectors)
         self.skipped_names = (*SKIPPED, *vectors)
         self.progress = Progress(skipped=[0] * len(self.skipped_names))
         lengths = config.data.stochastic_length
@@ -160,12 +162,13 @@ class Trainer:
         staged = batch if isinstance(batch, StagedBatch) else self._stage(batch)
         batch, info, rows = self._arrive(staged)
         catalogue = self.id_rows.catalogue()
+        batch = self._with_content(batch, catalogue)
         learnt = self.id_rows.learnable(batch)
         global_weights = self._sum_weights(learnt)
         with self.dense.gradients_of(self.progress.step):
             predictions = self._predict(self.dense.module, batch, info, rows)
             head = self.model.retrieval if isinstance(self.model, SequenceModel) else None
-            sums = self.objective(learnt, rows, predictions, head, self.tables)
+            sums = self.objective(learnt, predictions, head, self.tables)
             # Gradients are averaged over ranks, sums are not: hence world.size.
             loss = sum(
                 factor * sums[name].total * (world.size / weight.clamp_min(1e-12))
@@ -191,7 +194,7 @@ class Trainer:
                 if config.eval.mode == "progressive":
                     if self.has_dropout:
                         predictions = self._predict_undropped(batch, info, rows)
-                    self._score(batch, rows, predictions, catalogue)
+                    self._score(batch, predictions, catalogue)
                 loss.backward()  # type: ignore[no-untyped-call]
         is_due, dense_is_finite = self.dense.is_due(self.progress.step), True
         if is_finite:
@@ -276,11 +279,13 @@ class Trainer:
         """
         staged = batch if isinstance(batch, StagedBatch) else self._stage(batch)
         batch, info, rows = self._arrive(staged)
+        catalogue = self.id_rows.catalogue()
+        batch = self._with_content(batch, catalogue)
         predictions = self._predict_undropped(batch, info, rows)
         if ahead is not None:
             ahead.fetch()
             ahead.advance()
-        self._score(batch, rows, predictions, self.id_rows.catalogue())
+        self._score(batch, predictions, catalogue)
 
     def _stage(self, batch: SequenceBatch) -> StagedBatch:
         vector_rows, without_vector = self.model.find_vectors(batch)
@@ -295,6 +300,15 @@ class Trainer:
     def _arrive(self, staged: StagedBatch) -> tuple[SequenceBatch, SequenceInfo, dict[str, Tensor]]:
         """Return the batch on the device, ids mapped to rows; its structure; what is looked up."""
         return staged.arrive(), staged.info, self.tables.lookup(staged.lookup)
+
+    def _with_content(self, batch: SequenceBatch, catalogue: Catalogue) -> SequenceBatch:
+        """Return the batch with what it lacks of the content of items: that of negatives."""
+        content = self.model.content if isinstance(self.model, SequenceModel) else None
+        if content is None or NEGATIVE_ITEM_ID not in batch.ids.keys():  # noqa: SIM118
+            return batch
+        found = content.find_on_device(catalogue.ids(batch.ids[NEGATIVE_ITEM_ID].values()))
+        key = vectors_key(NEGATIVE_ITEM_ID)
+        return replace(batch, vector_rows={**batch.vector_rows, key: found})
 
     def _predict(
         self,
@@ -321,9 +335,8 @@ class Trainer:
     def _score(
         self,
         batch: SequenceBatch,
-        rows: dict[str, Tensor],
         predictions: Predictions,
-        catalogue: Tensor | None,
+        catalogue: Catalogue,
     ) -> None:
         sequence_L = sequence_index(batch.offsets, batch.num_tokens)
         if predictions.ranking:
@@ -335,20 +348,20 @@ class Trainer:
             )
         if predictions.user_vectors is not None and self.config.eval.retrieval:
             assert isinstance(self.model, SequenceModel)
-            head = self.model.retrieval
+            head, model = self.model.retrieval, self.model
             assert head is not None
             chunks = (
-                (first, head.item_vectors(chunk))
+                (first, model.item_vectors(chunk, catalogue.ids(_numbers(first, chunk))))
                 for first, chunk in self.tables.all_rows(self.item_table)
             )
             ranks, log_probs = catalogue_ranks(
                 predictions.user_vectors,
-                head.item_vectors(rows[TARGET_ITEM_ID]),
+                head.item_vectors(predictions.rows[TARGET_ITEM_ID]),
                 batch.ids[TARGET_ITEM_ID].values(),
                 chunks,
                 temperature=self.config.loss.temperature,
                 seen=seen_items(batch, sequence_L) if self.config.eval.filter_seen else None,
-                is_item_E=catalogue,
+                is_item_E=catalogue.is_item,
             )
             self.evaluation.update_retrieval(ranks, log_probs, batch.retrieval_weights)
 
@@ -471,6 +484,10 @@ class Trainer:
         self.objective.load_state_dict(state["objective"])
         self.loss_sums = state["loss_sums"]
         return state
+
+
+def _numbers(first: int, rows: Tensor) -> Tensor:
+    return torch.arange(first, first + len(rows), device=rows.device)
 
 
 def seen_items(batch: SequenceBatch, sequence_L: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,8 +38,10 @@ def measured(run_dir):
 
 
 def test_a_resumed_run_and_one_without_overlap_change_no_bit(config, tmp_path):
-    whole = run(config, *DYNAMIC, f"run_dir={tmp_path}/whole")
-    cut = (*DYNAMIC, f"run_dir={tmp_path}/cut", "overlap=false")
+    np.save(tmp_path / "content.npy", np.random.default_rng(0).normal(size=(12, 4)))
+    content = f"model.cold_start.path={tmp_path}/content.npy"
+    whole = run(config, *DYNAMIC, content, f"run_dir={tmp_path}/whole")
+    cut = (*DYNAMIC, content, f"run_dir={tmp_path}/cut", "overlap=false")
     run(config, *cut, "max_steps=8")
     resumed = run(config, *cut, "resume=true")
     assert measured(whole) == measured(resumed)

@@ -68,8 +68,8 @@ def run(config, objective, tables, batch, head):
         task: torch.randn(len(batch.ranking_positions), generator=generator).double()
         for task in config.data.tasks
     }
-    predictions = Predictions(ranking, user_vectors(batch) if head else None)
-    return objective(batch, rows, predictions, head, tables), ranking
+    predictions = Predictions(ranking, user_vectors(batch) if head else None, rows)
+    return objective(batch, predictions, head, tables), ranking
 
 
 def retrieval_by_hand(config, tables, batch, log_q=None):

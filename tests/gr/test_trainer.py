@@ -91,9 +91,11 @@ def poison(monkeypatch, trainer, where: str) -> None:
         return
     objective = trainer.objective.forward
 
-    def with_hook(batch, rows, *args):
-        rows["item_id"].register_hook(lambda grad: grad.index_fill(0, torch.tensor([1]), torch.inf))
-        return objective(batch, rows, *args)
+    def with_hook(batch, predictions, *args):
+        predictions.rows["item_id"].register_hook(
+            lambda grad: grad.index_fill(0, torch.tensor([1]), torch.inf)
+        )
+        return objective(batch, predictions, *args)
 
     monkeypatch.setattr(trainer.objective, "forward", with_hook)
 
