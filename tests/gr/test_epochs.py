@@ -185,6 +185,23 @@ def test_a_held_out_event_changes_no_weight(folder, finished):
     assert scores[0] != scores[1]
 
 
+@pytest.mark.gpu
+def test_a_gpu_learns_as_a_cpu_does(folder):
+    overrides = (
+        "loss.retrieval=full_softmax",
+        "loss.position_negatives=0",
+        "model.hstu.dropout=0",
+        "model.encoding.dropout=0",
+    )
+    rows = [
+        read_lines(run(folder, f"on_{device}", *overrides, f"device={device}") / "eval.jsonl")
+        for device in ("cpu", "cuda")
+    ]
+    assert len(rows[0]) == len(rows[1]) == 5
+    for a, b in zip(*rows, strict=True):
+        assert a["log_pplx"] == pytest.approx(b["log_pplx"], rel=1e-3)
+
+
 def train_here(config: TrainConfig, resolved) -> None:
     train(config, resolved)
 
