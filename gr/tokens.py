@@ -72,7 +72,7 @@ class TokenEmbedding(nn.Module):
         )
 
     def forward(self, batch: SequenceBatch, rows: Mapping[str, Tensor]) -> Tensor:
-        """Return x_LD.
+        """Return x_LD: sums in float32 or better, whatever autocast makes of their parts.
 
         Args:
             batch: token kinds and action codes.
@@ -82,6 +82,7 @@ class TokenEmbedding(nn.Module):
         item_ID = self._sum(self.item_features, rows)
         for name in self.item_numbers:
             item_ID = item_ID + self.numbers.encode(name, batch.numbers[name])
+        item_ID = item_ID.to(torch.promote_types(item_ID.dtype, torch.float32))
         if len(item_ID) == batch.num_tokens:
             x_LD = item_ID  # every token has one: looking for them would wait for the device
         else:
@@ -91,12 +92,12 @@ class TokenEmbedding(nn.Module):
             token_A = ((kind == TokenKind.ACTION) | (kind == TokenKind.EVENT)).nonzero()[:, 0]
         if self.action is not None:
             action_AD = self.action(batch.action_codes + self.code_start_S).sum(1)
-            x_LD = x_LD.index_add(0, token_A, action_AD)
+            x_LD = _add(x_LD, token_A, action_AD)
         if self.action_context:
             # Of the items, all but candidates have an action, in the same order.
             is_known_I = kind[carries_item(kind)] != TokenKind.CANDIDATE
             for name, project in self.action_context.items():
-                x_LD = x_LD.index_add(0, token_A, project(rows[name][is_known_I]))
+                x_LD = _add(x_LD, token_A, project(rows[name][is_known_I]))
         if self.candidate_action is not None:
             x_LD = x_LD + (kind == TokenKind.CANDIDATE)[:, None] * self.candidate_action
         for name, frozen in self.pretrained.items():
@@ -105,7 +106,7 @@ class TokenEmbedding(nn.Module):
                 token_n = carries_item(kind).nonzero()[:, 0]
             else:
                 token_n = context_tokens(batch, self.context_features.index(feature), feature)
-            x_LD = x_LD.index_add(0, token_n, frozen(batch.vector_rows[name]))
+            x_LD = _add(x_LD, token_n, frozen(batch.vector_rows[name]))
         for name in self.bags.names:
             x_LD = x_LD + self._sum((name,), {name: self.bags(name, batch, rows)})
         for index, name in enumerate(self.context_features):
@@ -117,7 +118,7 @@ class TokenEmbedding(nn.Module):
                 if is_number
                 else self._sum((name,), rows)
             )
-            x_LD = x_LD.index_add(0, context_tokens(batch, index, name), vectors)
+            x_LD = _add(x_LD, context_tokens(batch, index, name), vectors)
         return x_LD
 
     def find_vectors(self, batch: SequenceBatch) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -231,6 +232,11 @@ def context_tokens(batch: SequenceBatch, index: int, name: str) -> Tensor:
 
 def _plain(features: Mapping[str, FeatureConfig]) -> list[str]:
     return [name for name, x in features.items() if not x.is_bag and not x.is_number]
+
+
+def _add(x_LD: Tensor, token_n: Tensor, vectors_nD: Tensor) -> Tensor:
+    """Return x_LD with vectors added to some tokens; a projection under autocast is narrower."""
+    return x_LD.index_add(0, token_n, vectors_nD.to(x_LD.dtype))
 
 
 def carries_item(kind_L: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Token embeddings against loops over sequences and tokens, in float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -153,6 +154,25 @@ def test_bags_numbers_and_series(log, mode):
         num_context += int((batch.token_kind == TokenKind.CONTEXT).sum())
         module.observe(batch)
     assert num_context > 20
+
+
+@pytest.mark.parametrize("features", [{}, RICH], ids=["plain", "rich"])
+@pytest.mark.parametrize("dim", [DIM, 16], ids=["as_wide", "projected"])
+def test_autocast_to_bf16_sums_in_fp32(log, dim, features):
+    data = data_config(log, ("interleaved", "event", "session", "prefix"), **features)
+    data = replace(data, item_features=features and data.item_features, action_context=())
+    config = train_config(data, encoding=EncodingConfig(position="none"), dim=dim)
+    tables = make_tables(config)
+    module = TokenEmbedding(config.data, config.model, feature_dims(config))
+    for batch in batches(config.data):
+        batch.ids = batch.lookup_ids()
+        rows = {name: x.float() for name, x in look_up(config, tables, batch).items()}
+        exact_LD = module(batch, rows)
+        with torch.autocast("cpu", torch.bfloat16):
+            x_LD = module(batch, rows)
+        assert x_LD.dtype == torch.float32
+        # Each part is rounded to 8 bits, and so are the factors of a projection.
+        torch.testing.assert_close(x_LD, exact_LD, rtol=2**-6, atol=2**-5)
 
 
 def test_numbers_are_observed_once(log):
