@@ -64,9 +64,12 @@ class HostCopy:
             )
             for i, shard in enumerate(tensor.local_shards())
         ]
+        properties = replace(
+            metadata.tensor_properties, pin_memory=any(x.tensor.is_pinned() for x in local)
+        )
         copied: torch.Tensor = ShardedTensor._init_from_local_shards_and_global_metadata(
             local,
-            replace(metadata, shards_metadata=list(on_host.values())),
+            replace(metadata, shards_metadata=list(on_host.values()), tensor_properties=properties),
             process_group=tensor._process_group,
         )
         return copied

@@ -61,7 +61,7 @@ def test_a_third_of_the_rows_in_hbm_and_a_resume_change_nothing(plain, tmp_path)
     hits = [row["perf/cache_hits"] for row in rows[:-1]]
     assert all(0 <= share <= 1 for share in hits)
     assert any(0 < share < 1 for share in hits)
-    checkpoint = CheckpointConfig(every_steps=3)
+    checkpoint = CheckpointConfig(every_steps=3, asynchronous=True)
     run(config, tmp_path / "cut", max_steps=6, checkpoint=checkpoint)
     resumed = run(config, tmp_path / "cut", resume=True, checkpoint=checkpoint)
     np.testing.assert_allclose(resumed, losses, rtol=1e-6)
