@@ -78,8 +78,8 @@ def measure_momentum(options: argparse.Namespace, device: torch.device) -> None:
 
 
 def measure_dedup(options: argparse.Namespace, device: torch.device) -> None:
-    """Each id sent once against each id sent as often as it occurs."""
-    _compare("dedup", "index_dedup", "off", "on", options, device)
+    """Each id sent once against as often as it occurs; ids travel a step ahead, as in training."""
+    _compare("dedup", "index_dedup", "off", "on", options, device, ahead=True)
 
 
 def _compare(
@@ -89,6 +89,8 @@ def _compare(
     fast: str,
     options: argparse.Namespace,
     device: torch.device,
+    *,
+    ahead: bool = False,
 ) -> None:
     """Time fp16 tables with both values of a setting, with many repeated ids and with none."""
     for repeats in (0.95, 0.0):
@@ -96,7 +98,8 @@ def _compare(
         for value in (fast, slow):
             changes: dict[str, Any] = {"weights": "fp16", setting: value}
             tables = _build(options, device, **changes)
-            times[value] = _time(tables, _repeated_ids(options, device, repeats), options)
+            ids = _repeated_ids(options, device, repeats)
+            times[value] = _time(tables, ids, options, ahead=ahead)
             del tables
         _report(f"{what:9} fp16, {repeats:.0%} repeats", times, slow, fast)
 

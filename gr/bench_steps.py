@@ -207,7 +207,7 @@ class Bench:
         return TrainConfig(
             run_dir="none",
             device="cpu" if small else "cuda",
-            precision="fp32" if small else "bf16",
+            precision="bf16",
             data=DataConfig(
                 log=str(self.settings.logs / log),
                 supervise="all",

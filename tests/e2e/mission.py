@@ -36,7 +36,7 @@ CONFIG = "configs/synthetic_urn_sharded.yaml"
 SEEDS = (0, 1, 2)
 ON_CPU = (
     # What FBGEMM has no CPU form of, and a model of a size for it.
-    *("device=cpu", "precision=fp32", "model.hstu.precision=bf16", "embeddings.weights=fp32"),
+    *("device=cpu", "model.hstu.precision=bf16", "embeddings.weights=fp32"),
     *("embeddings.momentum=hbm", "embeddings.update_rule=row_wise_adagrad"),
     *("embeddings.optimizer.lr=0.02", "data.max_history_tokens=32", "model.dim=32"),
     *("model.num_layers=2", "model.hstu.num_heads=2", "model.hstu.qk_dim=8", "model.hstu.v_dim=8"),
