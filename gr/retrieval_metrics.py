@@ -23,6 +23,9 @@ from gr.task_metrics import (
 
 RETRIEVAL = "retrieval"
 
+MISS = 2**31 - 1
+"""Rank of what cannot be found, beyond any cut-off."""
+
 BLOCK_ROWS = 256
 """Positions scored at a time: scores of 256 x 7,600 items fit the caches of a CPU."""
 BLOCK_SCORES = 1 << 26
@@ -59,8 +62,8 @@ def catalogue_ranks(
         seen: (positions (S,), rows (S,)), int64: pairs to leave out of the ranking of a position,
             unless the row is its target. The log probability stays that of the full catalogue.
         is_item_E: (E,) bool: which rows of the table are items, where not all but row 0 are.
-            A target of row 0 is then an item that the table does not know: it is ranked E, behind
-            any other, and has the probability of a guess, 1 / E.
+            A target of row 0 is then an item that the table does not know: its rank is MISS, and
+            its probability that of a guess, 1 / E.
 
     Returns:
         (R,) int64 ranks, 0 where the target is row 0 or in no chunk (EvalAccumulator refuses them);
@@ -104,7 +107,7 @@ def catalogue_ranks(
     rank_R, log_prob_R = torch.where(found_R, not_worse_R + 1, 0), score_R - normalizer_R
     if is_item_E is not None:
         is_known_R = target_rows_R > 0
-        rank_R = rank_R.where(is_known_R, len(is_item_E))
+        rank_R = rank_R.where(is_known_R, MISS)
         log_prob_R = log_prob_R.where(is_known_R, -math.log(len(is_item_E)))
     return rank_R, log_prob_R
 

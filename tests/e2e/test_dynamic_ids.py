@@ -66,7 +66,7 @@ def test_a_resumed_run_and_one_without_overlap_change_no_bit(config, tmp_path):
     scored = read_lines(whole / "evaluate.jsonl")[-1]
     assert math.isfinite(scored["log_pplx"])
     # A target without a row is a miss at every cut-off, and misses are counted.
-    assert scored["hr@10"] < 1
+    assert scored["hr@50"] < 1  # of the 24 items 15 can be found
     assert scored["num_examples-retrieval"] > 0
 
 

@@ -479,7 +479,7 @@ def test_ranks_equal_a_sort_of_the_catalogue(
     pairs = set(zip(seen[0].tolist(), seen[1].tolist(), strict=True))
     for r, target in enumerate(targets.tolist()):
         if target == 0:
-            assert rank[r] == num_rows
+            assert rank[r] > 10**9
             assert log_prob[r].item() == pytest.approx(math.log(1 / num_rows))
             continue
         in_table = [e for e in range(1, num_rows) if is_item[e]]

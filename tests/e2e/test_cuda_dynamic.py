@@ -1,0 +1,79 @@
+"""Dynamic tables and content of items in whole runs on a GPU: overlap and resume change no bit."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from embeddings.config import DynamicIdsConfig
+from gr.config import CheckpointConfig, ColdStartConfig, TrainConfig
+from gr.runlog import read_lines
+from gr.train import train
+from tests.dist import run_distributed
+from tests.gr.batches import data_config, random_log, train_config
+
+MODE = ("interleaved", "event", "session", "none")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("log")
+    np.save(folder / "content.npy", np.random.default_rng(0).normal(size=(30, 5)))
+    data = replace(data_config(random_log(folder / "log"), MODE), sessions_per_partition=2)
+    content = ColdStartConfig(path=str(folder / "content.npy"))
+    config = train_config(replace(data, num_negatives=3, window="hour"), cold_start=content)
+    tables = dict(config.embeddings.tables)
+    tables["item"] = replace(
+        tables["item"],
+        ids="dynamic",
+        num_embeddings=14,
+        dynamic=DynamicIdsConfig(admit_after=2, max_waiting=30, ttl_days=0.5),
+    )
+    return replace(
+        config,
+        device="cuda",
+        deterministic=True,
+        log_every=1,
+        data=replace(config.data, num_items=0),
+        embeddings=replace(config.embeddings, tables=tables, form="sharded"),
+    )
+
+
+def run(config: TrainConfig, folder, **changes) -> list[dict]:
+    config = replace(config, run_dir=str(folder / "run"), **changes)
+    train(config, OmegaConf.structured(config))
+    return [
+        {key: value for key, value in row.items() if not key.startswith("perf/")}
+        for row in read_lines(folder / "run" / "metrics.jsonl")
+    ]
+
+
+def assert_same(rows: list[dict], expected: list[dict]) -> None:
+    assert len(rows) == len(expected) >= 5
+    for row, other in zip(rows, expected, strict=True):
+        assert row.keys() == other.keys()
+        for key, value in row.items():
+            np.testing.assert_array_equal(value, other[key], err_msg=f"{key}, {row['step']}")
+
+
+@pytest.mark.gpu
+def test_overlap_and_resume_change_no_bit(config, tmp_path):
+    plain = run(config, tmp_path / "plain", overlap=False)
+    assert plain[-1]["vocabulary/item/evicted"] > 0
+    assert_same(run(config, tmp_path / "ahead"), plain)
+    checkpoint = CheckpointConfig(every_steps=3)
+    run(config, tmp_path / "cut", checkpoint=checkpoint, max_steps=3)
+    assert_same(run(config, tmp_path / "cut", checkpoint=checkpoint, resume=True), plain)
+
+
+@pytest.mark.multi_gpu
+def test_the_maps_of_two_gpus_are_those_of_one(config, tmp_path):
+    one = run_distributed(run, 1, config, tmp_path / "one", backend="nccl")[0]
+    two = run_distributed(run, 2, config, tmp_path / "two", backend="nccl")[0]
+    assert len(one) == len(two) >= 5
+    for row, other in zip(one, two, strict=True):
+        for key, value in row.items():
+            if key.startswith("vocabulary/"):
+                assert value == other[key], key
+        assert row["train/loss"] == pytest.approx(other["train/loss"], rel=1e-3)
