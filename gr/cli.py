@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if arguments.command in ("sessionize", "synthesize", "train", "evaluate"):
+    if arguments.command in ("sessionize", "synthesize", "train", "evaluate", "scaling"):
         # argparse stops collecting overrides at the first option.
         arguments.overrides += [text for text in rest if not text.startswith("-")]
         rest = [text for text in rest if text.startswith("-")]
@@ -123,6 +123,12 @@ def _parser() -> argparse.ArgumentParser:
     child.add_argument("page", help="YAML file: which row of which table a run is")
     child.add_argument("runs", nargs="*", help="run directories of a sweep, or ROW=DIRECTORY")
     child.add_argument("--output", required=True, help="Markdown file; records go beside it")
+    child.add_argument("--traceback", action="store_true", help="show it also for user errors")
+
+    child = command("scaling", _scaling, "Train a ladder of sizes and fit scaling laws.")
+    child.add_argument("config", help="YAML file (gr/scaling/config.py)")
+    child.add_argument("overrides", nargs="*", metavar="key=value", help="override of the file")
+    child.add_argument("--fit", action="store_true", help="train nothing: fit the finished runs")
     child.add_argument("--traceback", action="store_true", help="show it also for user errors")
 
     child = command("checkpoint", _checkpoint, "Look into a checkpoint.")
@@ -253,6 +259,16 @@ def _results(arguments: argparse.Namespace) -> None:
     from gr.results import results
 
     print(results(arguments.page, arguments.runs, arguments.output))
+
+
+def _scaling(arguments: argparse.Namespace) -> None:
+    check_versions()
+    from gr.scaling.config import ScalingConfig
+
+    config, _ = load_config(ScalingConfig, arguments.config, arguments.overrides)
+    from gr.scaling.study import scaling
+
+    print(scaling(config, only_fit=arguments.fit))
 
 
 def _checkpoint(arguments: argparse.Namespace) -> None:

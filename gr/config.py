@@ -459,6 +459,8 @@ class TrainConfig:
     """Of the dense part's matrix products (bf16: autocast)."""
     max_steps: int = 0
     """Stop after so many steps; 0 means one pass over the log."""
+    max_flops: float = 0.0
+    """Stop when the encoder's training FLOPs (gr/flops.py) reach this; 0 means no such limit."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
     overlap: bool = True
@@ -482,6 +484,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.timeout_minutes <= 0:
             raise ValueError(f"timeout_minutes must be positive, got {self.timeout_minutes}")
+        if self.max_flops < 0:
+            raise ValueError(f"max_flops must be at least 0 (0: no limit), got {self.max_flops}")
+        if self.max_flops and self.model.encoder == "dlrm":
+            raise ValueError("max_flops counts the encoder's FLOPs, which model.encoder=dlrm lacks")
         check_consistency(self)
 
 

@@ -25,7 +25,7 @@ def visible_pairs(info: SequenceInfo) -> tuple[int, int]:
     return int(keys_L.sum()), int(keys_L[tail_index(info)].sum())
 
 
-def training_flops(model: ModelConfig, info: SequenceInfo) -> float:
+def training_flops(model: ModelConfig, info: SequenceInfo) -> int:
     """Return the FLOPs of forward and backward of the encoder on one batch.
 
     Args:
@@ -38,7 +38,7 @@ def training_flops(model: ModelConfig, info: SequenceInfo) -> float:
     full_pairs, tail_pairs = visible_pairs(info)
     full_layer = tokens * (per_key + per_query) + full_pairs * per_pair
     last_layer = tokens * per_key + tail * per_query + tail_pairs * per_pair
-    return 3.0 * ((model.num_layers - 1) * full_layer + last_layer)
+    return 3 * ((model.num_layers - 1) * full_layer + last_layer)
 
 
 def sequence_cost(model: ModelConfig) -> SequenceCost:

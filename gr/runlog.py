@@ -29,7 +29,16 @@ COMMIT = "commit.txt"
 FACTS = "facts.json"
 # What may change when a run is resumed: it leaves model, data and optimisation as they were.
 FREE_ON_RESUME = (
-    *("run_dir", "resume", "max_steps", "log_every", "device", "timeout_minutes", "data.prefetch"),
+    *(
+        "run_dir",
+        "resume",
+        "max_steps",
+        "max_flops",
+        "log_every",
+        "device",
+        "timeout_minutes",
+        "data.prefetch",
+    ),
     *("data.follow", "data.follow_idle_seconds", "data.max_reject_fraction"),
     *("data.history_memory_gb", "data.spill_folder"),
     *("overlap", "optim.max_nonfinite_steps"),

@@ -25,7 +25,7 @@ ALL = "all"
 BINARY = ("ne", "auc", "gauc")
 REGRESSION = ("mae", "rmse")
 RETRIEVAL = ("hr@10", "hr@50", "ndcg@10", "mrr")
-_SAME_CONFIG = {"seed", *FREE_ON_RESUME} - {"max_steps"}
+_SAME_CONFIG = {"seed", *FREE_ON_RESUME} - {"max_steps", "max_flops"}
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom.
 _T_QUANTILES = (
     12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788,

@@ -22,7 +22,7 @@ class StagedBatch:
     """On the device, with rows of the tables in the place of raw ids."""
     info: SequenceInfo
     """Its structure, on the device."""
-    flops: float
+    flops: int
     """Of training on it."""
     lookup: PendingLookup
     """Of all its ids."""

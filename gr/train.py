@@ -20,7 +20,7 @@ from gr.metrics import WindowResult
 from gr.parallel import World
 from gr.rejects import RejectFile, cut_rejects
 from gr.runlog import RunDir, RunLog, open_run_dir
-from gr.trainer import EVALUATION, Trainer
+from gr.trainer import EVALUATION, Progress, Trainer
 from pipelines.batch import StreamPosition
 from pipelines.leave_one_out import LeaveOneOutStream
 from pipelines.stream import SessionStream, Snapshots
@@ -159,6 +159,7 @@ def loop(
             {
                 "examples": progress.examples,
                 "tokens": progress.tokens,
+                "flops": progress.flops,
                 **trainer.take_losses(),
                 **values,
                 **trainer.skipped_by_name(),
@@ -199,7 +200,7 @@ def loop(
     ahead = batches if config.overlap else None
     for staged in batches:
         batch = staged.batch
-        if config.max_steps and progress.step >= config.max_steps:
+        if is_over(config, progress):
             break
         write_windows(trainer.evaluation.roll(batch.window))
         if batch.is_frozen:
@@ -225,6 +226,12 @@ def loop(
     # Epochs are not added up: the run's result is that of the weights it ends with.
     overall = last_window if config.data.window == "epoch" else trainer.evaluation.lifetime()
     log.evaluation(progress.step + 1, LIFETIME, overall)
+
+
+def is_over(config: TrainConfig, progress: Progress) -> bool:
+    """Return whether a run has come to a limit of its own, before the end of the log."""
+    steps, flops = config.max_steps, config.max_flops
+    return bool(steps and progress.step >= steps) or bool(flops and progress.flops >= flops)
 
 
 def is_saved_at(step: int, config: TrainConfig) -> bool:
@@ -257,7 +264,7 @@ class Clock:
         """Return the rates since the last call, over all ranks."""
         progress = self.trainer.progress
         seconds = time.perf_counter() - self.start
-        flops_per_s = self.trainer.take_flops() * self.world.size / seconds
+        flops_per_s = (progress.flops - self.flops) / seconds
         rates = {
             "perf/seconds": seconds,
             "perf/examples_per_s": (progress.examples - self.examples) / seconds,
@@ -279,6 +286,7 @@ class Clock:
         self.start, self.scoring_s = time.perf_counter(), 0.0
         self.examples = self.trainer.progress.examples
         self.tokens = self.trainer.progress.tokens
+        self.flops = self.trainer.progress.flops
 
 
 def _headline(

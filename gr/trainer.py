@@ -53,6 +53,8 @@ class Progress:
     """Sequences trained on."""
     tokens: int = 0
     """Tokens of those sequences."""
+    flops: int = 0
+    """Of the encoder's forward and backward passes over them (gr/flops.py)."""
     position: StreamPosition | None = None
     """Position of the stream after the last trained batch."""
     skipped: list[int] = field(default_factory=lambda: [0] * len(SKIPPED))
@@ -114,7 +116,6 @@ class Trainer:
         self.loss_sums = torch.zeros(
             2, len(self.objective.names), dtype=torch.float64, device=world.device
         )
-        self.flops = 0.0
         self.has_dropout = config.model.has_dropout
         self.is_training = False
 
@@ -216,17 +217,17 @@ class Trainer:
             *staged.num_without_vector,
         ]
         counts = torch.tensor(
-            [batch.num_sequences, batch.num_tokens, *skipped], device=world.device
+            [batch.num_sequences, batch.num_tokens, staged.flops, *skipped], device=world.device
         )
-        counts[2 + NONFINITE_ROWS] = self.tables.take_num_nonfinite()
-        num_examples, num_tokens, *skipped = world.sum(counts).tolist()
+        counts[3 + NONFINITE_ROWS] = self.tables.take_num_nonfinite()
+        num_examples, num_tokens, flops, *skipped = world.sum(counts).tolist()
         num_bad_rows = skipped[NONFINITE_ROWS]
         is_good = is_finite and dense_is_finite and num_bad_rows == 0
         skipped[NONFINITE_STEPS] = int(not is_good)
-        self.flops += staged.flops
         self.progress.step += 1
         self.progress.examples += num_examples
         self.progress.tokens += num_tokens
+        self.progress.flops += flops
         self.progress.skipped = [a + b for a, b in zip(self.progress.skipped, skipped, strict=True)]
         self.progress.position = batch.position
         self._check_limit(num_bad_rows, dense_is_finite)
@@ -260,11 +261,6 @@ class Trainer:
             "train/loss": sum(factors[name] * mean for name, mean in seen.items()),
             **{f"train/loss/{name}": mean for name, mean in means.items()},
         }
-
-    def take_flops(self) -> float:
-        """Return this rank's training FLOPs since the last call."""
-        flops, self.flops = self.flops, 0.0
-        return flops
 
     @torch.no_grad()
     def score_step(self, batch: SequenceBatch | StagedBatch, ahead: Ahead | None = None) -> None:
@@ -429,6 +425,7 @@ class Trainer:
                 "step": self.progress.step,
                 "examples": self.progress.examples,
                 "tokens": self.progress.tokens,
+                "flops": self.progress.flops,
                 "rows": list(position.rows) if position else [],
                 "segments": list(position.segments) if position else [],
                 "skipped": self.progress.skipped,
@@ -447,6 +444,7 @@ class Trainer:
             step=stored["step"],
             examples=stored["examples"],
             tokens=stored["tokens"],
+            flops=stored["flops"],
             position=StreamPosition(
                 rows=tuple(stored["rows"]),
                 step=stored["step"],

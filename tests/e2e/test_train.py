@@ -246,6 +246,11 @@ def test_two_ranks_learn_what_one_does(on_two_ranks, config, name):
     np.testing.assert_allclose(losses(one)[:2], losses(two)[:2], rtol=1e-5)
     row_one, row_two = lifetime(one), lifetime(two)
     assert row_one["num_examples-click"] == row_two["num_examples-click"]
+    assert read_lines(one / "metrics.jsonl")[-1]["flops"] > 0
+    assert (
+        read_lines(one / "metrics.jsonl")[-1]["flops"]
+        == read_lines(two / "metrics.jsonl")[-1]["flops"]
+    )
     assert row_one["ne-click"] == pytest.approx(row_two["ne-click"], rel=2e-3)
     assert len((two / "eval.jsonl").read_text().splitlines()) == 4
 

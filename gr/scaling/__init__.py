@@ -1,0 +1,1 @@
+"""Scaling laws: ladders of runs, fits of quality against compute, a prediction that can fail."""

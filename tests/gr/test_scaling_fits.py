@@ -1,0 +1,121 @@
+"""Fits against the laws that made the data, exact t intervals, and simulated studies."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from gr.scaling.fits import (
+    JointLaw,
+    LogLaw,
+    PowerLaw,
+    fit_joint_law,
+    fit_log_law,
+    fit_power_law,
+    fit_with_intervals,
+)
+
+COMPUTE = np.geomspace(1e12, 1e15, 6)
+
+
+def fitted(fit, y, seed=0, *, p=2, resamples=400, x=COMPUTE):
+    generator = np.random.default_rng(seed)
+    return fit_with_intervals(
+        fit, x, y, num_coefficients=p, resamples=resamples, generator=generator
+    )
+
+
+@given(st.floats(-5, 5), st.floats(-0.5, 0.5))
+def test_a_line_is_found(a, b):
+    law = fit_log_law(COMPUTE, LogLaw(a, b)(COMPUTE))
+    assert law.a == pytest.approx(a, abs=1e-9)
+    assert law.b == pytest.approx(b, abs=1e-9)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.floats(0.2, 2), st.floats(0.02, 1), st.floats(0.02, 1.5))
+def test_a_power_law_is_found(E, A, alpha):
+    unit = float(np.exp(np.log(COMPUTE).mean()))
+    law = fit_power_law(COMPUTE, PowerLaw(E, A, alpha, unit)(COMPUTE))
+    # Small exponents trade E against A; the curve is what is determined.
+    np.testing.assert_allclose(law(COMPUTE), PowerLaw(E, A, alpha, unit)(COMPUTE), rtol=1e-5)
+    if alpha > 0.1:
+        assert law.alpha == pytest.approx(alpha, rel=1e-3)
+        assert pytest.approx(E, rel=0.02, abs=1e-3) == law.E
+
+
+def test_a_rising_power_law_is_found():
+    """Of a metric where more is better: A is negative."""
+    truth = PowerLaw(0.8, -0.2, 0.3, float(np.exp(np.log(COMPUTE).mean())))
+    law = fit_power_law(COMPUTE, truth(COMPUTE))
+    assert pytest.approx(-0.2, rel=1e-3) == law.A
+    assert law.alpha == pytest.approx(0.3, rel=1e-3)
+
+
+def test_a_joint_law_is_found():
+    axes = np.array([(n, d, k) for n in (1e5, 4e5, 2e6) for d in (1e7, 1e8) for k in (64.0, 256.0)])
+    unit = tuple(np.exp(np.log(axes).mean(axis=0)).tolist())
+    truth = JointLaw(("n", "d", "k"), 0.7, (0.05, 0.1, 0.02), (0.4, 0.3, 0.5), unit)
+    law = fit_joint_law(("n", "d", "k"), axes, truth(axes))
+    np.testing.assert_allclose(law(axes), truth(axes), atol=1e-6)
+    beyond = np.array([(8e6, 4e8, 512.0)])
+    assert law(beyond)[0] == pytest.approx(truth(beyond)[0], abs=0.02)
+
+
+def test_intervals_of_a_line_are_the_t_intervals():
+    noise = np.array([0.011, -0.004, -0.013, 0.008, 0.002, -0.006])
+    y = LogLaw(2.0, -0.05)(COMPUTE) + noise
+    fit = fitted(fit_log_law, y, resamples=10_000)
+    exact = stats.linregress(np.log(COMPUTE), y)
+    t = stats.t.ppf(0.975, len(COMPUTE) - 2)
+    low, high = fit.interval("b")
+    assert low == pytest.approx(exact.slope - t * exact.stderr, abs=0.03 * exact.stderr * t)
+    assert high == pytest.approx(exact.slope + t * exact.stderr, abs=0.03 * exact.stderr * t)
+    new = np.array([4e15])
+    x = np.log(COMPUTE)
+    leverage = 1 + 1 / len(x) + (np.log(4e15) - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum()
+    half = stats.t.ppf(0.95, len(x) - 2) * fit.sigma * np.sqrt(leverage)
+    middle, low, high = fit.predict(new, np.random.default_rng(1))
+    assert middle == pytest.approx(exact.intercept + exact.slope * np.log(4e15))
+    assert (low, high) == pytest.approx((middle - half, middle + half), abs=0.04 * half)
+
+
+@pytest.mark.parametrize(
+    ("fit", "p", "truth", "studies"),
+    [
+        (fit_log_law, 2, LogLaw(2.0, -0.04), 150),
+        (fit_power_law, 3, PowerLaw(0.7, 0.15, 0.25, 1e13), 40),
+    ],
+    ids=["line", "power"],
+)
+def test_a_held_out_point_is_inside_as_often_as_said(fit, p, truth, studies):
+    random = np.random.default_rng(7)
+    x = np.geomspace(1e12, 1e15, 5)
+    inside = 0
+    for study in range(studies):
+        y = truth(x) + 0.004 * random.standard_normal(len(x))
+        found = fitted(fit, y, study, p=p, resamples=100, x=x)
+        _, low, high = found.predict(np.array([4e15]), np.random.default_rng(study))
+        inside += low <= truth(np.array([4e15]))[0] + 0.004 * random.standard_normal() <= high
+    # The chance of fewer, or of more, if the interval holds 90 % of new points.
+    assert stats.binom.cdf(inside, studies, 0.9) > 1e-3
+    assert inside / studies < 0.99 or stats.binom.sf(inside - 1, studies, 0.9) > 1e-3
+
+
+def test_without_degrees_of_freedom_no_interval_is_claimed():
+    x = COMPUTE[:3]
+    found = fitted(fit_power_law, np.array([0.9, 0.85, 0.83]), p=3, x=x)
+    assert np.isnan(found.predict(np.array([1e16]), np.random.default_rng(0))[1])
+    assert np.isnan(found.interval("E")[0])
+    assert np.isnan(found.band(x)[0]).all()
+
+
+def test_too_few_points_are_refused():
+    with pytest.raises(ValueError, match="at least 2 different points, found 1"):
+        fit_log_law(np.array([1e12, 1e12]), np.array([0.9, 0.8]))
+    with pytest.raises(ValueError, match="at least 3 different points, found 2"):
+        fit_power_law(np.array([1e12, 1e13]), np.array([0.9, 0.8]))
+    axes = np.array([(1.0, 2.0), (2.0, 2.0), (3.0, 2.0)])
+    with pytest.raises(ValueError, match="exponent of tokens needs at least 2"):
+        fit_joint_law(("parameters", "tokens"), axes, np.array([0.9, 0.8, 0.7]))
