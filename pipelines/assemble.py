@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from pipelines.batch import SequenceBatch, StreamPosition, TokenKind
-from pipelines.config import DataConfig, bag_features, id_features
+from pipelines.config import DataConfig, bag_features
 from pipelines.context_series import Series, merge_series
 from pipelines.feature_columns import Slot, is_cut, read_bags, read_numbers
 from pipelines.features import EventEncoder
@@ -27,7 +27,7 @@ from pipelines.history import (
     Ints,
 )
 from pipelines.keyed_random import Purpose, draw_items
-from pipelines.unify import Tokens, lay_out, layout_rules
+from pipelines.unify import Tokens, lay_out
 
 NO_RANGE = 2**62
 """Negatives of ids without a range (data.num_items=0) are numbers below this, for a vocabulary to
@@ -59,8 +59,8 @@ def assemble(
         expected_load: before stochastic length was balanced.
         num_sessions: of the global batch.
     """
-    config, sequences = encoder.config, gathered.sequences
-    tokens = lay_out(sequences, gathered.ints, gathered.codes, layout_rules(config))
+    config, sequences, layout = encoder.config, gathered.sequences, encoder.layout
+    tokens = lay_out(sequences, gathered.ints, gathered.codes, layout)
     series = None
     if encoder.merges_context:
         tokens, series = merge_series(tokens, sequences, gathered.ints, encoder.series_slots)
@@ -69,13 +69,13 @@ def assemble(
     num_tasks = len(config.tasks)
     labels = gathered.floats[:, :num_tasks].T
     return SequenceBatch(
-        ids=_ids(gathered, tokens, values, config, seed),
+        ids=_ids(gathered, tokens, values, encoder, seed),
         offsets=torch.from_numpy(tokens.offsets),
         max_len=int(np.diff(tokens.offsets).max(initial=0)),
         token_kind=torch.from_numpy(tokens.kind),
         timestamp=torch.from_numpy(tokens.timestamp),
         query_time=torch.from_numpy(tokens.query_time),
-        num_context=layout_rules(config).num_context,
+        num_context=layout.num_context,
         num_candidates=_tensor(sequences[:, NUM_EVENTS] * at_session),
         session_start=torch.from_numpy(tokens.session_start),
         action_codes=torch.from_numpy(tokens.action_codes),
@@ -117,9 +117,7 @@ def assemble(
         if series is not None
         else {},
         num_cut_bags=sum(
-            _num_cut(x, tokens, layout_rules(config).num_context)
-            for x in values
-            if x.slot.feature.is_bag
+            _num_cut(x, tokens, layout.num_context) for x in values if x.slot.feature.is_bag
         ),
     )
 
@@ -194,12 +192,11 @@ def _bags(values: list[_Values], config: DataConfig, num_tokens: int) -> KeyedJa
 
 
 def _ids(
-    gathered: Gathered, tokens: Tokens, features: list[_Values], config: DataConfig, seed: int
+    gathered: Gathered, tokens: Tokens, features: list[_Values], encoder: EventEncoder, seed: int
 ) -> KeyedJaggedTensor:
     """Return the ids, feature after feature in one array."""
-    sequences, ints = gathered.sequences, gathered.ints
+    config, sequences, ints = encoder.config, gathered.sequences, gathered.ints
     num_sequences, num_negatives = len(sequences), config.num_negatives
-    keys = id_features(config)
     num_events = sequences[:, NUM_HISTORY] + sequences[:, NUM_EVENTS]
     plain = [x for x in features if not x.slot.feature.is_bag and not x.slot.feature.is_number]
     lengths = [num_events, *(x.lengths for x in plain), tokens.num_targets]
@@ -218,7 +215,7 @@ def _ids(
         lengths.append(np.full(num_sequences, num_negatives))
         values.append(negatives.reshape(-1))
     return KeyedJaggedTensor(
-        keys=list(keys),
+        keys=list(encoder.id_keys),
         values=torch.from_numpy(np.concatenate(values)),
         lengths=torch.from_numpy(np.concatenate(lengths)),
         stride=num_sequences,

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.config import ActionConfig, DataConfig, FeatureConfig, TaskConfig
+from pipelines.config import ActionConfig, DataConfig, FeatureConfig, TaskConfig, id_features
 from pipelines.feature_columns import (
     MISSING_NUMBER,
     Floats,
@@ -20,6 +20,7 @@ from pipelines.feature_columns import (
 )
 from pipelines.history import EventRows, Ints
 from pipelines.schema import EVENT_ITEM_ID, EVENT_TIMESTAMP, USER_ID
+from pipelines.unify import layout_rules
 
 Place = Literal["session", "context", "events"]
 Kind = Literal["integer", "number", "integers", "numbers"]
@@ -61,6 +62,9 @@ class EventEncoder:
         self.num_ints += self.num_context * self.merges_context
         self.num_floats = len(config.tasks) + len(self.dense_features)
         self.num_codes = len(config.actions) + 1
+        self.layout = layout_rules(config)
+        self.id_keys = id_features(config)
+        """Keys of SequenceBatch.ids."""
         features = config.item_features.values()
         self.signals = list(dict.fromkeys(x.column for x in features if x.is_counter))
         """Columns that counters sum, each once; empty text stands for the number of events."""

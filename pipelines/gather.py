@@ -95,9 +95,10 @@ class SequenceBuffer:
         rules = self._rules
         num_sequences = num_events = 0
         for span in spans:
-            lengths = np.diff(span.block.sessions.offsets[span.first : span.last + 1])
-            num_sequences += int((-(-lengths // rules.max_session_events)).sum())
-            num_events += int(lengths.sum())
+            offsets = span.block.sessions.offsets
+            total = int(offsets[span.last] - offsets[span.first])
+            num_sequences += span.last - span.first + total // rules.max_session_events
+            num_events += total
         num_events += num_sequences * rules.max_events
         have = self._out
         if num_sequences > len(have.rows) or num_events * rules.num_codes > len(have.events.codes):

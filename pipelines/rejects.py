@@ -79,6 +79,8 @@ class RejectLog:
         """
         sessions = block.sessions
         # Of a session that is read in slices the first one counts for all.
+        if not sessions.reason[first:last].any():
+            return
         bad = (sessions.reason[first:last] != 0) & (sessions.first_piece[first:last] == 0)
         if not bad.any():
             return

@@ -229,11 +229,12 @@ class LogSegments:
         """Return how many segments the first `step` steps have begun to read."""
         return 0 if step == 0 else self._index(step - 1) + 1
 
-    def position(self, step: int) -> StreamPosition:
-        """Return where a stream stands after the first `step` steps."""
+    def position(self, step: int, rows: Ints | None = None) -> StreamPosition:
+        """Return where a stream stands after the first `step` steps, `rows_at(step)` if known."""
         names = (segment.name for segment in self._segments[: self.num_begun(step)])
+        rows = self.rows_at(step) if rows is None else rows
         return StreamPosition(
-            rows=tuple(self.rows_at(step).tolist()), step=step, segments=tuple(filter(None, names))
+            rows=tuple(rows.tolist()), step=step, segments=tuple(filter(None, names))
         )
 
     def check(self, position: StreamPosition) -> None:

@@ -186,8 +186,10 @@ class SessionStream:
                 yield from self._frozen_batches(step, end - within, readers, buffer)
             rows, before = segments.rows_at(step + 1), rows
             taken = rows - before
+            num_sessions = int(taken.sum())
             spans = [s for p, reader in readers.items() for s in reader.take(int(taken[p]))]
-            made = self._assemble(buffer, spans, step + 1, step, rejects.take(), is_frozen=False)
+            at = segments.position(step + 1, rows)
+            made = self._assemble(buffer, spans, at, step, num_sessions, rejects.take())
             step += 1
             if self._is_due(step):
                 self._save(step, readers)
@@ -203,6 +205,7 @@ class SessionStream:
         """Yield the sequences of a window, whose sessions join no history yet."""
         segments = self._segments
         cursors = {p: reader.cursor() for p, reader in readers.items()}
+        at = segments.position(first)
         for step in range(first, first + num_steps):
             taken = segments.rows_at(step + 1) - segments.rows_at(step)
             spans = [
@@ -210,22 +213,23 @@ class SessionStream:
                 for p, reader in readers.items()
                 for span in reader.peek(cursors[p], int(taken[p]))
             ]
-            yield self._assemble(buffer, spans, first, step, [], is_frozen=True)
+            num_sessions = int(taken.sum())
+            yield self._assemble(buffer, spans, at, step, num_sessions, [], is_frozen=True)
 
     def _assemble(
         self,
         buffer: SequenceBuffer,
         spans: list[Span],
-        num_done: int,
+        position: StreamPosition,
         step: int,
+        num_sessions: int,
         new_rejects: list[Reject],
         *,
-        is_frozen: bool,
+        is_frozen: bool = False,
     ) -> tuple[SequenceBatch, list[Reject]]:
         segment, within = self._segments.at(step)
         gathered = buffer.gather(spans, extend=not is_frozen)
-        taken = self._segments.rows_at(step + 1) - self._segments.rows_at(step)
-        num_sessions, expected_load = int(taken.sum()), 0.0
+        expected_load = 0.0
         # Stochastic length is for training: what is only scored is whole, as it is where it serves.
         if not is_frozen:
             gathered, expected_load = self._shorten(gathered, step, num_sessions)
@@ -234,7 +238,7 @@ class SessionStream:
             self._encoder,
             seed=self.seed,
             window=segment.schedule.window_of(within),
-            position=self._segments.position(num_done),
+            position=position,
             num_rejected=count_sessions(new_rejects),
             is_frozen=is_frozen,
             expected_load=expected_load,
