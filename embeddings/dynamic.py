@@ -14,6 +14,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embeddings.config import EmbeddingsConfig
 from embeddings.id_map import Changes, IdMap
 from embeddings.initial import rows_of_ids
+from embeddings.memory import map_bytes
 from embeddings.tables import Tables
 from embeddings.vocabulary import UNKNOWN_ID
 
@@ -169,6 +170,21 @@ class DynamicVocabulary:
         """Return (E,) int64 raw ids of the rows of a dynamic table, else UNKNOWN_ID."""
         id_map = self.maps[table]
         return id_map.id_E.where(id_map.is_used(), UNKNOWN_ID)
+
+    def summary(self) -> str:
+        """Return one line a dynamic table: what its map takes, and when ids come and go."""
+        lines = []
+        for name in self.maps:
+            table = self.config.tables[name]
+            rules = [f"a row after {table.dynamic.admit_after} event(s)"]
+            if table.dynamic.ttl_days:
+                rules.append(f"none after {table.dynamic.ttl_days:g} days without a lookup")
+            rules.append(f"when full: {table.dynamic.when_full}")
+            lines.append(
+                f"{name}: dynamic ids, {', '.join(rules)}; map of {map_bytes(table):,} bytes on "
+                "every rank"
+            )
+        return "\n".join(lines)
 
     def take_metrics(self) -> dict[str, float]:
         """Return what became of the ids, over all ranks.

@@ -65,6 +65,20 @@ def table_bytes(
     return Bytes(hbm=weights + first + second, host=0)
 
 
+def map_bytes(table: TableConfig) -> int:
+    """Return the bytes, on the device of every rank, of the map from dynamic ids to rows.
+
+    The id, its copy in order, its row and its last step; with ttl_days its last time; and three
+    numbers for each id that may wait. While ids come, some of it stands there twice.
+    """
+    if table.ids != "dynamic":
+        return 0
+    per_row = 24 + (8 if table.dynamic.ttl_days else 0)
+    num_waiting = table.dynamic.max_waiting or table.num_embeddings
+    waiting = 24 * num_waiting if table.dynamic.admit_after > 1 else 0
+    return per_row * table.num_embeddings + waiting
+
+
 def describe_bytes(config: EmbeddingsConfig, *, on_gpu: bool) -> str:
     """Return the bytes of every table with its moments, over all ranks, the largest first."""
     sizes = {

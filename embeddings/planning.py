@@ -29,7 +29,7 @@ from torchrec.distributed.planner.types import (
 from torchrec.distributed.types import CacheParams, ShardingPlan
 
 from embeddings.config import EmbeddingsConfig, TableConfig
-from embeddings.memory import cache_fraction, describe_bytes, table_bytes, weight_bytes
+from embeddings.memory import cache_fraction, describe_bytes, map_bytes, table_bytes, weight_bytes
 from embeddings.sharding import Collections, data_type, sharder
 
 
@@ -50,6 +50,11 @@ def plan_tables(
     on_gpu = device.type == "cuda"
     hbm_bytes = torch.cuda.mem_get_info(device)[1] if on_gpu else None
     host_bytes = psutil.virtual_memory().total // local_world_size
+    maps = sum(map_bytes(table) for table in config.tables.values())
+    if hbm_bytes is not None:
+        hbm_bytes = max(0, hbm_bytes - maps)
+    else:
+        host_bytes = max(0, host_bytes - maps)
     topology = TopologyFactory.create_topology(
         TrainerConfig(world_size=world_size, local_world_size=local_world_size),
         HardwareConfig(hbm_cap_bytes=hbm_bytes, ddr_cap_bytes=host_bytes),
@@ -176,6 +181,12 @@ class _Capacity:
     host: int
 
 
+def _beside(config: EmbeddingsConfig) -> str:
+    maps = {name: map_bytes(table) for name, table in config.tables.items()}
+    described = ", ".join(f"{size} of {name!r}" for name, size in maps.items() if size)
+    return f", and beside the maps of dynamic ids: {described} bytes" if described else ""
+
+
 def _does_not_fit(
     config: EmbeddingsConfig, world_size: int, capacity: _Capacity, *, on_gpu: bool
 ) -> str:
@@ -206,5 +217,6 @@ def _does_not_fit(
         f"no way to spread the tables over {world_size} rank(s) by {list(config.sharding)}. They "
         f"need, with their moments, {describe_bytes(config, on_gpu=on_gpu)}. A rank has {room}"
         f"{capacity.host} bytes of host memory for tables (embeddings.reserved_hbm="
-        f"{config.reserved_hbm}). The largest is {name!r}. What would fit: {', or '.join(advice)}"
+        f"{config.reserved_hbm}{_beside(config)}). The largest is {name!r}. What would fit: "
+        f"{', or '.join(advice)}"
     )

@@ -53,6 +53,7 @@ class IdRows:
         self.item_is_dynamic = item_table in self.dynamic.maps
         self.has_content = bool(config.model.cold_start.path)
         self.of_items = {ITEM_ID, *config.data.item_features}
+        self._let_maps_wait()
 
     def rows_on_host(self, batch: SequenceBatch) -> tuple[SequenceBatch, dict[str, Tensor]]:
         """Return a batch with all its ids in `ids`, mapped where they can be on the CPU.
@@ -90,7 +91,11 @@ class IdRows:
             return Catalogue(None, None)
         with self._beside():
             ids = self.dynamic.ids(self.item_table) if self.has_content else None
-            return Catalogue(self.dynamic.is_used(self.item_table), ids)
+            is_item = self.dynamic.is_used(self.item_table)
+        if self.tables.exchange is not None:
+            for tensor in (is_item,) if ids is None else (is_item, ids):
+                tensor.record_stream(torch.cuda.current_stream())
+        return Catalogue(is_item, ids)
 
     def learnable(self, batch: SequenceBatch) -> SequenceBatch:
         """Return the batch without weight on targets that have neither a row nor content."""
@@ -116,18 +121,24 @@ class IdRows:
         if self.item_is_dynamic:
             objective.forget(self.dynamic.changed_rows(self.item_table))
         self.dynamic.apply(self.tables)
-        if self.tables.exchange is not None:
-            # What comes next in that stream may take over memory that was read here.
-            self.tables.exchange.wait_stream(torch.cuda.current_stream())
+        # What comes next in that stream may take over memory that was read here.
+        self._let_maps_wait()
 
     def checkpoint_state(self) -> dict[str, dict[str, Tensor]]:
         """Return the maps, to be saved or loaded in place."""
-        with self._beside():
-            return self.dynamic.checkpoint_state()
+        if self.tables.exchange is not None:
+            torch.cuda.current_stream().wait_stream(self.tables.exchange)
+        state = self.dynamic.checkpoint_state()
+        self._let_maps_wait()
+        return state
 
     def load_checkpoint_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Take over a state that `checkpoint_state` returned and a loader filled."""
         self.dynamic.load_checkpoint_state(state)
+        self._let_maps_wait()
+
+    def _let_maps_wait(self) -> None:
+        """Let the stream of the maps go on only after what the current one has to do now."""
         if self.tables.exchange is not None:
             self.tables.exchange.wait_stream(torch.cuda.current_stream())
 

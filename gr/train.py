@@ -303,6 +303,7 @@ def _headline(
         f"{config.model.encoder}: {parameters:,} dense parameters, {world.size} process(es) on "
         f"{world.device.type}",
         trainer.tables.plan_summary(),
+        *trainer.id_rows.dynamic.summary().splitlines(),
         f"{source.summary}: {stream.num_steps:,} steps{' so far' if config.data.follow else ''}",
     ]
     if restored:

@@ -84,14 +84,15 @@ def test_settings_that_contradict_dynamic_ids_are_refused(config, overrides, mes
         load_config(TrainConfig, config, [*changes, *overrides])
 
 
-def _go_on(config: str, run_dir: str, stop: int) -> None:
+def _go_on(config: str, folder: str, name: str, stop: int) -> None:
     run(
         Path(config),
         *DYNAMIC,
         "embeddings.form=sharded",
         "embeddings.update_rule=row_wise_adagrad",
         "checkpoint.asynchronous=true",
-        f"run_dir={run_dir}",
+        f"model.cold_start.path={folder}/content.npy",
+        f"run_dir={folder}/{name}",
         f"max_steps={stop}",
         "resume=true",
     )
@@ -101,9 +102,10 @@ def _go_on(config: str, run_dir: str, stop: int) -> None:
 @pytest.mark.timeout(900)
 def test_ranks_come_and_go(config, tmp_path):
     """The map is the same to the bit on any number of ranks; rows differ by the order of sums."""
-    run_distributed(_go_on, 1, str(config), f"{tmp_path}/whole", 0, timeout_s=200)
+    np.save(tmp_path / "content.npy", np.random.default_rng(0).normal(size=(12, 4)))
+    run_distributed(_go_on, 1, str(config), str(tmp_path), "whole", 0, timeout_s=200)
     for ranks, stop in ((4, 4), (2, 8), (1, 12), (4, 0)):
-        run_distributed(_go_on, ranks, str(config), f"{tmp_path}/cut", stop, timeout_s=400)
+        run_distributed(_go_on, ranks, str(config), str(tmp_path), "cut", stop, timeout_s=400)
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert whole.keys() == cut.keys()
     for key in whole:

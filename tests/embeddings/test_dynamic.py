@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from embeddings.memory import map_bytes
 from tests.dist import run_distributed
-from tests.embeddings.dynamic_scenario import TABLES, DynamicCase, expected, run
+from tests.embeddings.dynamic_scenario import TABLES, DynamicCase, expected, run, train_steps
 
 STEPS = 24
 ADAMW = DynamicCase()
@@ -95,3 +96,17 @@ def test_two_gpus_equal_the_oracle_and_one_goes_on(tmp_path):
     check(result, "adamw")
     for each in run_distributed(run, 2, case, 11, STEPS, str(tmp_path), backend="nccl"):
         check(each, "adamw")
+
+
+def test_the_map_takes_the_bytes_that_are_counted():
+    tables, vocabulary = ADAMW.build()
+    train_steps(tables, vocabulary, 0, STEPS)
+    for name, id_map in vocabulary.maps.items():
+        table = TABLES[name]
+        full_index = id_map.num_rows * (8 + 4)
+        held = (id_map.id_E, id_map.last_step_E, id_map.last_time_E)
+        size = full_index + sum(x.numel() * x.element_size() for x in held)
+        size += id_map.max_waiting * 3 * 8
+        assert map_bytes(table) == size
+        assert f"map of {size:,} bytes" in vocabulary.summary()
+    assert map_bytes(TABLES["tag"]) == 0
