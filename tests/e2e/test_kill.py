@@ -4,10 +4,12 @@ from random import Random
 
 import pytest
 
+from pipelines.config import FeatureConfig
 from pipelines.stream import SessionStream
 from tests.e2e.kill import PHASES, Point, attempt, outcome, write_numbered_log
 from tests.pipelines.logs import make_config
 
+FADES = FeatureConfig(counter="user", half_life_hours=0.5, column="click", encoding="zscore")
 POINTS_PER_PHASE = 8  # of seven phases: 56 points
 SAMPLED = 1
 
@@ -19,7 +21,10 @@ def numbered(tmp_path_factory):
     events = write_numbered_log(folder)
     configs = [
         make_config(
-            folder, "merged", "session", "session", "none", num_items=len(events) + 99, prefetch=n
+            *(folder, "merged", "session", "session", "none"),
+            num_items=len(events) + 99,
+            prefetch=n,
+            item_features={"tab": FeatureConfig(), "fades": FADES},
         )
         for n in (0, 2)
     ]

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines.batch import StreamPosition
-from pipelines.config import StochasticLengthConfig
+from pipelines.config import FeatureConfig, StochasticLengthConfig
 from pipelines.stream import SessionStream
 from tests.pipelines.logs import (
     MERGED_MODES,
@@ -31,6 +31,12 @@ from tests.pipelines.session_log import SCHEMA, session, write_log
 FEW = settings(
     max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+FADING = {
+    f"fading_{key}": FeatureConfig(
+        counter=key, half_life_hours=0.5, column="click", encoding="zscore"
+    )
+    for key in ("user", "item")
+}
 SOME = settings(FEW, max_examples=30)
 
 
@@ -250,7 +256,8 @@ def test_no_event_reaches_what_is_before_it(mode, log, moment):
             ]
             write_log(Path(folder), *tables)
             rich = RICH if mode[3] != "none" else {}
-            config = make_config(folder, *mode, positive=(), **rich)
+            features = rich.get("item_features", {"tab": FeatureConfig()}) | FADING
+            config = make_config(folder, *mode, positive=(), **(rich | {"item_features": features}))
             seen.append([s for b in SessionStream(config, seed=0) for s in take_apart(b, config)])
     assert len(seen[0]) == len(seen[1])
     for before, after in zip(*seen, strict=True):
@@ -422,8 +429,6 @@ def test_rejects_before_the_position_count_but_are_not_reported_again(tmp_path):
     ],
 )
 def test_wrong_columns_are_named(tmp_path, changes, message):
-    from pipelines.config import FeatureConfig
-
     one_user_log(tmp_path)
     changes = {
         group: {k: FeatureConfig(**v) for k, v in value.items()}
