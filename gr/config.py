@@ -623,10 +623,10 @@ def _check_item_table(config: TrainConfig) -> None:
             "negatives of a table with dynamic ids are drawn from the ids in use, for which "
             "data.num_items must be 0; for other tables it must be the number of items"
         )
-    if is_dynamic and config.model.head.retrieval and config.loss.retrieval == "full_softmax":
+    if is_dynamic and (reader := _reader_of_whole_table(config)):
         raise ValueError(
-            f"loss.retrieval=full_softmax needs every row of the table, but those of {name!r} come "
-            "and go (ids=dynamic): use loss.retrieval=sampled_softmax or in_batch"
+            f"{reader} needs every row of the table, but those of {name!r} come and go "
+            "(ids=dynamic): use data.num_negatives or loss.retrieval=in_batch"
         )
     if draws and is_dynamic and NEGATIVE_ITEM_ID not in tables[name].features:
         raise ValueError(
@@ -660,8 +660,17 @@ def _check_cold_start(config: TrainConfig) -> None:
             f"model.cold_start needs the id of each row, which embeddings.tables.{name}.ids=hashed "
             "does not tell: use static or dynamic"
         )
-    if model.head.retrieval and config.loss.retrieval == "full_softmax":
+    if reader := _reader_of_whole_table(config):
         raise ValueError(
-            "loss.retrieval=full_softmax trains rows only, not model.cold_start: use "
-            "loss.retrieval=sampled_softmax or in_batch"
+            f"{reader} trains rows only, not model.cold_start: use data.num_negatives or "
+            "loss.retrieval=in_batch"
         )
+
+
+def _reader_of_whole_table(config: TrainConfig) -> str:
+    """Return the setting by which a loss reads every row of the item table; or ""."""
+    if config.model.head.retrieval and config.loss.retrieval == "full_softmax":
+        return "loss.retrieval=full_softmax"
+    if config.model.head.retrieval and config.loss.position_negatives:
+        return f"loss.position_negatives={config.loss.position_negatives}"
+    return ""

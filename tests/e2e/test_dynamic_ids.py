@@ -75,6 +75,7 @@ def test_a_resumed_run_and_one_without_overlap_change_no_bit(config, tmp_path):
     [
         (("data.num_items=24",), "data.num_items must be 0"),
         (("loss.retrieval=full_softmax",), "full_softmax needs every row"),
+        (("loss.position_negatives=5", "data.num_negatives=0"), "position_negatives=5 needs every"),
         (("embeddings.tables.item.ids=hashed",), "must be the number of items"),
     ],
 )

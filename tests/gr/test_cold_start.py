@@ -124,6 +124,9 @@ def test_settings_that_content_cannot_go_with_are_refused(config):
         changed({"ids": "hashed"})
     with pytest.raises(ValueError, match="trains rows only"):
         replace(config, loss=LossConfig(retrieval="full_softmax"))
+    no_negatives = replace(config.data, num_negatives=0)
+    with pytest.raises(ValueError, match="position_negatives=3 trains rows only"):
+        replace(config, data=no_negatives, loss=LossConfig(position_negatives=3))
     with pytest.raises(ValueError, match=r"model\.cold_start has no path"):
         changed(cold_start=ColdStartConfig(hidden=(3,)))
     frozen = PretrainedConfig(feature=ITEM_ID, path=config.model.cold_start.path)
