@@ -616,6 +616,12 @@ def _check_item_table(config: TrainConfig) -> None:
     data, tables = config.data, config.embeddings.tables
     name = next(name for name, table in tables.items() if ITEM_ID in table.features)
     is_dynamic = tables[name].ids == "dynamic"
+    dynamic = [name for name, table in tables.items() if table.ids == "dynamic"]
+    if dynamic and data.window == "epoch":
+        raise ValueError(
+            f"data.window=epoch numbers the ids of its log from 0, so that tables {dynamic} with "
+            "ids=dynamic have no use: set ids=static"
+        )
     draws = data.num_negatives > 0
     if draws and is_dynamic != (data.num_items == 0):
         raise ValueError(

@@ -53,7 +53,6 @@ class IdRows:
         self.item_is_dynamic = item_table in self.dynamic.maps
         self.has_content = bool(config.model.cold_start.path)
         self.of_items = {ITEM_ID, *config.data.item_features}
-        self.has_epochs = config.data.window == "epoch"
         self._let_maps_wait()
 
     def rows_on_host(self, batch: SequenceBatch) -> tuple[SequenceBatch, dict[str, Tensor]]:
@@ -61,8 +60,7 @@ class IdRows:
 
         Returns:
             The batch; feature of a dynamic table -> (n,) bool: which of its values are events of
-            the session, for `rows_on_device`; with many epochs, which bring every event again, all
-            of them. Targets are events that item_id has too.
+            the session, for `rows_on_device`. Targets are events that item_id has too.
 
         Raises:
             ValueError: for an id outside a static table.
@@ -77,8 +75,6 @@ class IdRows:
                 is_event[name] = torch.repeat_interleave(is_new(batch), lengths_L)
             elif name in batch.ids.keys():  # noqa: SIM118
                 is_event[name] = is_new(batch, name, of_items=name in self.of_items)
-        if self.has_epochs:
-            is_event = {name: torch.ones_like(x) for name, x in is_event.items()}
         ids = self.vocabulary.rows(batch.lookup_ids(), batch.partition)
         return replace(batch, ids=ids), is_event
 

@@ -3,17 +3,13 @@
 from collections import Counter
 from dataclasses import replace
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from embeddings.config import DynamicIdsConfig
 from gr.config import TrainConfig
 from gr.config_io import load_config
 from gr.ids import IdRows
-from gr.runlog import read_lines
 from gr.staging import stage
-from gr.train import train
 from tests.gr.batches import (
     batches,
     data_config,
@@ -69,23 +65,8 @@ def test_each_value_of_the_log_counts_once(log, layout, anchor, context):
         assert got == dict(counter), name
 
 
-def test_with_epochs_every_event_of_a_sequence_counts(tmp_path):
-    events = [{"user_id": u, "item_id": 50 + t, "timestamp": t} for u in range(5) for t in range(6)]
-    pq.write_table(pa.Table.from_pylist(events), tmp_path / "events.parquet")
+def test_ids_of_many_epochs_are_static(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text(EPOCHS.replace("LOG", str(tmp_path / "events.parquet")))
-    overrides = (
-        "embeddings.tables.item.ids=dynamic",
-        "embeddings.tables.item.features=[item_id,target_item_id,negative_item_id]",
-        "embeddings.update_rule=row_wise_adamw",
-        "data.num_items=0",
-        "data.num_negatives=2",
-        "loss.position_negatives=0",
-        "data.leave_one_out.epochs=1",
-        f"run_dir={tmp_path}/run",
-    )
-    config, resolved = load_config(TrainConfig, path, overrides)
-    train(config, resolved, overrides)
-    row = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
-    # Items 50 .. 54 are trained on, the last one of each user is held out.
-    assert row["vocabulary/item/admitted"] == 5
+    path.write_text(EPOCHS)
+    with pytest.raises(ValueError, match=r"tables \['item'\] with ids=dynamic have no use"):
+        load_config(TrainConfig, path, ("embeddings.tables.item.ids=dynamic",))
