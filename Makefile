@@ -21,8 +21,8 @@ baselines: $(VENV)/.run-$(SET)
 	OMP_NUM_THREADS=1 $(BIN)/python -m launch sweep configs/sweeps/quickstart_baselines.yaml
 
 test: $(VENV)/.dev-$(SET)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret tests/kernels tests/gr -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret tests/kernels tests/gr -n 2 --dist loadgroup
 
 test-interpret: $(VENV)/.dev-$(SET)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret tests/kernels tests/gr

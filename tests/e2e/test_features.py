@@ -19,6 +19,9 @@ from tests.dist import run_distributed
 from tests.e2e.test_train import assert_equal_runs
 from tests.e2e.toy import DAY, START, run
 
+# What the tests share takes long to make: one worker of pytest-xdist makes it.
+pytestmark = pytest.mark.xdist_group("features")
+
 NUM_ITEMS = 200
 TASKS = ("bag", "attention", "zscore", "quantile", "series", "creators", "vector")
 CONFIG = """

@@ -9,6 +9,9 @@ from pipelines.stream import SessionStream
 from tests.e2e.kill import PHASES, Point, attempt, outcome, write_numbered_log
 from tests.pipelines.logs import make_config
 
+# What the tests share takes long to make: one worker of pytest-xdist makes it.
+pytestmark = pytest.mark.xdist_group("kill")
+
 FADES = FeatureConfig(counter="user", half_life_hours=0.5, column="click", encoding="zscore")
 POINTS_PER_PHASE = 8  # of seven phases: 56 points
 SAMPLED = 1

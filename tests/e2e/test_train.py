@@ -25,6 +25,9 @@ from pipelines.sessionize import sessionize
 from tests.dist import run_distributed
 from tests.e2e.toy import ACTIONS, FEATURES, run, write_config, write_events, write_log
 
+# What the tests share takes long to make: one worker of pytest-xdist makes it.
+pytestmark = pytest.mark.xdist_group("train")
+
 ROOT = Path(__file__).parents[2]
 GROUPS = ("dense", "optimizer", "tables", "objective", "loss_sums", "progress", EVALUATION)
 

@@ -21,6 +21,9 @@ from tests.embeddings.scenario import (
     train,
 )
 
+# What the tests share takes long to make: one worker of pytest-xdist makes it.
+pytestmark = pytest.mark.xdist_group("conformance")
+
 SAVED = 17
 TOLERANCE = {"rtol": 0, "atol": 1e-6}
 

@@ -20,6 +20,9 @@ from pipelines.stream import SessionStream
 from tests.dist import run_distributed
 from tests.e2e.toy import run, write_config, write_log
 
+# What the tests share takes long to make: one worker of pytest-xdist makes it.
+pytestmark = pytest.mark.xdist_group("evaluate")
+
 COUNTS = ("num_examples-click", "num_examples-watch", "num_examples-retrieval")
 
 

@@ -1,5 +1,8 @@
 """Which implementation runs, by device and by what the caller asked for."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -55,3 +58,21 @@ def test_what_cannot_run_is_refused_with_the_reason(capability, monkeypatch):
         resolve("hopper", OnGpu())
     with pytest.raises(ValueError, match=r"impl must be one of .*'hopper'.* got 'fast'"):
         resolve("fast", OnGpu())
+
+
+def test_references_need_no_triton():
+    code = (
+        "import importlib, pkgutil, sys, torch, kernels\n"
+        "operators = [m.name for m in pkgutil.iter_modules(kernels.__path__) if m.ispkg]\n"
+        "for name in operators:\n"
+        "    name == '_triton' or importlib.import_module(f'kernels.{name}')\n"
+        "assert len(operators) > 9, operators\n"
+        "kernels.layer_norm.layer_norm(torch.ones(2, 2), impl='reference')\n"
+        "x, offsets = torch.ones(2, 1, 4), torch.tensor([0, 2])\n"
+        "kernels.hstu_attention.hstu_attention(\n"
+        "    x, x, x, offsets, max_len=2, alpha=1.0, scaling_length=2, impl='reference'\n"
+        ")\n"
+        "assert 'triton' not in sys.modules\n"
+        "assert not any(n.startswith('kernels') and '_triton' in n for n in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,7 +1,5 @@
 """The layer of kernels: against its reference, with whatever it recomputes, and what it keeps."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -210,11 +208,6 @@ def test_compiles_whole(has_tail, device):
     call = partial(layer.call, device=device, impl="triton")
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(inputs), call(inputs))
-
-
-def test_the_reference_needs_no_triton():
-    code = "import kernels.hstu_layer, sys; assert 'triton' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def small(**changes):

@@ -17,6 +17,9 @@ from pipelines.stream import SessionStream
 from pipelines.synthetic.config import DirichletConfig, PolyaUrnConfig, SyntheticConfig
 from pipelines.synthetic.synthesize import make_stream, synthesize
 
+# What the tests share takes long to make: one worker of pytest-xdist makes it.
+pytestmark = pytest.mark.xdist_group("synthetic")
+
 START = 1_640_995_200
 DIRICHLET = DirichletConfig(
     num_items=600,
