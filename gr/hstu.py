@@ -67,7 +67,9 @@ class HSTUEncoder(nn.Module):
             )
         for layer in self.layers[:-1]:
             x_LD = layer(x_LD, info, rotations=turned)
-        y_RD: Tensor = self.layers[-1](x_LD, info, tail_R=tail_index(info), rotations=turned)
+        y_RD: Tensor = self.layers[-1](
+            x_LD, info, tail_R=tail_if_shorter(info, x_LD), rotations=turned
+        )
         if self.final_norm is None:
             return y_RD
         weight, bias = self.final_norm.weight, self.final_norm.bias
@@ -234,6 +236,11 @@ def attention_mask(info: SequenceInfo) -> AttentionMask:
 def draw_seed(device: torch.device) -> Tensor:
     """Return (1,) int64 of the default generator of `device`: what dropout is a function of."""
     return torch.randint(2**63 - 1, (1,), device=device)
+
+
+def tail_if_shorter(info: SequenceInfo, x_LD: Tensor) -> Tensor | None:
+    """Return `tail_index(info)`, or None where the tails are the whole sequences."""
+    return None if info.num_rows == len(x_LD) else tail_index(info)
 
 
 def tail_index(info: SequenceInfo) -> Tensor:

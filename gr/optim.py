@@ -93,8 +93,10 @@ class DenseUpdates:
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad /= self.num_accumulated
-        largest = self.config.clip_norm or float("inf")
-        self.grad_norm = float(nn.utils.clip_grad_norm_(parameters, largest))
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.clip_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
+        self.grad_norm = float(norm)
         is_finite = math.isfinite(self.grad_norm)
         if is_finite:
             self.optimizer.step()

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from gr.baselines.attention import softmax_attention
 from gr.config import ModelConfig
-from gr.hstu import tail_index
+from gr.hstu import tail_if_shorter
 from gr.sequence import SequenceInfo
 
 NORM_EPS = 1e-8
@@ -38,7 +38,7 @@ class SASRecEncoder(nn.Module):
         """
         for layer in self.layers[:-1]:
             x_LD = layer(x_LD, info)
-        return _norm(self.layers[-1](x_LD, info, tail_R=tail_index(info)))
+        return _norm(self.layers[-1](x_LD, info, tail_R=tail_if_shorter(info, x_LD)))
 
 
 class SASRecLayer(nn.Module):

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from gr.baselines.attention import softmax_attention
 from gr.config import ModelConfig, RotaryConfig
-from gr.hstu import tail_index
+from gr.hstu import tail_if_shorter
 from gr.rotary import rotations
 from gr.sequence import SequenceInfo
 from kernels.rotary import Rotation, rotary
@@ -56,7 +56,7 @@ class TransformerEncoder(nn.Module):
         )
         for layer in self.layers[:-1]:
             x_LD = layer(x_LD, info, rotation)
-        y_RD: Tensor = self.layers[-1](x_LD, info, rotation, tail_R=tail_index(info))
+        y_RD: Tensor = self.layers[-1](x_LD, info, rotation, tail_R=tail_if_shorter(info, x_LD))
         return self.final_norm(y_RD)  # type: ignore[no-any-return]
 
 

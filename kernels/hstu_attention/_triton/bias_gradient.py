@@ -9,6 +9,8 @@ program writes its own, and a last ordered sum makes the tables: no atomics.
 Letters: B sequences, L keys, R queries, H heads, K dim of q and k, V dim of v.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -197,16 +199,25 @@ def bias_gradient(
             STAGES=settings["STAGES"], num_warps=settings["num_warps"],
         )  # fmt: skip
 
-    # The distance of each sum, as low and high were filled.
-    step = torch.arange(block, device=device)
-    diagonal = torch.arange(-num_negative, num_blocks, device=device)[:, None] * block
-    back = torch.arange(1, num_backs + 1, device=device)[:, None] * block
-    of_history = torch.stack([diagonal + step, diagonal + step - block], dim=1)
-    of_candidates = torch.stack([back - step, torch.zeros_like(back - step)], dim=1)
-    reach = position.numel() // 2
-    entry = torch.cat([of_history, of_candidates]).clamp(-reach, reach) + reach
+    entry = _entries(block, num_negative, num_blocks, num_backs, position.numel() // 2, device)
     dposition = torch.zeros(position.numel(), device=device)
     # index_put_ sums in a fixed order, index_add_ does not.
     dposition.index_put_((entry,), position_sum.sum(1), accumulate=True)
     dtime = time_sum.sum(0)[:num_times]
     return dposition.to(position.dtype), dtime.to(position.dtype if time is None else time.dtype)
+
+
+@functools.lru_cache(maxsize=32)
+def _entries(
+    block: int, num_negative: int, num_blocks: int, num_backs: int, reach: int, device: torch.device
+) -> Tensor:
+    """Return the entry of the position table of each sum, as low and high were filled.
+
+    Kept, since the layers of a model ask for the same, and making it is a dozen kernels.
+    """
+    step = torch.arange(block, device=device)
+    diagonal = torch.arange(-num_negative, num_blocks, device=device)[:, None] * block
+    back = torch.arange(1, num_backs + 1, device=device)[:, None] * block
+    of_history = torch.stack([diagonal + step, diagonal + step - block], dim=1)
+    of_candidates = torch.stack([back - step, torch.zeros_like(back - step)], dim=1)
+    return torch.cat([of_history, of_candidates]).clamp(-reach, reach) + reach

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import weakref
 from typing import Any, Literal
 
 import torch
@@ -18,10 +19,8 @@ Pass = Literal["forward", "query_grad", "key_grad", "bias_grad"]
 
 def kernel_inputs(structure: Structure) -> tuple[Tensor | None, ...]:
     """Return the kernel arguments order_ptr .. key_time_ptr."""
-    # The longest sequences first, so that none is started last.
-    order = structure.offsets.diff().argsort(descending=True)
     return (
-        order,
+        longest_first(structure.offsets),
         structure.offsets,
         structure.q_offsets,
         structure.num_candidates,
@@ -31,6 +30,24 @@ def kernel_inputs(structure: Structure) -> tuple[Tensor | None, ...]:
         structure.query_time,
         structure.key_time,
     )
+
+
+def longest_first(offsets: Tensor) -> Tensor:
+    """Return (B,) int64: the sequences by falling length, so that no long one is started last.
+
+    What was sorted last is kept: the layers of a model, forward and backward, ask for one batch,
+    and a sort of a hundred numbers is six kernels.
+    """
+    global _sorted
+    of, version, order = _sorted
+    if of() is not offsets or version != offsets._version:
+        order = offsets.diff().argsort(descending=True)
+        _sorted = weakref.ref(offsets), offsets._version, order
+    return order
+
+
+_sorted: tuple[Any, int, Tensor] = (lambda: None, 0, torch.empty(0))
+"""Offsets, weakly, their version, and their order."""
 
 
 def kernel_constants(q: Tensor, v: Tensor, structure: Structure) -> dict[str, Any]:

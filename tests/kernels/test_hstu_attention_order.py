@@ -1,0 +1,25 @@
+"""The order in which programs take the sequences."""
+
+import gc
+
+import torch
+
+from kernels.hstu_attention._triton.launch import longest_first
+
+
+def offsets_of(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def test_the_longest_come_first_whatever_was_sorted_before():
+    first = offsets_of([3, 9, 1])
+    assert longest_first(first).tolist() == [1, 0, 2]
+    assert longest_first(first) is longest_first(first)
+    # As many sequences, perhaps where the first stood in memory.
+    del first
+    gc.collect()
+    second = offsets_of([3, 1, 9])
+    assert longest_first(second).tolist() == [2, 0, 1]
+    second.copy_(offsets_of([9, 1, 3]))
+    assert longest_first(second).tolist() == [0, 2, 1]
+    assert longest_first(offsets_of([1, 2])).tolist() == [1, 0]
