@@ -29,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m embeddings.bench_ids")
     parser.add_argument("--rows", type=int, default=10_000_000, help="of the table")
     parser.add_argument("--ids", type=int, default=131_072, help="looked up in a step")
+    parser.add_argument("--full", action="store_true", help="only the table that is full")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -37,6 +38,9 @@ def main() -> None:
         f"{name}, torch {torch.__version__}: {options.rows:,} rows, {options.ids:,} ids a step, "
         f"medians of {STEPS} steps"
     )
+    if options.full:
+        measure_dynamic(options, device, new_share=0.01, share=1.0)
+        return
     measure_static(options, device)
     for new_share, share in ((0.0, 0.5), (0.01, 0.5), (0.01, 1.0)):
         measure_dynamic(options, device, new_share=new_share, share=share)
@@ -68,13 +72,14 @@ def measure_dynamic(
     config = _config(options, "dynamic", admit_after)
     vocabulary = DynamicVocabulary(config, device=device, seed=0)
     id_map = vocabulary.maps["item"]
-    used = int((options.rows - 1) * share)
+    num_new = int(options.ids * new_share)
+    # A full table has its first eviction in a step that counts.
+    used = min(int((options.rows - 1) * share), options.rows - 1 - (WARM_UP + 2) * num_new)
     for first in range(0, used, FILL):
         ids = _scattered(torch.arange(first, min(first + FILL, used), device=device)).sort().values
         count = torch.full_like(ids, admit_after)
         id_map.observe(ids[:0], ids, count, step=0, time=0, sync=lambda _: None)
     batches = []
-    num_new = int(options.ids * new_share)
     for i in range(WARM_UP + STEPS):
         old = torch.randint(0, used, (options.ids - num_new,), device=device)
         new = used + i * num_new + torch.arange(num_new, device=device)

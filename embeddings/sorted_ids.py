@@ -15,7 +15,7 @@ class SortedIds:
     """Distinct ids in ascending order, and named columns of numbers beside them.
 
     A hash table that torch's operators build needs a pass over the batch a probe; the search is one
-    kernel. In return an insertion copies the map: 0.1 ms for ten million ids on a GPU.
+    kernel. In return an insertion copies the map (python -m embeddings.bench_ids).
 
     Args:
         columns: name -> dtype.
