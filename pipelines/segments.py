@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from pipelines.batch import StreamPosition
 from pipelines.budget import Planner
-from pipelines.config import DataConfig
+from pipelines.config import CounterConfig, DataConfig
+from pipelines.counters import counter_names
 from pipelines.features import EventEncoder
 from pipelines.history import Ints
 from pipelines.location import Location, locate
@@ -152,6 +153,7 @@ class LogSegments:
         before = self._segments[-1] if self._segments else None
         if before is not None:
             _check_fit(manifest, before.manifest)
+        _check_anchor(manifest, config)
         parts, end_ts = [], []
         for file in manifest.parts:
             part, times = self._open(manifest, file, before.last_end_ts if before else 0)
@@ -312,6 +314,26 @@ def read_manifests(folder: str | Location) -> list[Manifest]:
     """
     folder = locate(folder)
     return [read_manifest(folder / name, check_files=False) for name in segment_names(folder)]
+
+
+def _check_anchor(manifest: Manifest, config: DataConfig) -> None:
+    """Refuse features that are later than the prediction."""
+    if config.anchor != "session":
+        return
+    later = {
+        name
+        for prefix, counter in manifest.config.get("counters", {}).items()
+        for name in counter_names(prefix, CounterConfig(**counter))
+    }
+    item_features = {x.column or name for name, x in config.item_features.items()}
+    used = sorted(later & {*config.dense_features, *item_features})
+    if used:
+        raise ValueError(
+            f"data.anchor=session predicts at the start of the session, but {used} of "
+            f"{manifest.folder} are counters as they stood before each event, so they know the "
+            "events of the session before it. Leave them out, count in the pass instead "
+            "(data.item_features.NAME.counter), or use data.anchor=event."
+        )
 
 
 def _check_fit(manifest: Manifest, first: Manifest) -> None:

@@ -1,11 +1,15 @@
 import threading
 import time
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.batch import StreamPosition
+from pipelines.config import CounterConfig, FeatureConfig, SessionizeConfig, TaskConfig
 from pipelines.rejects import WHOLE_FILE
 from pipelines.segments import segment_names
+from pipelines.sessionize import sessionize
 from pipelines.stream import SessionStream, Snapshots
 from tests.pipelines.logs import MODES, content, make_config, take_apart
 from tests.pipelines.session_log import session, write_log
@@ -183,3 +187,31 @@ def test_names_of_segments(log, tmp_path):
     assert segment_names(log / "h01") == [""]
     assert segment_names(tmp_path / "nowhere") == [""]
     assert segment_names(log / "h01", {""}) == []
+
+
+@pytest.mark.parametrize("use", ["dense_features", "item_features"])
+def test_counters_that_know_the_session_are_refused_at_its_start(tmp_path, use):
+    pq.write_table(
+        pa.table({"user_id": [1, 1], "item_id": [2, 2], "timestamp": [5, 6], "click": [1, 0]}),
+        tmp_path / "events.parquet",
+    )
+    sessionize(
+        SessionizeConfig(
+            input=str(tmp_path / "events.parquet"),
+            output=str(tmp_path / "log"),
+            actions=("click",),
+            counters={"past": CounterConfig(keys=("user_id",), actions=("click",))},
+            partitions=1,
+            threads=1,
+        )
+    )
+    plain = {"actions": {}, "item_features": {}, "context_features": {}, "tasks": {}}
+    plain |= {"dense_features": (), "tasks": {"click": TaskConfig(action="click")}}
+    counted = {
+        "dense_features": ("past_click",),
+        "item_features": {"n": FeatureConfig(column="past_count", encoding="zscore")},
+    }
+    changes = plain | {use: counted[use]}
+    SessionStream(make_config(tmp_path / "log", *MODES[0], **changes), seed=0)
+    with pytest.raises(ValueError, match=r"predicts at the start of the session, but \['past_"):
+        SessionStream(make_config(tmp_path / "log", *MODES[2], **changes), seed=0)
