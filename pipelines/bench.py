@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -184,16 +185,16 @@ def four_columns(folder: Path, **changes: Any) -> DataConfig:
     return DataConfig(**(fields | changes))
 
 
-def measure(config: DataConfig) -> dict[str, float]:
+def measure(config: DataConfig, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """Return seconds, tokens and rates of one pass; kernels are compiled before."""
     next(iter(SessionStream(config, seed=0)))
-    start = time.perf_counter()
+    start = clock()
     tokens = sequences = steps = 0
     for batch in SessionStream(config, seed=0):
         tokens += batch.num_tokens
         sequences += batch.num_sequences
         steps += 1
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     return {
         "seconds": seconds,
         "tokens": tokens,

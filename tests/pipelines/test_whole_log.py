@@ -72,6 +72,7 @@ def test_the_whole_log_equals_the_oracle(mode, log):
         found = [as_float32(s) for s in take_apart(batch, config)]
         assert sum(s.pop("clipped") for s in sequences) == batch.num_clipped
         assert sum(s.pop("num_events") for s in sequences) == batch.num_events
+        assert sum(s.pop("num_cut") for s in sequences) == batch.num_cut_bags
         assert found == [as_float32(s) for s in sequences]
         assert (batch.window, batch.position.rows, refused) == (window, rows, [])
         sessions += len(sequences)
