@@ -183,6 +183,29 @@ def test_timestamps_of_every_unit(spark, unit, zone, tmp_path):
     assert_same_log(config)
 
 
+def test_arrow_ipc(spark, tmp_path):
+    table = pa.table(
+        {
+            "user_id": pa.array(["a", "b", "a"] * 40).dictionary_encode(),
+            "item_id": pa.array(range(120)),
+            "timestamp": pa.array([1_650_000_000 + 700 * n for n in range(120)]),
+            "click": pa.array([True, None, False] * 40),
+        }
+    )
+    with (
+        pa.OSFile(str(tmp_path / "log.arrows"), "wb") as file,
+        pa.ipc.new_stream(file, table.schema) as writer,
+    ):
+        writer.write_table(table, max_chunksize=50)
+    config = SessionizeConfig(
+        input=str(tmp_path / "log.arrows"),
+        output=str(tmp_path / "out"),
+        actions=("click",),
+        partitions=2,
+    )
+    assert assert_same_log(config).num_events == 120
+
+
 def test_a_damaged_file_is_one_message(spark, tmp_path):
     table = pa.table({"user_id": [1] * 999, "item_id": [5] * 999, "timestamp": range(999)})
     path = tmp_path / "log.parquet"
