@@ -39,6 +39,50 @@ class RotaryConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SemiLocalConfig:
+    """Semi-local attention of ULTRA-HSTU (docs/ultra_hstu.md)."""
+
+    window: int = 0
+    """K1: a token sees so many tokens before it, and itself. 0 means all tokens before it."""
+    global_rows: int = 0
+    """K2: so many tokens of history, the newest, see everything before them despite the window (as
+    candidates always do); needs data.anchor=session, since it counts from the end."""
+    global_columns: int = 0
+    """K2 by columns: so many tokens, the first of the history, stay visible despite the window (as
+    context tokens always do)."""
+
+    def __post_init__(self) -> None:
+        for name in ("window", "global_rows", "global_columns"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"model.hstu.semi_local.{name} must be at least 0, got {getattr(self, name)}"
+                )
+        if not self.window and (self.global_rows or self.global_columns):
+            raise ValueError(
+                "model.hstu.semi_local.global_rows and global_columns except something from "
+                "window, which is 0 (no window): set it, or leave them out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TruncationConfig:
+    """Attention truncation of ULTRA-HSTU (docs/ultra_hstu.md)."""
+
+    layers: int = 0
+    """N2: so many layers, the last ones, compute context, session and the newest history only. 0
+    means none."""
+    history: int = 0
+    """L': tokens of history that these layers keep."""
+
+    def __post_init__(self) -> None:
+        if self.layers < 0 or self.history < 0 or (self.layers > 0) != (self.history > 0):
+            raise ValueError(
+                "model.hstu.truncation.layers and history must both be positive, or both 0 (no "
+                f"truncation), got {self.layers} and {self.history}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class HSTUConfig:
     """One HSTU layer (gr/hstu.py)."""
 
@@ -68,6 +112,10 @@ class HSTUConfig:
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
     """Angles of Q and K. The fused layer (`impl`) does not turn them: with angles, `auto` takes
     torch's operators, kernels/rotary and the attention's kernels."""
+    semi_local: SemiLocalConfig = field(default_factory=SemiLocalConfig)
+    """Which pairs attention sees; of every layer."""
+    truncation: TruncationConfig = field(default_factory=TruncationConfig)
+    """Layers that drop the older history."""
     norm: Literal["layer", "group"] = "layer"
     """Norm of the attention output: over all heads, or each head on its own."""
     norm_affine: bool = False
@@ -292,6 +340,12 @@ class ModelConfig:
         for name, kind in self.pooling.items():
             if kind not in ("mean", "attention"):
                 raise ValueError(f"model.pooling.{name} must be mean or attention, got {kind!r}")
+        if self.encoder == "hstu" and self.hstu.truncation.layers >= self.num_layers:
+            raise ValueError(
+                f"model.hstu.truncation.layers={self.hstu.truncation.layers} leaves none of "
+                f"model.num_layers={self.num_layers} that reads the whole history: for that, "
+                "shorten data.max_history_tokens"
+            )
         if self.encoder in ("sasrec", "transformer") and self.dim % self.transformer.num_heads:
             raise ValueError(
                 f"model.dim={self.dim} must be a multiple of model.transformer.num_heads="
@@ -546,11 +600,21 @@ def check_consistency(config: TrainConfig) -> None:
             "model.encoding.position=from_end tells an early position what follows it, so it needs "
             f"data.anchor=session, got {data.anchor}. Use from_session or from_start."
         )
+    if model.encoder == "hstu" and model.hstu.semi_local.global_rows and data.anchor != "session":
+        raise ValueError(
+            "model.hstu.semi_local.global_rows counts from the end of the history, which tells an "
+            f"early position what follows it, so it needs data.anchor=session, got {data.anchor}. "
+            "Use global_columns, or none."
+        )
     needs_session = [
         name
         for name, used in (
             ("model.encoding.position=from_session", model.encoding.position == "from_session"),
             (f"model.encoding.time={model.encoding.time}", model.encoding.time != "none"),
+            (
+                "model.hstu.truncation",
+                model.encoder == "hstu" and model.hstu.truncation.layers > 0,
+            ),
         )
         if used
     ]

@@ -6,22 +6,23 @@ forward pass: the backward pass multiplies each matrix twice.
 
 import torch
 
-from gr.config import ModelConfig
-from gr.hstu import attention_mask, tail_index
-from gr.sequence import SequenceInfo, sequence_index
+from gr.config import ModelConfig, SemiLocalConfig
+from gr.hstu import EVERYTHING, attention_mask, kept_history, tail_index
+from gr.sequence import SequenceInfo, sequence_index, truncate
 from kernels.hstu_attention.mask import num_visible
-from pipelines.cost import SequenceCost
+from pipelines.cost import WHOLE, SequenceCost
 
 # Dense bf16 peak of one device, FLOP/s, by a part of its name (vendor data sheets, no sparsity).
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
-def visible_pairs(info: SequenceInfo) -> tuple[int, int]:
+def visible_pairs(info: SequenceInfo, semi_local: SemiLocalConfig = EVERYTHING) -> tuple[int, int]:
     """Return the query-key pairs of a full layer and of the last one, which reads tails only."""
     lengths, candidates = info.offsets.diff(), info.num_candidates
     sequence_L = sequence_index(info.offsets, int(info.offsets[-1]))
     row_L = torch.arange(len(sequence_L), device=sequence_L.device) - info.offsets[sequence_L]
-    keys_L = num_visible(row_L, lengths[sequence_L], candidates[sequence_L], attention_mask(info))
+    mask = attention_mask(info, semi_local)
+    keys_L = num_visible(row_L, lengths[sequence_L], candidates[sequence_L], mask)
     return int(keys_L.sum()), int(keys_L[tail_index(info)].sum())
 
 
@@ -33,24 +34,51 @@ def training_flops(model: ModelConfig, info: SequenceInfo) -> int:
         info: lengths and tails of the batch.
     """
     per_key, per_query, per_pair = layer_flops(model)
-    tokens = int(info.offsets[-1])
-    tail = int(info.tail_offsets[-1])
-    full_pairs, tail_pairs = visible_pairs(info)
-    full_layer = tokens * (per_key + per_query) + full_pairs * per_pair
-    last_layer = tokens * per_key + tail * per_query + tail_pairs * per_pair
-    return 3 * ((model.num_layers - 1) * full_layer + last_layer)
+    semi_local = model.hstu.semi_local if model.encoder == "hstu" else EVERYTHING
+
+    def counts(structure: SequenceInfo) -> tuple[int, int]:
+        """Return the FLOPs of a layer on all rows, and of the last layer."""
+        tokens, tail = int(structure.offsets[-1]), int(structure.tail_offsets[-1])
+        pairs, tail_pairs = visible_pairs(structure, semi_local)
+        return (
+            tokens * (per_key + per_query) + pairs * per_pair,
+            tokens * per_key + tail * per_query + tail_pairs * per_pair,
+        )
+
+    full, last = counts(info)
+    truncated = num_truncated(model)
+    if not truncated:
+        return 3 * ((model.num_layers - 1) * full + last)
+    kept, last = counts(truncate(info)[1])
+    return 3 * ((model.num_layers - truncated) * full + (truncated - 1) * kept + last)
 
 
 def sequence_cost(model: ModelConfig) -> SequenceCost:
     """Return the training FLOPs of the encoder on one sequence, as the data side reads them."""
     per_key, per_query, per_pair = layer_flops(model)
-    full_layers = model.num_layers - 1
-    return SequenceCost(
-        per_token=3.0 * (full_layers * (per_key + per_query) + per_key),
+    truncated = num_truncated(model)
+    full_layers = model.num_layers - (truncated or 1)
+    kept_layers = max(truncated - 1, 0)
+    semi_local = model.hstu.semi_local if model.encoder == "hstu" else EVERYTHING
+    last = "per_kept_token" if truncated else "per_token"
+    cost = SequenceCost(
+        per_token=3.0 * full_layers * (per_key + per_query),
         per_tail_token=3.0 * per_query,
         per_pair=3.0 * full_layers * per_pair,
         per_tail_pair=3.0 * per_pair,
+        per_kept_token=3.0 * kept_layers * (per_key + per_query),
+        per_kept_pair=3.0 * kept_layers * per_pair,
+        kept_history=kept_history(model) if truncated else WHOLE,
+        window=semi_local.window or WHOLE,
+        global_rows=semi_local.global_rows,
+        global_columns=semi_local.global_columns,
     )
+    return cost._replace(**{last: getattr(cost, last) + 3.0 * per_key})
+
+
+def num_truncated(model: ModelConfig) -> int:
+    """Return N2, the layers that compute what attention truncation keeps."""
+    return model.hstu.truncation.layers if model.encoder == "hstu" else 0
 
 
 def layer_flops(model: ModelConfig) -> tuple[int, int, int]:

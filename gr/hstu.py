@@ -10,9 +10,9 @@ H heads, K dim of queries and keys, V dim of values.
 import torch
 from torch import Tensor, nn
 
-from gr.config import HSTUConfig, ModelConfig
+from gr.config import HSTUConfig, ModelConfig, SemiLocalConfig
 from gr.rotary import rotations
-from gr.sequence import SequenceInfo
+from gr.sequence import SequenceInfo, truncate
 from kernels.dispatch import Impl, resolve
 from kernels.hstu_attention import AttentionMask, RelativeBias
 from kernels.hstu_layer import Fp8Weights, LayerWeights, hstu_layer, quantize_weights
@@ -20,12 +20,15 @@ from kernels.layer_norm import layer_norm
 from kernels.rotary import Rotation
 
 NORM_EPS = 1e-6
+EVERYTHING = SemiLocalConfig()
 LEAST_OUTPUT_FP8 = 2048
 """Model dim from which the output projection gains in fp8 (docs/benchmarks/kernels.md)."""
 
 
 class HSTUEncoder(nn.Module):
     """A stack of HSTU layers. Every layer but the last computes all rows, the last the tails only.
+
+    With attention truncation the last N2 layers compute what `gr.sequence.truncate` keeps.
 
     There is no norm after the stack by default, as in the research code, whose retrieval normalises
     vectors on its own; `final_norm` is for heads that read the rows as they are.
@@ -38,6 +41,7 @@ class HSTUEncoder(nn.Module):
         super().__init__()
         self.config = config.hstu
         self.impl = layer_impl(config.hstu)
+        self.first_truncated = config.num_layers - config.hstu.truncation.layers
         self.layers = nn.ModuleList(
             HSTULayer(config.hstu, config.dim) for _ in range(config.num_layers)
         )
@@ -65,8 +69,12 @@ class HSTUEncoder(nn.Module):
                 head_dim=self.config.qk_dim,
                 dtype=x_LD.dtype,
             )
-        for layer in self.layers[:-1]:
+        for number, layer in enumerate(self.layers[:-1]):
+            if number == self.first_truncated:
+                x_LD, info, turned = _truncated(x_LD, info, turned)
             x_LD = layer(x_LD, info, rotations=turned)
+        if len(self.layers) - 1 == self.first_truncated:
+            x_LD, info, turned = _truncated(x_LD, info, turned)
         y_RD: Tensor = self.layers[-1](
             x_LD, info, tail_R=tail_if_shorter(info, x_LD), rotations=turned
         )
@@ -164,7 +172,7 @@ class HSTULayer(nn.Module):
             activate=config.uvqk_activation,
             norm=config.norm,
             concat_ua=config.concat_ua,
-            mask=attention_mask(info),
+            mask=attention_mask(info, config.semi_local),
             num_candidates=info.num_candidates,
             bias=self.relative_bias(query_time_R, info.timestamp),
             rotations=rotations,
@@ -226,11 +234,29 @@ def fp8_products(config: HSTUConfig, dim: int) -> tuple[str, ...]:
     return config.fp8_products or default
 
 
-def attention_mask(info: SequenceInfo) -> AttentionMask:
+def attention_mask(info: SequenceInfo, semi_local: SemiLocalConfig = EVERYTHING) -> AttentionMask:
     """Return what is visible: history is causal, the contextual prefix sees itself only."""
     return AttentionMask(
-        num_context=info.num_context, context="prefix" if info.num_context else "causal"
+        num_context=info.num_context,
+        context="prefix" if info.num_context else "causal",
+        local_window=semi_local.window or None,
+        global_rows=semi_local.global_rows,
+        global_columns=semi_local.global_columns,
     )
+
+
+def kept_history(model: ModelConfig) -> int:
+    """Return L', the tokens of history that truncated layers keep; 0 without truncation."""
+    return model.hstu.truncation.history if model.encoder == "hstu" else 0
+
+
+def _truncated(
+    x_LD: Tensor, info: SequenceInfo, rotations: tuple[Rotation, Rotation] | None
+) -> tuple[Tensor, SequenceInfo, tuple[Rotation, Rotation] | None]:
+    index_T, info = truncate(info)
+    if rotations is not None:
+        rotations = rotations[0].rows(index_T), rotations[1].rows(index_T)
+    return x_LD.index_select(0, index_T), info, rotations
 
 
 def draw_seed(device: torch.device) -> Tensor:

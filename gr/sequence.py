@@ -12,6 +12,18 @@ from pipelines.batch import SequenceBatch
 
 
 @dataclass(frozen=True)
+class Kept:
+    """How much of a batch attention truncation keeps, known to the host."""
+
+    history: int
+    """Tokens of history, at most, of each sequence."""
+    num_tokens: int
+    """Of all sequences."""
+    max_len: int
+    """Of the longest."""
+
+
+@dataclass(frozen=True)
 class SequenceInfo:
     """Structure of a jagged batch, without its contents.
 
@@ -40,10 +52,17 @@ class SequenceInfo:
     position."""
     num_rows: int
     """R, known to the host, so that no device has to be waited for."""
+    kept: Kept | None = None
+    """With attention truncation: what `truncate` will keep."""
 
 
-def sequence_info(batch: SequenceBatch) -> SequenceInfo:
-    """Return the structure of `batch`, its tails cut at the first position that a loss reads."""
+def sequence_info(batch: SequenceBatch, *, keep_history: int = 0) -> SequenceInfo:
+    """Return the structure of `batch`, its tails cut at the first position that a loss reads.
+
+    Args:
+        batch: in host memory, or its device is waited for.
+        keep_history: tokens of history that attention truncation will keep; 0: there is none.
+    """
     lengths = batch.lengths
     sequence = sequence_index(batch.offsets, batch.num_tokens)
     tail = torch.zeros_like(lengths)
@@ -63,7 +82,65 @@ def sequence_info(batch: SequenceBatch) -> SequenceInfo:
         num_context=batch.num_context,
         num_candidates=batch.num_candidates,
         num_rows=int(tail_offsets[-1]),
+        kept=what_is_kept(batch.lengths, batch.session_start, batch.num_context, keep_history),
     )
+
+
+def what_is_kept(
+    lengths: Tensor, session_start: Tensor, num_context: int, keep_history: int
+) -> Kept | None:
+    """Return how much is left if each sequence keeps so many tokens of history.
+
+    Args:
+        lengths: (B,) int64.
+        session_start: (B,) int64.
+        num_context: context tokens, which stay.
+        keep_history: 0 means that there is no truncation: the result is None.
+    """
+    if not keep_history:
+        return None
+    kept_B = lengths - _dropped(session_start, num_context, keep_history)
+    longest = int(kept_B.max()) if kept_B.numel() else 0
+    return Kept(keep_history, int(kept_B.sum()), longest)
+
+
+def truncate(info: SequenceInfo) -> tuple[Tensor, SequenceInfo]:
+    """Keep context, session and the newest history of each sequence.
+
+    What is kept is counted from the session's start and not from the sequence's end: otherwise an
+    early position of the session would see more or less according to how many follow it.
+
+    Args:
+        info: with `kept`.
+
+    Returns:
+        (T,) int64, the tokens that stay, in order; the structure of the sequences that they make.
+        Tails are as they were, since a loss reads none of what is dropped.
+
+    Source: ULTRA-HSTU (arXiv 2602.16986), attention truncation.
+    """
+    assert info.kept is not None
+    lengths = info.offsets.diff()
+    dropped_B = _dropped(info.session_start, info.num_context, info.kept.history)
+    offsets = torch.zeros_like(info.offsets)
+    offsets[1:] = (lengths - dropped_B).cumsum(0)
+    sequence_T = sequence_index(offsets, info.kept.num_tokens)
+    place_T = torch.arange(info.kept.num_tokens, device=offsets.device) - offsets[sequence_T]
+    skipped_T = dropped_B[sequence_T].where(place_T >= info.num_context, 0)
+    index_T = info.offsets[sequence_T] + place_T + skipped_T
+    return index_T, replace(
+        info,
+        offsets=offsets,
+        max_len=info.kept.max_len,
+        timestamp=info.timestamp[index_T],
+        query_time=info.query_time[index_T],
+        session_start=info.session_start - dropped_B,
+        kept=None,
+    )
+
+
+def _dropped(session_start: Tensor, num_context: int, keep_history: int) -> Tensor:
+    return (session_start - num_context - keep_history).clamp(min=0)
 
 
 def info_of_copy(info: SequenceInfo, batch: SequenceBatch, tail_offsets: Tensor) -> SequenceInfo:

@@ -9,6 +9,7 @@ from embeddings.dynamic import Sightings
 from embeddings.tables import PendingLookup, Tables
 from gr.config import ModelConfig
 from gr.flops import training_flops
+from gr.hstu import kept_history
 from gr.ids import IdRows
 from gr.sequence import SequenceInfo, info_of_copy, sequence_info
 from pipelines.batch import SequenceBatch
@@ -67,7 +68,8 @@ def stage(
     """
     time = int(batch.timestamp.max()) if batch.num_tokens else None
     batch, is_event = id_rows.rows_on_host(batch)
-    info = sequence_info(batch)  # in host memory: on a GPU it would have to be waited for
+    # In host memory: on a GPU it would have to be waited for.
+    info = sequence_info(batch, keep_history=kept_history(model))
     flops = training_flops(model, info)
     tail_offsets, event = info.tail_offsets, None
     with torch.cuda.stream(tables.exchange):

@@ -315,6 +315,19 @@ def test_dlrm_and_the_other_encoders_run(config, tmp_path):
     assert "hr@10" not in lifetime(out)
 
 
+def test_semi_local_and_truncated_layers_learn_and_resume(config, tmp_path):
+    ultra = (
+        "model.num_layers=3",
+        "model.hstu.semi_local={window: 6, global_columns: 2}",
+        "model.hstu.truncation={layers: 2, history: 10}",
+    )
+    whole = run(config, f"run_dir={tmp_path / 'whole'}", *ultra)
+    assert lifetime(whole)["ne-click"] < 0.95
+    cut = f"run_dir={tmp_path / 'cut'}"
+    run(config, cut, *ultra, "max_steps=8")
+    assert_equal_runs(whole, run(config, cut, *ultra, "resume=true"))
+
+
 def test_what_is_skipped_is_counted_and_written_down(tmp_path):
     log = write_log(tmp_path)
     part = log / "part-00001.parquet"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from gr.sequence import SequenceInfo
+from gr.sequence import Kept, SequenceInfo
 
 
 @dataclass
@@ -22,6 +22,8 @@ class Sequence:
     session_start: int = 0
     timestamps: list[int] = field(default_factory=list)
     query_times: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    """Of a sequence that was truncated: where its tokens stood before."""
 
 
 def make_sequences(lengths, tails, candidates=None, *, seed=0, max_gap=200_000):
@@ -42,7 +44,7 @@ def make_sequences(lengths, tails, candidates=None, *, seed=0, max_gap=200_000):
     return sequences
 
 
-def make_info(sequences, num_context=0, extra_len=0):
+def make_info(sequences, num_context=0, extra_len=0, keep_history=0):
     def offsets(counts):
         return torch.tensor([0, *counts], dtype=torch.int64).cumsum(0)
 
@@ -60,6 +62,32 @@ def make_info(sequences, num_context=0, extra_len=0):
         num_context=num_context,
         num_candidates=column([s.num_candidates for s in sequences]),
         num_rows=sum(s.tail for s in sequences),
+        kept=make_kept(sequences, num_context, keep_history),
+    )
+
+
+def make_kept(sequences, num_context, keep_history):
+    if not keep_history:
+        return None
+    lengths = [truncated(s, num_context, keep_history).length for s in sequences]
+    return Kept(keep_history, sum(lengths), max(lengths, default=0))
+
+
+def truncated(sequence, num_context, keep_history):
+    """Return the sequence with the newest `keep_history` tokens of its history alone."""
+    places = [
+        i
+        for i in range(sequence.length)
+        if i < num_context or i >= sequence.session_start - keep_history
+    ]
+    gone = sequence.length - len(places)
+    return replace(
+        sequence,
+        length=len(places),
+        session_start=sequence.session_start - gone,
+        timestamps=[sequence.timestamps[i] for i in places],
+        query_times=[sequence.query_times[i] for i in places],
+        places=places,
     )
 
 
@@ -83,13 +111,16 @@ def normalize(x, weight=None, bias=None, eps=1e-6):
     return y if weight is None else y * weight + bias
 
 
-def sees(row, col, sequence, num_context):
+def sees(row, col, sequence, num_context, semi_local=None):
     history = sequence.length - sequence.num_candidates
     if row >= history:
         return col < history or col == row
     if row < num_context:
         return col < num_context
-    return col <= row
+    if semi_local is None or not semi_local.window or row >= history - semi_local.global_rows:
+        return col <= row
+    is_global = col < num_context + semi_local.global_columns
+    return row - semi_local.window <= col <= row or (is_global and col <= row)
 
 
 def bias_of_pair(row, col, sequence, position_table, time_table, config):
@@ -127,8 +158,10 @@ def turned(head, position, seconds, number, config):
     return torch.stack(first + last)
 
 
-def layer(x, sequence, num_context, config, parameters):
+def layer(x, sequence, num_context, config, parameters, first_time=None):
     """Return the rows of Y, a list of (D,), for the rows x of one sequence."""
+    places = [*(sequence.places or range(sequence.length)), None]
+    first_time = sequence.timestamps[0] if first_time is None else first_time
     H, K, V = config.num_heads, config.qk_dim, config.v_dim
     weight = parameters["uvqk_weight"]
     u, v, q, k = [], [], [], []
@@ -151,15 +184,19 @@ def layer(x, sequence, num_context, config, parameters):
         for i in range(sequence.length):
             for rows, times in ((q, sequence.query_times), (k, sequence.timestamps)):
                 heads = rows[i].split(K)
-                place = min(i, history)
-                passed = times[i] - sequence.timestamps[0]
+                place = places[min(i, history)]
+                passed = times[i] - first_time
                 turns = [turned(heads[h], place, passed, h, config) for h in range(H)]
                 rows[i] = torch.cat(turns)
 
     alpha = config.alpha if config.alpha > 0 else 1 / math.sqrt(K)
     rows = []
     for i in range(sequence.length):
-        keys = [j for j in range(sequence.length) if sees(i, j, sequence, num_context)]
+        keys = [
+            j
+            for j in range(sequence.length)
+            if sees(i, j, sequence, num_context, config.semi_local)
+        ]
         heads = []
         for h in range(H):
             scores = {}
@@ -203,14 +240,18 @@ def encoder(x_LD, sequences, num_context, config, parameters):
     for sequence in sequences:
         rows = [x_LD[start + i] for i in range(sequence.length)]
         start += sequence.length
+        first_time = sequence.timestamps[0] if sequence.length else 0
         for number in range(config.num_layers):
+            if number == config.num_layers - config.hstu.truncation.layers:
+                sequence = truncated(sequence, num_context, config.hstu.truncation.history)
+                rows = [rows[place] for place in sequence.places]
             prefix = f"layers.{number}."
             own = {
                 name.removeprefix(prefix): p
                 for name, p in parameters.items()
                 if name.startswith(prefix)
             }
-            rows = layer(rows, sequence, num_context, config.hstu, own)
+            rows = layer(rows, sequence, num_context, config.hstu, own, first_time)
         if config.hstu.final_norm:
             w, b = parameters["final_norm.weight"], parameters["final_norm.bias"]
             rows = [normalize(row, w, b) for row in rows]

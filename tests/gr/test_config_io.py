@@ -120,6 +120,31 @@ def test_a_field_called_base_is_no_chain(write):
         # Checks of the dataclasses: which part fails.
         (TrainConfig, RUN, ["embeddings.tables.item.dim=0"], ["embeddings.tables.item: ", "got 0"]),
         (TrainConfig, RUN, ["data.num_negatives=0"], ["data.num_negatives > 0"]),
+        (
+            TrainConfig,
+            RUN,
+            ["model.hstu.truncation.layers=1"],
+            ["must both be positive", "1 and 0"],
+        ),
+        (
+            TrainConfig,
+            RUN,
+            ["model.hstu.truncation={layers: 2, history: 9}"],
+            ["leaves none of model.num_layers=2"],
+        ),
+        (
+            TrainConfig,
+            RUN,
+            ["model.hstu.truncation={layers: 1, history: 9}", "data.supervise=all"],
+            ["model.hstu.truncation", "data.supervise must be session"],
+        ),
+        (TrainConfig, RUN, ["model.hstu.semi_local.global_rows=1"], ["window, which is 0"]),
+        (
+            TrainConfig,
+            RUN,
+            ["model.hstu.semi_local={window: 9, global_rows: 1}"],
+            ["needs data.anchor=session, got event"],
+        ),
         # Files and text.
         (SessionizeConfig, "a: [1", [], ["config.yaml", "not valid YAML"]),
         (SessionizeConfig, LOG + "input: b", [], ["duplicate key input"]),

@@ -1,5 +1,7 @@
 """Counts against torch's own counter of matrix products, and against the mask pair by pair."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,8 +9,23 @@ from hypothesis import strategies as st
 from numba import njit
 from torch.utils.flop_counter import FlopCounterMode
 
-from gr.config import HeadConfig, HSTUConfig, ModelConfig, TransformerConfig
-from gr.flops import peak_flops, sequence_cost, training_flops, visible_pairs
+from gr.config import (
+    HeadConfig,
+    HSTUConfig,
+    ModelConfig,
+    SemiLocalConfig,
+    TransformerConfig,
+    TruncationConfig,
+)
+from gr.flops import (
+    layer_flops,
+    num_truncated,
+    peak_flops,
+    sequence_cost,
+    training_flops,
+    visible_pairs,
+)
+from gr.hstu import kept_history
 from gr.model import ENCODERS
 from gr.sequence import sequence_info
 from pipelines.config import StochasticLengthConfig
@@ -16,7 +33,7 @@ from pipelines.cost import cost_rules
 from pipelines.cost import sequence_cost as sequence_cost_of
 from tests.gr.batches import batches as batches_of
 from tests.gr.batches import data_config, random_log, train_config
-from tests.gr.hstu_oracle import make_info, make_sequences, sees
+from tests.gr.hstu_oracle import make_info, make_sequences, sees, truncated
 from tests.pipelines.logs import MODES
 
 MODELS = {
@@ -28,6 +45,27 @@ MODELS = {
         dim=12,
         num_layers=1,
         hstu=HSTUConfig(num_heads=2, qk_dim=8, v_dim=2, concat_ua=True),
+    ),
+    "semi_local": ModelConfig(
+        dim=12,
+        num_layers=2,
+        hstu=HSTUConfig(
+            num_heads=2,
+            qk_dim=4,
+            v_dim=4,
+            semi_local=SemiLocalConfig(window=3, global_rows=2, global_columns=1),
+        ),
+    ),
+    "truncated": ModelConfig(
+        dim=12,
+        num_layers=4,
+        hstu=HSTUConfig(
+            num_heads=2,
+            qk_dim=4,
+            v_dim=4,
+            semi_local=SemiLocalConfig(window=2, global_columns=1),
+            truncation=TruncationConfig(layers=2, history=5),
+        ),
     ),
     "sasrec": ModelConfig(encoder="sasrec", dim=12, num_layers=2),
     "sasrec_wide": ModelConfig(
@@ -51,21 +89,50 @@ def batches(draw):
     return make_sequences(lengths, tails, candidates), num_context
 
 
-def pairs_by_hand(sequences, num_context):
+SEMI_LOCAL = ("window", "global_rows", "global_columns")
+
+
+def pairs_by_hand(sequences, num_context, semi_local=None):
     full = tail = 0
     for s in sequences:
         for row in range(s.length):
-            keys = sum(bool(sees(row, col, s, num_context)) for col in range(s.length))
+            keys = sum(bool(sees(row, col, s, num_context, semi_local)) for col in range(s.length))
             full += keys
             tail += keys * (row >= s.length - s.tail)
     return full, tail
 
 
 @settings(deadline=None, max_examples=60)
-@given(batches())
-def test_pairs_are_what_the_mask_shows(batch):
+@given(batches(), st.sampled_from([None, (1, 0, 0), (2, 1, 0), (1, 0, 2), (3, 2, 1)]))
+def test_pairs_are_what_the_mask_shows(batch, numbers):
     sequences, num_context = batch
-    assert visible_pairs(make_info(sequences, num_context)) == pairs_by_hand(sequences, num_context)
+    semi_local = SemiLocalConfig(**dict(zip(SEMI_LOCAL, numbers or (0, 0, 0), strict=True)))
+    found = visible_pairs(make_info(sequences, num_context), semi_local)
+    assert found == pairs_by_hand(sequences, num_context, semi_local)
+
+
+@settings(deadline=None, max_examples=30)
+@given(batches(), st.integers(1, 3), st.integers(1, 2))
+def test_truncated_layers_cost_what_is_kept(batch, history, layers):
+    sequences, num_context = batch
+    model = replace(
+        MODELS["hstu"],
+        hstu=replace(
+            MODELS["hstu"].hstu, truncation=TruncationConfig(layers=layers, history=history)
+        ),
+    )
+    info = make_info(sequences, num_context, keep_history=history)
+    kept = [truncated(s, num_context, history) for s in sequences]
+    per_key, per_query, per_pair = layer_flops(model)
+    expected, number = 0, model.num_layers - layers
+    for structure, count in ((sequences, number), (kept, layers - 1)):
+        tokens = sum(s.length for s in structure)
+        full = pairs_by_hand(structure, num_context)[0]
+        expected += count * (tokens * (per_key + per_query) + full * per_pair)
+    tail_pairs = pairs_by_hand(kept, num_context)[1]
+    expected += sum(s.length for s in kept) * per_key + tail_pairs * per_pair
+    expected += sum(s.tail for s in kept) * per_query
+    assert training_flops(model, info) == 3 * expected
 
 
 def count_matrix_products(model, info):
@@ -81,7 +148,9 @@ def count_matrix_products(model, info):
 @pytest.mark.parametrize("name", MODELS)
 def test_projections_and_feed_forward_as_torch_counts_them(name):
     model = MODELS[name]
-    info = make_info(make_sequences([7, 3, 5], [2, 3, 1], [0, 1, 1]), num_context=1)
+    sequences = make_sequences([7, 3, 9], [2, 3, 1], [0, 1, 1])
+    history, layers = kept_history(model), num_truncated(model)
+    info = make_info(sequences, num_context=1, keep_history=history)
     alone = ModelConfig(
         encoder=model.encoder,
         dim=model.dim,
@@ -89,8 +158,13 @@ def test_projections_and_feed_forward_as_torch_counts_them(name):
         hstu=model.hstu,
         transformer=model.transformer,
     )
-    full, tail = pairs_by_hand(make_sequences([7, 3, 5], [2, 3, 1], [0, 1, 1]), 1)
-    pairs = (model.num_layers - 1) * full + tail
+    semi_local = model.hstu.semi_local if model.encoder == "hstu" else None
+    full, tail = pairs_by_hand(sequences, 1, semi_local)
+    pairs = (model.num_layers - max(layers, 1)) * full
+    if layers:
+        kept, tail = pairs_by_hand([truncated(s, 1, history) for s in sequences], 1, semi_local)
+        pairs += (layers - 1) * kept
+    pairs += tail
     # Scores and weighted values: K and V multiply-adds a head and pair, three times in training.
     if model.encoder == "hstu":
         width = model.hstu.num_heads * (model.hstu.qk_dim + model.hstu.v_dim)
@@ -120,10 +194,12 @@ def test_only_a_known_device_has_a_peak(monkeypatch):
 def test_the_data_side_counts_what_the_encoder_does(tmp_path_factory, mode, name):
     log = random_log(tmp_path_factory.mktemp("log") / "log")
     data = data_config(log, mode, positive=())
-    rules = cost_rules(data, sequence_cost(MODELS[name]))
+    model = fitting(MODELS[name], mode)
+    rules = cost_rules(data, sequence_cost(model))
     counted = expected = 0.0
     for batch in batches_of(data):
-        expected += training_flops(MODELS[name], sequence_info(batch))
+        info = sequence_info(batch, keep_history=kept_history(model))
+        expected += training_flops(model, info)
         session = batch.lengths - batch.session_start
         history = batch.session_start - batch.num_context
         for n, m in zip(history.tolist(), session.tolist(), strict=True):
@@ -135,6 +211,16 @@ def test_the_data_side_counts_what_the_encoder_does(tmp_path_factory, mode, name
         assert expected <= counted < 1.03 * expected
     else:
         assert counted == pytest.approx(expected, rel=1e-12)
+
+
+def fitting(model, mode):
+    """Return the model without what its configuration refuses in a mode."""
+    hstu = model.hstu
+    if mode[1] == "event":
+        hstu = replace(hstu, semi_local=replace(hstu.semi_local, global_rows=0))
+    if mode[2] != "session":
+        hstu = replace(hstu, truncation=TruncationConfig())
+    return replace(model, hstu=hstu)
 
 
 @njit

@@ -4,7 +4,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gr.config import HSTUConfig, ModelConfig, RotaryConfig
+from gr.config import (
+    HSTUConfig,
+    ModelConfig,
+    RotaryConfig,
+    SemiLocalConfig,
+    TruncationConfig,
+)
 from gr.hstu import HSTUEncoder
 from gr.rotary import time_angles
 from tests.gr import hstu_oracle
@@ -41,7 +47,18 @@ OPTIONS = {
     "rotary_sum": {"rotary": RotaryConfig(angles="sum"), "concat_ua": True},
     "rotary_dims": {"rotary": RotaryConfig(angles="split_dims"), "attention": "softmax"},
     "rotary_heads": {"rotary": RotaryConfig(angles="split_heads"), "bias": "position_time"},
+    "window": {"semi_local": SemiLocalConfig(window=1), "bias": "position"},
+    "global_columns": {"semi_local": SemiLocalConfig(window=1, global_columns=1)},
+    "global_rows": {
+        "semi_local": SemiLocalConfig(window=1, global_rows=2),
+        "attention": "softmax",
+    },
     "group_rab": {"norm": "group", "bias": "position_time", "norm_affine": True, "alpha": 1.3},
+}
+
+ULTRA = {
+    "semi_local": SemiLocalConfig(window=2, global_rows=1, global_columns=1),
+    "truncation": TruncationConfig(layers=1, history=2),
 }
 
 # lengths, tails, candidates, context tokens. Tails reach into context, history and candidates.
@@ -50,6 +67,7 @@ STRUCTURES = {
     "context": ([5, 2, 3], [5, 0, 1], None, 2),
     "candidates": ([4, 5, 1], [2, 3, 1], [2, 3, 1], 0),
     "context_and_candidates": ([6, 3, 5], [3, 3, 0], [3, 1, 0], 2),
+    "long_history": ([8, 7, 2], [2, 3, 1], [2, 0, 1], 1),
 }
 
 
@@ -87,7 +105,8 @@ def assert_matches_oracle(config, encoder, sequences, num_context, x_LD):
         name: p.detach().clone().requires_grad_() for name, p in encoder.named_parameters()
     }
     x_actual, x_expected = (x_LD.clone().requires_grad_() for _ in range(2))
-    actual = encoder(x_actual, make_info(sequences, num_context))
+    info = make_info(sequences, num_context, keep_history=config.hstu.truncation.history)
+    actual = encoder(x_actual, info)
     expected = hstu_oracle.encoder(x_expected, sequences, num_context, config, parameters)
     assert_equal_fp64(actual, expected)
 
@@ -115,6 +134,15 @@ def test_matches_the_equations(options, structure):
 def test_matches_the_equations_at_other_depths(num_layers):
     config, encoder = make_encoder({"bias": "position_time"}, num_layers)
     assert_matches_oracle(config, encoder, *make_batch("context_and_candidates"))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("options", ["position_time", "rotary_dims", "global_rows", "dlrm_v3"])
+@pytest.mark.parametrize(("layers", "history"), [(1, 1), (2, 1), (2, 3)])
+def test_truncated_layers_match_the_equations(structure, options, layers, history):
+    truncation = TruncationConfig(layers=layers, history=history)
+    config, encoder = make_encoder({**OPTIONS[options], "truncation": truncation}, num_layers=3)
+    assert_matches_oracle(config, encoder, *make_batch(structure))
 
 
 @pytest.mark.parametrize("norm", ["layer", "group"])

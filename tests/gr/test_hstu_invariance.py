@@ -160,7 +160,7 @@ def test_equal_candidates_score_equally_wherever_they_stand(options):
 def test_the_context_sees_no_history(leaky, monkeypatch):
     if leaky:
         sees_all = AttentionMask(num_context=2, context="prefix_sees_all")
-        monkeypatch.setattr(gr.hstu, "attention_mask", lambda info: sees_all)
+        monkeypatch.setattr(gr.hstu, "attention_mask", lambda *_: sees_all)
     _, encoder = make_encoder({})
     (sequence,) = make_sequences([6], [6])
     assert rows_changed_by(encoder, sequence, 2, [0]) >= {0, 1, 5}

@@ -13,9 +13,10 @@ from tests.checks import assert_within_reference_error
 from tests.gr import hstu_oracle
 from tests.gr.hstu_oracle import make_info, make_sequences, on_device
 from tests.gr.learning import FP8, distance, learn, learn_all, smooth, write_log
-from tests.gr.test_hstu import OPTIONS, make_batch, make_encoder
+from tests.gr.test_hstu import OPTIONS, ULTRA, make_batch, make_encoder
 
-EVERYTHING = ["paper", "dlrm_v3", "softmax_rab", "u_only_rab", "group_rab", "final_norm"]
+OPTIONS = OPTIONS | {"ultra": ULTRA}
+EVERYTHING = ["ultra", "paper", "dlrm_v3", "softmax_rab", "u_only_rab", "group_rab", "final_norm"]
 
 
 def run(encoder, x_LD, info, dy_RD, impl, dtype, device):
@@ -36,8 +37,9 @@ def run(encoder, x_LD, info, dy_RD, impl, dtype, device):
 def test_matches_the_equations(options, device):
     """Forward and all gradients through two layers, the second of tails."""
     config, encoder = make_encoder(OPTIONS[options])
-    sequences, num_context, x_LD = make_batch("context_and_candidates")
-    info = make_info(sequences, num_context)
+    structure = "long_history" if options == "ultra" else "context_and_candidates"
+    sequences, num_context, x_LD = make_batch(structure)
+    info = make_info(sequences, num_context, keep_history=config.hstu.truncation.history)
     parameters = {n: p.detach().clone().requires_grad_() for n, p in encoder.named_parameters()}
     x_exact = x_LD.clone().requires_grad_()
     y_exact = hstu_oracle.encoder(x_exact, sequences, num_context, config, parameters)

@@ -4,6 +4,7 @@ Every event of a small log is changed in turn (its item, its actions, its time),
 again, and all predictions that precede the change must keep every bit. A planted leak must show.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,14 @@ import torch
 import gr.encodings
 import kernels.hstu_attention.reference as attention
 from embeddings.vocabulary import Vocabulary
-from gr.config import HeadConfig, HSTUConfig, TransformerConfig
+from gr.config import (
+    HeadConfig,
+    HSTUConfig,
+    SemiLocalConfig,
+    TransformerConfig,
+    TruncationConfig,
+)
+from gr.hstu import kept_history
 from gr.model import dense_model, feature_dims
 from gr.sequence import sequence_info
 from pipelines.config import DataConfig
@@ -68,10 +76,11 @@ def read_log(folder: Path, mode, change=None) -> tuple[DataConfig, list]:
     return data, batches(data)
 
 
-def make_model(data: DataConfig, encoder: str):
-    model = {
-        "hstu": HSTUConfig(num_heads=2, qk_dim=4, v_dim=4, scaling_length=4, bias="position_time")
-    }
+SMALL = HSTUConfig(num_heads=2, qk_dim=4, v_dim=4, scaling_length=4, bias="position_time")
+
+
+def make_model(data: DataConfig, encoder: str, hstu: HSTUConfig = SMALL):
+    model = {"hstu": hstu}
     config = train_config(
         data, encoder=encoder, transformer=TransformerConfig(num_heads=2), **model
     )
@@ -83,14 +92,16 @@ def make_model(data: DataConfig, encoder: str):
     return config, dense.eval()
 
 
-def predict(folder: Path, mode, encoder: str, change=None) -> dict[tuple, torch.Tensor]:
+def predict(
+    folder: Path, mode, encoder: str, change=None, hstu: HSTUConfig = SMALL
+) -> dict[tuple, torch.Tensor]:
     """Return (kind, session that is scored, session of the event, its place) -> prediction.
 
     The events of a session stand in a sequence in the order of time; with `supervise` of all, those
     of the history are predicted as well.
     """
     data, sequences = read_log(folder, mode, change)
-    config, model = make_model(data, encoder)
+    config, model = make_model(data, encoder, hstu)
     tables = make_tables(config)
     found = {}
     for batch in sequences:
@@ -98,7 +109,8 @@ def predict(folder: Path, mode, encoder: str, change=None) -> dict[tuple, torch.
         scored = int(batch.session_id[0])
         rows = {k: v.float() for k, v in look_up(config, tables, batch).items()}
         with torch.no_grad():
-            out = model(batch, sequence_info(batch), rows)
+            info = sequence_info(batch, keep_history=kept_history(config.model))
+            out = model(batch, info, rows)
         history = [e for e in events_in_order(change) if e[0] != scored]
         start = LATE + TIMES[scored][0] + 40 * (change == (scored, 0, "time"))
         history = [e[:2] for e in history if e[2] < start]
@@ -155,16 +167,16 @@ def precedes(key, mode, change) -> bool:
     return times[number, i] < time_of_change
 
 
-def leaks(tmp_path, mode, encoder="hstu") -> tuple[set, set]:
+def leaks(tmp_path, mode, encoder="hstu", hstu: HSTUConfig = SMALL) -> tuple[set, set]:
     """Return the (change, prediction) pairs that leak, and those that show, as they may."""
-    before = predict(tmp_path / "before", mode, encoder)
+    before = predict(tmp_path / "before", mode, encoder, hstu=hstu)
     leaking, showing = set(), set()
     for number, times in TIMES.items():
         for place in range(len(times)):
             for what in CHANGES:
                 change = (number, place, what)
                 name = "-".join(map(str, change))
-                after = predict(tmp_path / name, mode, encoder, change)
+                after = predict(tmp_path / name, mode, encoder, change, hstu)
                 for key, value in before.items():
                     if precedes(key, mode, change):
                         if not torch.equal(value, after[key]):
@@ -185,6 +197,18 @@ def test_no_prediction_knows_what_comes(tmp_path, mode):
 @pytest.mark.parametrize("encoder", ["sasrec", "transformer"])
 def test_nor_does_a_baseline(tmp_path, encoder):
     leaking, showing = leaks(tmp_path, MODES[0], encoder)
+    assert leaking == set()
+    assert {change[2] for change, _ in showing} >= {"item", "action"}
+
+
+@pytest.mark.parametrize("mode", [MODES[0], MODES[6]], ids="-".join)
+def test_nor_do_layers_that_drop_history(tmp_path, mode):
+    hstu = replace(
+        SMALL,
+        semi_local=SemiLocalConfig(window=2, global_columns=1),
+        truncation=TruncationConfig(layers=1, history=2),
+    )
+    leaking, showing = leaks(tmp_path, mode, hstu=hstu)
     assert leaking == set()
     assert {change[2] for change, _ in showing} >= {"item", "action"}
 
