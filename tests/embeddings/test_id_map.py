@@ -35,7 +35,7 @@ def observe(id_map: IdMap, looked_up: list[int], events: list[int], step: int, t
     return id_map.observe(rows, ids, counts, step=step, time=time, sync=lambda _: None)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(ANY, max_size=6), max_size=6), st.lists(ANY, max_size=6))
 def test_sorted_ids_equal_a_dictionary(lots, asked):
     found = SortedIds({"x": torch.int32}, torch.device("cpu"))
@@ -54,7 +54,7 @@ def test_sorted_ids_equal_a_dictionary(lots, asked):
     assert places == [sorted(expected).index(x) if x in expected else -1 for x in asked]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_the_map_equals_dictionaries(data):
     num_rows = data.draw(st.sampled_from([2, 9, 200]))
