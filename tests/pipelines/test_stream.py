@@ -37,7 +37,7 @@ FADING = {
     )
     for key in ("user", "item")
 }
-SOME = settings(FEW, max_examples=30)
+SOME = settings(FEW, max_examples=16)
 
 
 def lengths(max_history_tokens):
