@@ -9,7 +9,9 @@ skipped, the others are read.
 import time
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +34,8 @@ from pipelines.manifest import (
 from pipelines.reader import check_columns, read_end_ts
 from pipelines.schedule import Schedule, disordered, filled, make_schedule
 from pipelines.schema import MANIFEST
+
+OPEN_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +158,14 @@ class LogSegments:
         if before is not None:
             _check_fit(manifest, before.manifest)
         _check_anchor(manifest, config)
-        parts, end_ts = [], []
-        for file in manifest.parts:
-            part, times = self._open(manifest, file, before.last_end_ts if before else 0)
-            parts.append(part)
-            end_ts.append(times)
-        histories = tuple(self._open(manifest, file, 0)[0] for file in manifest.histories)
+        least = before.last_end_ts if before else 0
+        # Of a store each answer is waited for: of many files at once.
+        with ThreadPoolExecutor(1 if isinstance(self.folder, Path) else OPEN_AT_ONCE) as pool:
+            opened = list(pool.map(lambda file: self._open(manifest, file, least), manifest.parts))
+            starts = list(pool.map(lambda file: self._open(manifest, file, 0), manifest.histories))
+        parts = [part for part, _ in opened]
+        end_ts = [times for _, times in opened]
+        histories = tuple(file for file, _ in starts)
         if config.window == "epoch":
             raise ValueError(
                 "data.window=epoch reads user sequences of an event log, not the sessions of "
