@@ -47,16 +47,20 @@ def write_page(
     folder.mkdir(parents=True, exist_ok=True)
     parts = [f"# {page.title}\n", f"This page is made by `{command}`.\n"]
     parts += [f"{page.text.strip()}\n"] if page.text else []
+    empty: list[str] = []
     for name, table in page.tables.items():
         groups = {
             row: found for row in table.rows if (found := [r for r in records if r.row == row])
         }
         if not groups:
+            empty.append(table.title)
             continue
         plot = folder / f"{name}.png"
         _draw(page, table, groups, plot)
         files.append(plot)
         parts += _section(page, table, groups, f"{folder.name}/{plot.name}")
+    if empty:
+        parts.append(f"## Not run yet\n\n{'; '.join(empty)}.\n")
     write_atomically(output, "\n".join(parts))
     return files
 
@@ -75,11 +79,14 @@ def _section(
         lines.append([table.rows[row].title, *cells, epochs, str(len(records))])
         lines += _published(table.rows[row])
     parts.append(
-        f"Epoch chosen by {by} of the validation events, mean and 95 % interval over seeds; "
-        "the model is then trained anew with the validation events, and scored once on the test "
-        f"events.{f' Published figures: {table.source}.' if table.source else ''}\n"
+        f"Epoch chosen by {by} of the validation events, which the model then learns too, in a run "
+        "of its own: its score on the test events after that epoch, mean and 95 % interval over "
+        f"seeds.{f' Published figures: {table.source}.' if table.source else ''}\n"
     )
     parts.append(markdown_table(head, lines) + "\n")
+    lacking = [row.title for name, row in table.rows.items() if name not in groups]
+    if lacking:
+        parts.append(f"Not run yet: {', '.join(lacking)}.\n")
     parts += _targets(table, groups)
     parts += _comparison(table, groups)
     head = ["model", *(metric_name(m) for m in METRICS), "epochs"]
@@ -116,7 +123,7 @@ def _targets(table: TableConfig, groups: dict[str, list[Record]]) -> list[str]:
             mean = float(np.mean([r.test[metric] for r in records]))
             change = mean / row.published[metric] - 1
             is_met &= change >= -row.within
-            cells.append(f"{change:+.1%}")
+            cells.append(f"{change:+.2%}")
         verdict = "met" if is_met else "MISSED"
         lines.append([row.title, *cells, f"at most {row.within:.0%} below", verdict])
     if not lines:
@@ -161,7 +168,7 @@ def _origins(table: TableConfig, groups: dict[str, list[Record]]) -> str:
             f"- {table.rows[name].title}: `gr train {table.rows[name].config} seed=SEED "
             "data.leave_one_out.hold_out=test` (and `=validation`), seeds "
             f"{', '.join(str(r.seed) for r in records)}; {_all(r.device for r in records)}, "
-            f"{min(seconds):.0f} to {max(seconds):.0f} s a run; commit "
+            f"{min(seconds):.0f} to {max(seconds):.0f} s a run beside whatever else ran; commit "
             f"{_all(r.commit[:12] + r.commit[40:] for r in records)}; sequences "
             f"{_all(r.log[:16] for r in records)}"
         )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def test_the_page_says_what_the_records_say(tmp_path, runs):
     half = 12.7062 * 0.01 / math.sqrt(2) * math.sqrt(2)
     assert f"| 0.2500 ± {half:.4f} " in text  # better: 0.26 and 0.24
     assert "- Better, published" in text
-    assert "| Better | +0.0%" in text
+    assert "| Better | +0.00%" in text
     assert "at most 2% below | met" in text
     differences = (0.26 - 0.21, 0.24 - 0.22)
     mean = sum(differences) / 2
@@ -115,6 +116,17 @@ def test_the_page_says_what_the_records_say(tmp_path, runs):
     results(tmp_path / "page.yaml", [], output)
     assert output.read_text() == text
     assert len(read_records(tmp_path / "docs" / "results")) == 4
+
+
+def test_what_was_not_run_is_named(tmp_path, runs):
+    rows = "      more: {title: More, config: configs/more.yaml}\n"
+    more = f"  other:\n    title: Other\n    rows:\n{rows}"
+    (tmp_path / "page.yaml").write_text(PAGE + more)
+    results(tmp_path / "page.yaml", [x for x in runs if "better" in x.name], tmp_path / "r.md")
+    text = (tmp_path / "r.md").read_text()
+    assert "\nNot run yet: Base.\n" in text
+    assert "## Not run yet\n\nOther.\n" in text
+    assert "Difference from" not in text
 
 
 def test_a_missed_target_is_called_missed(tmp_path, runs):
@@ -159,3 +171,25 @@ def test_the_sweeps_make_the_rows_of_the_page(name):
         *mine, last, seed = member.overrides
         assert (last, seed) == (f'{HOLD_OUT}="test"', "seed=0")
         assert " ".join([member.base, *mine]) == rows[member.label.split()[0]]
+
+
+def test_the_page_in_docs_is_that_of_its_records(tmp_path):
+    shutil.copytree("docs/results", tmp_path / "results")
+    page, command = "configs/published/results.yaml", "--output docs/results.md"
+    results(page, [], tmp_path / "results.md")
+    text = (tmp_path / "results.md").read_text()
+    text = text.replace(f"--output {tmp_path / 'results.md'}", command)
+    assert text == Path("docs/results.md").read_text()
+
+
+def test_the_readme_has_the_figures_of_the_page():
+    page = Path("docs/results.md").read_text().splitlines()
+    table = Path("README.md").read_text().split("| MovieLens-1M |")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert rows
+    for model, hr, published_hr, ndcg, published_ndcg in rows:
+        first = next(line for line in page if line.startswith(f"| {model} "))
+        published = next(line for line in page if line.startswith(f"| - {model}, published "))
+        cells = [[x.strip() for x in line.split("|")] for line in (first, published)]
+        assert [hr, ndcg] == [cells[0][2], cells[0][5]]
+        assert [published_hr, published_ndcg] == [cells[1][2], cells[1][5]]
