@@ -110,8 +110,7 @@ class HSTUConfig:
     bias_time_buckets: int = 128
     """Time differences fall into floor(ln(max(1, s)) / 0.301), clipped to this."""
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
-    """Angles of Q and K. The fused layer (`impl`) does not turn them: with angles, `auto` takes
-    torch's operators, kernels/rotary and the attention's kernels."""
+    """Angles of Q and K."""
     semi_local: SemiLocalConfig = field(default_factory=SemiLocalConfig)
     """Which pairs attention sees; of every layer."""
     truncation: TruncationConfig = field(default_factory=TruncationConfig)
@@ -169,16 +168,6 @@ class HSTUConfig:
             raise ValueError(
                 "model.hstu.rotary.angles=split_heads needs model.hstu.num_heads of 2 or more, "
                 f"got {self.num_heads}"
-            )
-        if self.precision == "fp8":
-            raise ValueError(
-                "model.hstu.precision=fp8 is the fused layer's, which has no rotary angles: use "
-                "precision=bf16, or model.hstu.rotary.angles=none"
-            )
-        if self.impl in ("hopper", "triton"):
-            raise ValueError(
-                f"model.hstu.impl={self.impl}, the fused layer, has no rotary angles: use "
-                "model.hstu.impl=auto or composed"
             )
 
 

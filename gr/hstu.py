@@ -40,7 +40,7 @@ class HSTUEncoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config.hstu
-        self.impl = layer_impl(config.hstu)
+        self.impl = config.hstu.impl
         self.first_truncated = config.num_layers - config.hstu.truncation.layers
         self.layers = nn.ModuleList(
             HSTULayer(config.hstu, config.dim) for _ in range(config.num_layers)
@@ -155,7 +155,7 @@ class HSTULayer(nn.Module):
         if rotations is not None and tail_R is not None:
             rotations = rotations[0].rows(tail_R), rotations[1]
         config, weights = self.config, self.weights()
-        is_composed = layer_impl(config) == "composed"
+        is_composed = config.impl == "composed"
         impl = Impl.REFERENCE if is_composed else config.impl
         dropout = config.dropout if self.training else 0.0
         return hstu_layer(
@@ -217,13 +217,6 @@ class HSTULayer(nn.Module):
         if self.time_bias is None:
             return RelativeBias(self.position_bias)
         return RelativeBias(self.position_bias, self.time_bias, query_time_R, key_time_L)
-
-
-def layer_impl(config: HSTUConfig) -> str:
-    """Return `config.impl`; composed in place of auto with what the fused layer does not do."""
-    if config.impl == "auto" and config.rotary.angles != "none":
-        return "composed"
-    return config.impl
 
 
 def fp8_products(config: HSTUConfig, dim: int) -> tuple[str, ...]:

@@ -60,7 +60,8 @@ _forward = torch.library.custom_op(
 @_forward.register_fake
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     given = Inputs.of(inputs)
-    x, tail, _, weights, _, options, structure = given
+    x, tail, weights = given.x, given.tail, given.weights
+    options, structure = given.options, given.structure
     (L, D), H = x.shape, options.num_heads
     R = L if tail is None else tail.shape[0]
     uvqk, uq = weights.uvqk.shape[1], H * (options.qk_dim + options.v_dim)
@@ -119,7 +120,8 @@ _backward = torch.library.custom_op(
 
 @_backward.register_fake
 def _(dy: Tensor, needs_bias_grad: bool, *inputs: Any) -> tuple[Tensor, ...]:
-    x, _, _, weights, _, _, structure = Inputs.of(inputs[len(Saved._fields) :])
+    given = Inputs.of(inputs[len(Saved._fields) :])
+    x, weights, structure = given.x, given.weights, given.structure
     tables = structure.position_table, structure.time_table
 
     def like(x: Tensor | None, none: Tensor) -> Tensor:
@@ -135,7 +137,7 @@ def _(dy: Tensor, needs_bias_grad: bool, *inputs: Any) -> tuple[Tensor, ...]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.options, ctx.values = inputs[FIRST_OPTION:FIRST_OF_STRUCTURE], inputs[FIRST_VALUE:]
-    # x, tail, seed, weights and those in fp8; offsets, tables and times.
+    # x, tail, seed, rotations, weights and those in fp8; offsets, tables and times.
     tensors = *inputs[:FP8], *inputs[FP8], *inputs[FIRST_OF_STRUCTURE:FIRST_VALUE]
     ctx.save_for_backward(*output[1:], *tensors)
 
@@ -159,8 +161,7 @@ def _differentiate(
     grads["time_table"] = dtime if needs.time_table else None
     return (
         dx if ctx.needs_input_grad[0] else None,
-        None,
-        None,
+        *[None] * (FIRST_WEIGHT - 1),
         *(d if needed else None for d, needed in zip(dweights, weights, strict=True)),
         # Of a list of tensors torch wants a list; one that holds None it takes for a value.
         [None] * len(fp8) if is_list else None,

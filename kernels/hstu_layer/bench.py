@@ -12,6 +12,7 @@ from kernels.bench import Case, timed
 from kernels.dispatch import Impl
 from kernels.hstu_attention import hstu_attention
 from kernels.hstu_layer import RECOMPUTABLE, LayerWeights, hstu_layer, quantize_weights
+from kernels.rotary import Rotation
 
 CASES = [
     Case(
@@ -46,7 +47,11 @@ def variants(case, mode, device):
         dy = draw(B * N, D)
         return lambda: torch.autograd.grad(layer(*leaves), leaves, dy)
 
-    def ours(recompute, in_fp8=False):
+    # Of position and time: other angles for queries than for keys.
+    angles = torch.randn(2, B * N, 1, D // H // 2, device=device) * 100
+    turned = tuple(Rotation.of(angle) for angle in angles)
+
+    def ours(recompute, in_fp8=False, rotations=None):
         products = ("uvqk", "output") if D >= LEAST_OUTPUT_FP8 else ("uvqk",)
 
         def layer(x, uvqk, output):
@@ -58,6 +63,7 @@ def variants(case, mode, device):
                 qk_dim=D // H,
                 v_dim=D // H,
                 recompute=recompute,
+                rotations=rotations,
                 fp8=quantize_weights(weights, products) if in_fp8 else None,
                 impl=impl,
             )
@@ -72,7 +78,13 @@ def variants(case, mode, device):
         gated = functional.layer_norm(attended, (D,), eps=1e-6) * u
         return x + functional.linear(gated, output.to(x.dtype))
 
-    found = {"ours": ours(RECOMPUTABLE), "ours, fp8": ours(RECOMPUTABLE, in_fp8=True)}
+    found = {
+        "ours": ours(RECOMPUTABLE),
+        "ours, fp8": ours(RECOMPUTABLE, in_fp8=True),
+    }
+    if D // H % 2 == 0:  # pairs
+        found["ours, rotary"] = ours(RECOMPUTABLE, rotations=turned)
+        found["ours, fp8, rotary"] = ours(RECOMPUTABLE, in_fp8=True, rotations=turned)
     if mode == "both":
         found["ours, fp8, 14d kept"] = ours(("gated",), in_fp8=True)
         found |= {name: ours(recompute) for name, recompute in KEPT.items()}

@@ -29,11 +29,13 @@ from kernels.hstu_layer.structure import (
     Inputs,
     LayerWeights,
     Options,
+    Rotations,
     Weights,
 )
 from kernels.linear import QuantizedWeight, faster_wgrad, quantize_weight
 from kernels.quantize.op import check_triton_rows
 from kernels.rotary import Rotation
+from kernels.rotary.op import check_rotation
 
 
 def hstu_layer(
@@ -103,8 +105,8 @@ def hstu_layer(
         mask: which keys a query sees.
         num_candidates: (B,) int64, candidates at the end of each sequence. None means none.
         bias: added to alpha Q K^T.
-        rotations: what Q (R rows) and K (L rows) are turned by; see kernels/rotary. The reference
-            only.
+        rotations: what Q (R rows) and K (L rows) are turned by; see kernels/rotary. The kernels
+            turn in the epilogue of the projection and in SiLU's gradient.
         tail_R: (R,) int64, ascending: the tokens whose rows are wanted, the last
             tail_offsets[b + 1] - tail_offsets[b] of each sequence; U, Q and all that follows are
             computed for them only. None means every token.
@@ -195,11 +197,11 @@ def hstu_layer(
             deterministic=deterministic,
             attention_impl=attention_impl,
         )
+    turned = Rotations()
     if rotations is not None:
-        raise ValueError(
-            f"impl={implementation.value!r} does not turn queries and keys: with rotations use "
-            "impl='reference', attention_impl='auto'"
-        )
+        for rotation, rows in zip(rotations, (num_rows, x_LD.shape[0]), strict=True):
+            check_rotation(rotation, (rows, num_heads, qk_dim), torch.float32, x_LD.device)
+        turned = Rotations(*(part.detach().contiguous() for r in rotations for part in r))
     _check_triton(x_LD, qk_dim, v_dim, num_heads, norm)
     if fp8 is not None:
         _check_fp8_triton(fp8, x_LD, qk_dim, v_dim, num_heads)
@@ -237,7 +239,7 @@ def hstu_layer(
         folds_uvqk=_folds(fp8_wgrad, fp8.uvqk, has_silu=True),
         folds_output=_folds(fp8_wgrad, fp8.output, has_silu=False),
     )
-    return apply(Inputs(x_LD, tail_R, seed, flat, fp8, options, structure))
+    return apply(Inputs(x_LD, tail_R, seed, turned, flat, fp8, options, structure))
 
 
 def quantize_weights(

@@ -1,5 +1,9 @@
 """The two products of a layer and their gradients, in 16 bits or in fp8.
 
+Where queries and keys are turned by rotary angles, their pairs stand side by side in Z, in act(Z)
+and in the gradients of both: the columns of the weight are read in that order, and its gradient is
+put back.
+
 Letters: L tokens, R rows of the result (the tails, or R = L), D model dim, H heads, K dim of
 queries and keys, V dim of values, F columns of a projection.
 """
@@ -18,8 +22,10 @@ from kernels.linear import (
     linear_fp8_forward,
     linear_fp8_wgrad,
 )
+from kernels.linear.fp8 import why_not_hopper as why_not_hopper_fp8
 from kernels.linear.op import why_not_hopper
 from kernels.quantize import QuantizedRows, quantize_rows
+from kernels.rotary.columns import Turn, deinterleave, interleave
 
 
 class Rows(NamedTuple):
@@ -55,43 +61,88 @@ class Projection:
         self.has_silu = self.silu_columns == sum(self.widths)
         """Whether on all columns; else on U's, if any."""
         self.dtype = inputs.x.dtype
+        self.turns: dict[str, Turn] = {}
+        """Of queries and keys, as columns of this projection."""
+        first = 0
+        for part, width in zip(parts, self.widths, strict=True):
+            rotation = inputs.rotations.of(part)
+            if rotation is not None:
+                self.turns[part] = Turn(first, self.options.num_heads, rotation)
+            first += width
         bias = inputs.weights.uvqk_bias
         self.bias = None if bias is None else self._columns(bias).contiguous()
         self.weight_DF = self._columns(inputs.weights.uvqk)
 
     def _columns(self, x: Tensor) -> Tensor:
-        if self.parts == "uvqk":
+        """Return the columns of this projection, of all of UVQK's, in its order."""
+        if self.parts == "uvqk" and not self.turns:
             return x
         by_part = dict(
             zip("uvqk", torch.split(x, [*self.options.widths.values()], -1), strict=True)
         )
-        return torch.cat([by_part[part] for part in self.parts], -1)
+        H, turned = self.options.num_heads, self.turns
+        return torch.cat(
+            [interleave(by_part[p], H) if p in turned else by_part[p] for p in self.parts], -1
+        )
+
+    def _put_back(self, x: Tensor, parts: str) -> Tensor:
+        """Return x with the columns of these parts in the caller's order."""
+        if not self.turns or x.numel() == 0:
+            return x
+        H, widths = self.options.num_heads, [self.options.widths[part] for part in parts]
+        return torch.cat(
+            [
+                deinterleave(columns, H) if part in self.turns else columns
+                for part, columns in zip(parts, torch.split(x, widths, -1), strict=True)
+            ],
+            -1,
+        )
+
+    def _turns_from(self, first: int) -> tuple[Turn | None, Turn | None]:
+        """Return how queries and keys are turned, as columns that begin with column `first`."""
+        q, k = (
+            None if turn is None else turn._replace(first=turn.first - first)
+            for turn in (self.turns.get("q"), self.turns.get("k"))
+        )
+        return q, k
+
+    def _act(self, z: Tensor, first: int, *, has_silu: bool) -> Tensor:
+        """Return what act makes of the columns from `first` on, all alike."""
+        turns = self._turns_from(first)
+        if not has_silu and turns == (None, None):
+            return z[:, first:]
+        return silu_fwd(z[:, first:], has_silu=has_silu, turns=turns)
 
     def forward(self, normed: Rows, keep: bool) -> tuple[Tensor, Tensor]:
         """Return act(Z), and Z if `keep`, else an empty tensor."""
         columns, normed = self.silu_columns, normed.select(self.rows)
-        if self.dtype == torch.float32 and columns > 0:
+        is_z = columns == 0 and not self.turns
+        if self.dtype == torch.float32 and not is_z:
             # torch's product, whose epilogue is a pass apart: the one that the backward has.
             z = self._product(normed, 0, False)[0]
-            y = silu_fwd(z[:, :columns])
-            y = y if columns == z.shape[1] else torch.cat([y, z[:, columns:]], 1)
+            if self.has_silu:
+                y = self._act(z, 0, has_silu=True)
+            else:
+                # SiLU on U, which is not turned, or on nothing.
+                rest = self._act(z, columns, has_silu=False)
+                y = torch.cat([silu_fwd(z[:, :columns]), rest], 1) if columns else rest
             return y, z if keep else z.new_empty(0)
-        y, z = self._product(normed, columns, keep and columns > 0)
-        return y, y if keep and columns == 0 else z
+        y, z = self._product(normed, columns, keep and not is_z)
+        return y, y if keep and is_z else z
 
     def _product(self, normed: Rows, silu_columns: int, keep: bool) -> tuple[Tensor, Tensor]:
         assert normed.plain is not None
         weight_FD = self.weight_DF.to(self.dtype).T.contiguous()
-        return _linear(normed.plain, weight_FD, self.bias, None, silu_columns, keep, self.options)
+        turns = (None, None) if self.dtype == torch.float32 else self._turns_from(0)
+        operands = (normed.plain, weight_FD, self.bias, None)
+        return _linear(*operands, silu_columns, keep, self.options, turns=turns)
 
     def activate(self, z: Tensor) -> dict[str, Tensor]:
         """Return the parts of act(Z) but U."""
         parts = self.split(z)
         parts.pop("u", None)
-        if not self.has_silu:
-            return parts
         width = sum(part.shape[1] for part in parts.values())
-        y = silu_fwd(z[:, z.shape[1] - width :])
+        y = self._act(z, z.shape[1] - width, has_silu=self.has_silu)
         return dict(
             zip(parts, torch.split(y, [p.shape[1] for p in parts.values()], 1), strict=True)
         )
@@ -116,11 +167,26 @@ class Projection:
             dz: gradient_buffer(z), with U's gradient in it.
             normed: X', of all tokens.
         """
-        given = [dparts[part] for part in self.parts if part != "u"]
-        dbias = silu_bwd(given, z, dz, has_silu=self.has_silu, has_bias=self.bias is not None)
+        parts, of_parts = self._but_u(), self._turns_of_parts()
+        dbias = silu_bwd(
+            [dparts[part] for part in parts],
+            z,
+            dz,
+            has_silu=self.has_silu,
+            has_bias=self.bias is not None,
+            turns=[of_parts.get(part) for part in parts],
+        )
         x = normed.select(self.rows).plain
         assert x is not None
-        return dz @ self.weight_DF.to(self.dtype).T, x.T @ dz, dbias
+        dweight = self._put_back(x.T @ dz, self.parts)
+        return dz @ self.weight_DF.to(self.dtype).T, dweight, self._put_back(dbias, parts)
+
+    def _but_u(self) -> str:
+        return self.parts.removeprefix("u")
+
+    def _turns_of_parts(self) -> dict[str, Turn]:
+        """Return how each part is turned, in columns of its own."""
+        return {part: turn._replace(first=0) for part, turn in self.turns.items()}
 
 
 class Fp8Projection(Projection):
@@ -130,16 +196,9 @@ class Fp8Projection(Projection):
         super().__init__(parts, rows, inputs)
         assert inputs.fp8.uvqk is not None
         self.weight = inputs.fp8.uvqk
-        if parts != "uvqk":
-            starts = dict.fromkeys("uvqk", 0)
-            for part, after in zip("uvq", "vqk", strict=True):
-                starts[after] = starts[part] + self.options.widths[part]
-            columns = torch.cat(
-                [
-                    torch.arange(starts[part], starts[part] + width, device=inputs.x.device)
-                    for part, width in zip(parts, self.widths, strict=True)
-                ]
-            )
+        if parts != "uvqk" or self.turns:
+            columns = torch.arange(inputs.weights.uvqk.shape[1], device=inputs.x.device)
+            columns = self._columns(columns)
             # Scales by columns stay those of the whole rows: larger than need be, at no loss.
             by_columns = self.weight.columns
             self.weight = QuantizedWeight(
@@ -149,16 +208,16 @@ class Fp8Projection(Projection):
 
     def _product(self, normed: Rows, silu_columns: int, keep: bool) -> tuple[Tensor, Tensor]:
         assert normed.fp8 is not None
-        y, z = linear_fp8_forward(
+        return _linear_fp8(
             normed.fp8,
             self.weight.rows,
             self.bias,
-            silu_columns=silu_columns,
-            keep=keep,
+            silu_columns,
+            keep,
+            self.options,
             dtype=self.dtype,
-            impl=self.options.products,
+            turns=self._turns_from(0),
         )
-        return y, y.new_empty(0) if z is None else z
 
     def gradient_buffer(self, z: Tensor) -> Tensor:
         """Return as Projection does, of U's columns alone where no more is stored in 16 bits."""
@@ -172,20 +231,24 @@ class Fp8Projection(Projection):
         """Return as Projection does."""
         folds = self.options.folds_uvqk
         rows, dbias = silu_bwd_fp8(
-            {part: dparts[part] for part in self.parts if part != "u"},
+            {part: dparts[part] for part in self._but_u()},
             z,
             dz,
             has_silu=self.has_silu,
             keep=not folds,
             has_bias=self.bias is not None,
+            turns=self._turns_of_parts(),
         )
+        dbias = self._put_back(dbias, self._but_u())
         impl, x = self.options.products, normed.select(self.rows)
         dnormed = linear_fp8_dgrad(rows, self.weight.columns, dtype=self.dtype, impl=impl)
         if folds:
             assert x.fp8 is not None
-            return dnormed, linear_fp8_wgrad(rows, x.fp8, impl=impl).T, dbias
-        assert x.plain is not None
-        return dnormed, x.plain.T @ dz, dbias
+            dweight = linear_fp8_wgrad(rows, x.fp8, impl=impl).T
+        else:
+            assert x.plain is not None
+            dweight = x.plain.T @ dz
+        return dnormed, self._put_back(dweight, self.parts), dbias
 
 
 def projections(inputs: Inputs) -> list[Projection]:
@@ -263,6 +326,7 @@ def _linear(
     silu_columns: int,
     keep: bool,
     options: Options,
+    turns: tuple[Turn | None, Turn | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
     """Return y and z (empty unless `keep`) of kernels/linear, in its Hopper kernel if it can."""
     hopper = options.hopper_products and is_hopper(x.device)
@@ -273,7 +337,39 @@ def _linear(
         from kernels.linear._triton.linear import linear_fwd
     bias = None if bias is None else bias.contiguous()
     found: tuple[Tensor, Tensor] = linear_fwd(
-        x, weight.contiguous(), bias, residual, silu_columns, keep
+        x, weight.contiguous(), bias, residual, silu_columns, keep, turns=turns
+    )
+    return found
+
+
+def _linear_fp8(
+    x: QuantizedRows,
+    weight: QuantizedRows,
+    bias: Tensor | None,
+    silu_columns: int,
+    keep: bool,
+    options: Options,
+    *,
+    dtype: torch.dtype,
+    turns: tuple[Turn | None, Turn | None],
+) -> tuple[Tensor, Tensor]:
+    """Return the same in fp8."""
+    F, D = weight.values.shape
+    hopper = options.hopper_products and is_hopper(x.values.device)
+    if hopper and not why_not_hopper_fp8(F, D, dtype, None):
+        from kernels.linear._hopper.forward import linear_fwd
+    else:
+        from kernels.linear._triton.linear import linear_fwd
+    found: tuple[Tensor, Tensor] = linear_fwd(
+        x.values,
+        weight.values,
+        None if bias is None else bias.contiguous(),
+        None,
+        silu_columns,
+        keep,
+        scales=(x.scale, weight.scale),
+        dtype=dtype,
+        turns=turns,
     )
     return found
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.hstu_attention.structure import SCHEMA, Structure
 from kernels.linear import QuantizedWeight
 from kernels.quantize import QuantizedRows
+from kernels.rotary import Rotation
 
 RECOMPUTABLE = ("normed", "uvqk", "gated")
 """What the backward pass can compute again instead of reading it: norm(X); the projection that U,
@@ -155,6 +156,22 @@ OPTIONS_SCHEMA = (
 )
 
 
+class Rotations(NamedTuple):
+    """What queries and keys are turned by; all None, or none."""
+
+    query_cos: Tensor | None = None
+    """(R, G, K / 2) float32, G = 1 or H."""
+    query_sin: Tensor | None = None
+    key_cos: Tensor | None = None
+    """(L, G, K / 2) float32."""
+    key_sin: Tensor | None = None
+
+    def of(self, part: str) -> Rotation | None:
+        """Return that of the part q or k; None for the others, and if nothing is turned."""
+        cos, sin = {"q": self[:2], "k": self[2:]}.get(part, (None, None))
+        return None if cos is None or sin is None else Rotation(cos, sin)
+
+
 class Inputs(NamedTuple):
     """Everything a layer is computed from, in the order of INPUTS_SCHEMA but grouped."""
 
@@ -164,6 +181,7 @@ class Inputs(NamedTuple):
     """(R,) int64, the tokens whose rows are wanted; None means all."""
     seed: Tensor | None
     """One int64, with dropout."""
+    rotations: Rotations
     weights: Weights
     fp8: Fp8Weights
     options: Options
@@ -191,16 +209,17 @@ class Inputs(NamedTuple):
     def flat(self) -> tuple[Any, ...]:
         """The arguments of INPUTS_SCHEMA."""
         fp8 = flat_fp8(self.fp8)
-        return *self[:3], *self.weights, fp8, *self.options, *self.structure
+        return *self[:3], *self.rotations, *self.weights, fp8, *self.options, *self.structure
 
     @staticmethod
     def of(flat: Sequence[Any]) -> "Inputs":
         """Group the arguments of INPUTS_SCHEMA."""
-        x, tail, seed = flat[:FIRST_WEIGHT]
+        x, tail, seed, *rotations = flat[:FIRST_WEIGHT]
         return Inputs(
             x,
             tail,
             seed,
+            Rotations(*rotations),
             Weights(*flat[FIRST_WEIGHT:FP8]),
             _of_flat(flat[FP8]),
             Options(*flat[FIRST_OPTION:FIRST_OF_STRUCTURE]),
@@ -209,12 +228,13 @@ class Inputs(NamedTuple):
 
 
 INPUTS_SCHEMA = (
-    f"Tensor x, Tensor? tail, Tensor? seed, {WEIGHTS_SCHEMA}, Tensor?[] fp8, "
+    "Tensor x, Tensor? tail, Tensor? seed, Tensor? query_cos, Tensor? query_sin, Tensor? key_cos, "
+    f"Tensor? key_sin, {WEIGHTS_SCHEMA}, Tensor?[] fp8, "
     f"{OPTIONS_SCHEMA}, {SCHEMA.replace('=False', '')}"
 )
 """Without defaults: torch 2.11 leaves out arguments that equal them, and then misses them where
 there is a list of tensors among the others."""
-FIRST_WEIGHT = 3
+FIRST_WEIGHT = 3 + len(Rotations._fields)
 FP8 = FIRST_WEIGHT + len(Weights._fields)
 """A list: a registered operator takes at most 64 arguments."""
 FIRST_OPTION = FP8 + 1

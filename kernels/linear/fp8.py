@@ -336,14 +336,18 @@ def linear_fp8_wgrad(
 def _resolve(
     impl: Impl | str, x: Tensor, F: int, D: int, dtype: torch.dtype, residual: Tensor | None
 ) -> Impl:
-    why = ""
+    return resolve(impl, x, not_hopper=why_not_hopper(F, D, dtype, residual))
+
+
+def why_not_hopper(F: int, D: int, dtype: torch.dtype, residual: Tensor | None) -> str:
+    """Return why the Hopper kernels cannot multiply by an (F, D) weight; empty if they can."""
     if D % 16 or F % 8:
-        why = f"columns must be multiples of 16 and rows of the weight of 8, got {D} and {F}"
-    elif dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        why = f"the result must be float16 or bfloat16, got {dtype}"
-    elif residual is not None and not fits_tma(residual):
-        why = f"rows of the residual must begin at multiples of 16 bytes, got {residual.stride()}"
-    return resolve(impl, x, not_hopper=why)
+        return f"columns must be multiples of 16 and rows of the weight of 8, got {D} and {F}"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the result must be float16 or bfloat16, got {dtype}"
+    if residual is not None and not fits_tma(residual):
+        return f"rows of the residual must begin at multiples of 16 bytes, got {residual.stride()}"
+    return ""
 
 
 def _rowwise(impl: Impl | str) -> str:

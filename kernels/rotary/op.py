@@ -53,14 +53,25 @@ def rotary(x_LHK: Tensor, rotation: Rotation, *, impl: Impl | str = Impl.AUTO) -
 def _check(x_LHK: Tensor, rotation: Rotation) -> None:
     if x_LHK.dim() != 3 or not x_LHK.is_floating_point():
         raise ValueError(f"x must be (L, H, K) floating, got {tuple(x_LHK.shape)} {x_LHK.dtype}")
-    L, H, K = x_LHK.shape
-    if K % 2 or K == 0 or H == 0:
-        raise ValueError(f"x must have heads of an even dim, got {tuple(x_LHK.shape)}")
     dtype = torch.float64 if x_LHK.dtype == torch.float64 else torch.float32
+    check_rotation(rotation, tuple(x_LHK.shape), dtype, x_LHK.device)
+
+
+def check_rotation(
+    rotation: Rotation, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Refuse angles that do not fit rows x of this shape, (L, H, K).
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    L, H, K = shape
+    if K % 2 or K == 0 or H == 0:
+        raise ValueError(f"x must have heads of an even dim, got {tuple(shape)}")
     for name, part in (("cos", rotation.cos), ("sin", rotation.sin)):
         if part.dim() != 3 or part.shape[0] != L or part.shape[2] != K // 2:
             raise ValueError(
-                f"rotation.{name} must be ({L}, 1 or {H}, {K // 2}) as x is {tuple(x_LHK.shape)}, "
+                f"rotation.{name} must be ({L}, 1 or {H}, {K // 2}) as x is {tuple(shape)}, "
                 f"got {tuple(part.shape)}"
             )
         if part.shape != rotation.cos.shape or part.shape[1] not in (1, H):
@@ -68,10 +79,9 @@ def _check(x_LHK: Tensor, rotation: Rotation) -> None:
                 f"rotation.{name} must have 1 or {H} sets of angles, as many as cos, got "
                 f"{tuple(part.shape)}"
             )
-        if part.dtype != dtype or part.device != x_LHK.device:
+        if part.dtype != dtype or part.device != device:
             raise ValueError(
-                f"rotation.{name} must be {dtype} on {x_LHK.device}, got {part.dtype} on "
-                f"{part.device}"
+                f"rotation.{name} must be {dtype} on {device}, got {part.dtype} on {part.device}"
             )
 
 

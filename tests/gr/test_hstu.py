@@ -307,7 +307,6 @@ def test_impossible_settings_are_refused(setting, value):
         ({"qk_dim": 5}, "qk_dim must be even"),
         ({"num_heads": 1, "rotary": RotaryConfig(angles="split_heads")}, "num_heads of 2 or more"),
         ({"qk_dim": 2, "rotary": RotaryConfig(angles="split_dims")}, "4 or more"),
-        ({"impl": "triton"}, "impl=triton, the fused layer, has no rotary angles"),
     ],
 )
 def test_rotary_settings_that_cannot_be(settings, message):

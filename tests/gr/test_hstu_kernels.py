@@ -17,6 +17,7 @@ from tests.gr.test_hstu import OPTIONS, ULTRA, make_batch, make_encoder
 
 OPTIONS = OPTIONS | {"ultra": ULTRA}
 EVERYTHING = ["ultra", "paper", "dlrm_v3", "softmax_rab", "u_only_rab", "group_rab", "final_norm"]
+EVERYTHING += ["rotary_sum", "rotary_dims", "rotary_heads"]
 
 
 def run(encoder, x_LD, info, dy_RD, impl, dtype, device):

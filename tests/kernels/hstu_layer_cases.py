@@ -8,6 +8,7 @@ import torch
 
 from kernels.hstu_attention import AttentionMask, RelativeBias
 from kernels.hstu_layer import RECOMPUTABLE, LayerWeights, hstu_layer, quantize_weights
+from kernels.rotary import Rotation
 
 OPTIONS = {
     "activate": ("all", "u_only"),
@@ -16,6 +17,7 @@ OPTIONS = {
     "concat_ua": (False, True),
     "dropout": (0.0, 0.3),
     "bias": ("none", "position", "position_time"),
+    "angles": ("none", "shared", "by_head"),
     "structure": ("plain", "context", "candidates", "context and candidates"),
     "has_tail": (False, True),
     "uvqk_bias": (True, False),
@@ -70,6 +72,7 @@ class Layer:
     concat_ua: bool = False
     dropout: float = 0.0
     bias: str = "none"
+    angles: str = "none"
     has_tail: bool = False
     uvqk_bias: bool = True
     norm_affine: bool = True
@@ -111,6 +114,8 @@ class Layer:
         self.key_time = torch.randint(0, 40_000, (L,), generator=generator).cumsum(0)
         self.query_time = self.key_time + torch.randint(0, 90_000, (L,), generator=generator)
         self.dy = draw(self.num_rows, D)
+        sets = self.num_heads if self.angles == "by_head" else 1
+        self.angle = 9 * draw(2, L, sets, self.qk_dim // 2)
 
     def check_that_a_nan_stays_in_its_sequence(self, dtype, device):
         """Put a NaN into the second sequence: the others keep their bits, and it is lost."""
@@ -187,6 +192,10 @@ class Layer:
             "recompute": self.recompute,
             **(tails if self.has_tail else {}),
         }
+        if self.angles != "none":
+            dtype = torch.promote_types(inputs["x"].dtype, torch.float32)
+            query, key = (Rotation.of(angle.to(device, dtype)) for angle in self.angle)
+            arguments["rotations"] = (query.rows(tail_R) if self.has_tail else query, key)
         weights = LayerWeights(**{name: inputs[name] for name in names})
         if self.fp8 and inputs["x"].dtype != torch.float64:
             rowwise = "reference" if options.get("impl") == "reference" else "triton"

@@ -105,8 +105,9 @@ def _attend(
 
 
 def check_hstu_layer(device: str) -> None:
-    """What the layer recomputes, nothing recomputed, and fp8."""
+    """What the layer recomputes, nothing recomputed, and fp8; queries and keys turned or not."""
     D, heads, dim = 128, 2, 64
+    rotation = Rotation.of(torch.randn(L, 1, dim // 2, device=device))
     for recompute, in_fp8 in ((RECOMPUTABLE, False), ((), False), (RECOMPUTABLE, True)):
         x = _draw(device, L, D)
         uvqk = _draw(device, D, 4 * heads * dim, dtype=torch.float32)
@@ -121,6 +122,7 @@ def check_hstu_layer(device: str) -> None:
             alpha=dim**-0.5,
             scaling_length=129,
             recompute=recompute,
+            rotations=(rotation, rotation) if recompute else None,
             fp8=quantize_weights(weights, ("uvqk", "output")) if in_fp8 else None,
         )
         _backward(y, x, uvqk, output)

@@ -79,17 +79,18 @@ def test_equals_the_reference_on_a_gpu(options, dtype):
 
 @pytest.mark.interpret
 @pytest.mark.parametrize(
-    ("activate", "has_tail", "dtype"),
+    ("activate", "has_tail", "dtype", "angles"),
     [
-        ("all", False, torch.float16),
-        ("u_only", True, torch.float16),
-        ("u_only", False, torch.float32),
-        ("all", True, torch.float32),
+        ("all", False, torch.float16, "shared"),
+        ("u_only", True, torch.float16, "none"),
+        ("u_only", False, torch.float32, "by_head"),
+        ("all", True, torch.float32, "shared"),
     ],
     ids=str,
 )
-def test_what_is_recomputed_has_the_same_bits(activate, has_tail, dtype, device):
+def test_what_is_recomputed_has_the_same_bits(activate, has_tail, dtype, angles, device):
     options = {"activate": activate, "has_tail": has_tail, "dropout": 0.3, "concat_ua": True}
+    options["angles"] = angles
     layer = Layer([17, 5], [3, 5], [2, 0], bias="position", num_heads=1, **options)
     found = [
         layer.run(dtype, device, impl="triton", recompute=recompute)
@@ -102,9 +103,11 @@ def test_what_is_recomputed_has_the_same_bits(activate, has_tail, dtype, device)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["auto", "triton"])
-@pytest.mark.parametrize("activate", ["all", "u_only"])
-def test_what_is_recomputed_has_the_same_bits_in_bfloat16(activate, impl):
-    shape = {"dim": 256, "num_heads": 4, "qk_dim": 64, "v_dim": 64}
+@pytest.mark.parametrize(
+    ("activate", "angles"), [("all", "none"), ("u_only", "none"), ("all", "shared")]
+)
+def test_what_is_recomputed_has_the_same_bits_in_bfloat16(activate, angles, impl):
+    shape = {"dim": 256, "num_heads": 4, "qk_dim": 64, "v_dim": 64, "angles": angles}
     layer = Layer([700, 131], [3, 5], [2, 0], activate=activate, dropout=0.2, **shape)
     run = partial(layer.run, torch.bfloat16, "cuda", impl=impl, deterministic=True)
     kept, again = run(recompute=()), run(recompute=RECOMPUTABLE)
@@ -188,6 +191,7 @@ def test_an_empty_batch_has_gradients_of_zero(has_tail, lengths, device):
 def test_registration(has_tail, recompute, device):
     """Schema, fake tensors, autograd and compilation agree."""
     options = {"bias": "position_time", "attention": "softmax", "has_tail": has_tail}
+    options["angles"] = "shared" if has_tail else "none"
     layer = Layer([4, 2], [2, 2], [1, 0], num_heads=1, dropout=0.3, concat_ua=True, **options)
     inputs = {
         name: x.to(device, torch.float32).requires_grad_() for name, x in layer.tensors.items()
@@ -203,7 +207,8 @@ def test_registration(has_tail, recompute, device):
 @pytest.mark.interpret
 @pytest.mark.parametrize("has_tail", [False, True])
 def test_compiles_whole(has_tail, device):
-    layer = Layer([6, 3], [2, 3], [1, 0], num_heads=1, has_tail=has_tail, bias="position_time")
+    options = {"bias": "position_time", "angles": "none" if has_tail else "shared"}
+    layer = Layer([6, 3], [2, 3], [1, 0], num_heads=1, has_tail=has_tail, **options)
     inputs = {name: x.to(device, torch.float32) for name, x in layer.tensors.items()}
     call = partial(layer.call, device=device, impl="triton")
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
@@ -282,6 +287,7 @@ def test_wrong_input_is_refused(changes, message):
         ({"dtype": torch.float64}, "must be float32, float16 or bfloat16"),
         ({"qk_dim": 257}, "qk_dim up to 256"),
         ({"v_dim": 300}, "v_dim up to 256"),
+        ({"qk_dim": 15, "angles": "shared"}, r"rotation\.cos must|heads of an even dim"),
     ],
     ids=str,
 )

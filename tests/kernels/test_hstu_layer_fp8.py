@@ -28,11 +28,23 @@ PLAIN = {"fp8": ("uvqk",), "fp8_wgrad": "fold"}
 CASES = [
     PLAIN,
     {"fp8": PRODUCTS, "fp8_wgrad": "bf16", "has_tail": True, "dropout": 0.3, "recompute": ()},
-    {"fp8": PRODUCTS, "fp8_wgrad": "fold", "has_tail": True, "activate": "u_only"},
-    {"fp8": PRODUCTS, "fp8_wgrad": "fold", "dropout": 0.3, "uvqk_bias": False},
+    {
+        "fp8": PRODUCTS,
+        "fp8_wgrad": "fold",
+        "has_tail": True,
+        "activate": "u_only",
+        "angles": "shared",
+    },
+    {"fp8": PRODUCTS, "fp8_wgrad": "fold", "dropout": 0.3, "uvqk_bias": False, "angles": "shared"},
     {"fp8": PRODUCTS, "fp8_wgrad": "fold", "concat_ua": True, "norm": "group", "recompute": ()},
     {"fp8": ("output",), "fp8_wgrad": "bf16", "norm_affine": False},
-    {"fp8": ("uvqk",), "fp8_wgrad": "bf16", "activate": "u_only", "recompute": ("uvqk",)},
+    {
+        "fp8": ("uvqk",),
+        "fp8_wgrad": "bf16",
+        "activate": "u_only",
+        "recompute": ("uvqk",),
+        "angles": "by_head",
+    },
 ]
 cases = pytest.mark.parametrize(
     "options", CASES, ids=lambda options: "-".join(map(str, options.values()))

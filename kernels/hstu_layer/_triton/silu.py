@@ -1,7 +1,11 @@
 """SiLU of columns of the projection, and its gradient, on strided views of one buffer.
 
-Forward:  y = silu(z)
-Backward: dz = dy * silu'(z) or dy,  db = sum(dz) over rows, as partial sums in a fixed order
+Forward:  y = turn(silu(z)) or turn(z)
+Backward: dz = back(dy) * silu'(z) or back(dy),  db = sum(dz) over rows, as partial sums in a fixed
+          order
+
+Queries and keys alone are turned, if anything, by rotary angles (kernels/_triton/turn.py), and
+their gradients back.
 
 The gradients of V, Q and K come from the attention, each in its own buffer. Here each is read once
 and written to its columns of the one dUVQK that both products of the projection read: no copy puts
@@ -15,6 +19,8 @@ from torch import Tensor
 
 from kernels._triton.rows import num_programs
 from kernels._triton.silu import is_fast, silu, silu_derivative
+from kernels._triton.turn import turn
+from kernels.rotary.columns import Turn, turn_arguments
 
 
 @triton.jit
@@ -24,15 +30,37 @@ def _silu_kernel(
     L,
     stride_z,
     F,
+    q_cos_ptr,
+    q_sin_ptr,
+    q_first,
+    k_cos_ptr,
+    k_sin_ptr,
+    k_first,
+    SILU: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    PER_HEAD: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_F: tl.constexpr,
     FAST: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    first = tl.program_id(1) * BLOCK_F
+    cols = first + tl.arange(0, BLOCK_F)
     mask = (rows < L)[:, None] & (cols < F)[None, :]
     z = tl.load(z_ptr + rows[:, None] * stride_z + cols[None, :], mask=mask, other=0.0)
-    y = silu(z.to(tl.float32), FAST).to(y_ptr.dtype.element_ty)
+    y = z.to(tl.float32)
+    if SILU:
+        y = silu(y, FAST)
+    if q_cos_ptr is not None:
+        y = turn(
+            y, rows, first, L, q_cos_ptr, q_sin_ptr, q_first, H, K, PER_HEAD, False, ROWS, BLOCK_F
+        )
+    if k_cos_ptr is not None:
+        y = turn(
+            y, rows, first, L, k_cos_ptr, k_sin_ptr, k_first, H, K, PER_HEAD, False, ROWS, BLOCK_F
+        )
+    y = y.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + rows[:, None] * F + cols[None, :], y, mask=mask)
 
 
@@ -48,20 +76,32 @@ def _silu_bwd_kernel(
     stride_dz,
     stride_dbias,
     F,
+    cos_ptr,
+    sin_ptr,
+    turn_first,
     SILU: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    PER_HEAD: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_F: tl.constexpr,
     FAST: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    first = tl.program_id(1) * BLOCK_F
+    cols = first + tl.arange(0, BLOCK_F)
     dbias = tl.zeros((ROWS, BLOCK_F), tl.float32)
     for block in range(pid, tl.cdiv(L, ROWS), tl.num_programs(0)):
         rows = block * ROWS + tl.arange(0, ROWS).to(tl.int64)
         mask = (rows < L)[:, None] & (cols < F)[None, :]
         dz = tl.load(dy_ptr + rows[:, None] * stride_dy + cols[None, :], mask=mask, other=0.0)
         dz = dz.to(tl.float32)
+        if cos_ptr is not None:
+            dz = turn(
+                dz, rows, first, L, cos_ptr, sin_ptr, turn_first, H, K, PER_HEAD, True,
+                ROWS, BLOCK_F,
+            )  # fmt: skip
         if SILU:
             z = tl.load(z_ptr + rows[:, None] * stride_z + cols[None, :], mask=mask, other=0.0)
             dz *= silu_derivative(z.to(tl.float32), FAST)
@@ -74,15 +114,20 @@ def _silu_bwd_kernel(
         tl.store(dbias_ptr + offs, tl.sum(dbias, 0), mask=cols < F)
 
 
-def silu_fwd(z: Tensor) -> Tensor:
+def silu_fwd(
+    z: Tensor, *, has_silu: bool = True, turns: tuple[Turn | None, Turn | None] = (None, None)
+) -> Tensor:
     """Return silu(z), (L, F), in 16 bits the very bits that the epilogue of a product gives.
 
     Args:
         z: (L, F), columns contiguous.
+        has_silu: False for z itself, but turned.
+        turns: which columns are turned, if any.
     """
     L, F = z.shape
     y = z.new_empty(L, F)
     rows, block_f = _tile(F)
+    turned, heads = turn_arguments(*turns)
     if L > 0:
         _silu_kernel[(triton.cdiv(L, rows), triton.cdiv(F, block_f))](
             z,
@@ -90,6 +135,9 @@ def silu_fwd(z: Tensor) -> Tensor:
             L,
             z.stride(0),
             F,
+            *turned,
+            SILU=has_silu,
+            **heads,
             ROWS=rows,
             BLOCK_F=block_f,
             FAST=is_fast(z.dtype),
@@ -99,7 +147,13 @@ def silu_fwd(z: Tensor) -> Tensor:
 
 
 def silu_bwd(
-    parts: list[Tensor], z: Tensor, dz: Tensor, *, has_silu: bool, has_bias: bool
+    parts: list[Tensor],
+    z: Tensor,
+    dz: Tensor,
+    *,
+    has_silu: bool,
+    has_bias: bool,
+    turns: list[Turn | None] | None = None,
 ) -> Tensor:
     """Fill the last columns of dz; return their sum over rows in float32, zero unless `has_bias`.
 
@@ -110,6 +164,7 @@ def silu_bwd(
         dz: (L, F), columns contiguous; may be z itself.
         has_silu: whether these are gradients of silu(z), or of z.
         has_bias: whether the sum is wanted.
+        turns: how each part was turned, in columns of its own.
     """
     (L, F), widths = z.shape, [dy.shape[1] for dy in parts]
     first = F - sum(widths)
@@ -121,7 +176,8 @@ def silu_bwd(
     programs = min(blocks, triton.cdiv(programs, tiles_f))
     dbias = z.new_empty(programs if has_bias else 0, sum(widths), dtype=torch.float32)
     done = 0
-    for dy, width in zip(parts, widths, strict=True):
+    for dy, width, turned in zip(parts, widths, turns or [None] * len(parts), strict=True):
+        angles, heads = turn_arguments(turned)
         columns = slice(first + done, first + done + width)
         if L > 0:
             _silu_bwd_kernel[(programs, triton.cdiv(width, block_f))](
@@ -135,8 +191,10 @@ def silu_bwd(
                 dz.stride(0),
                 dbias.stride(0),
                 width,
+                *angles,
                 SILU=has_silu,
                 HAS_BIAS=has_bias,
+                **heads,
                 ROWS=rows,
                 BLOCK_F=block_f,
                 FAST=is_fast(z.dtype),

@@ -1,8 +1,9 @@
 """SiLU's gradient with the result in fp8: one read of four gradients and of Z.
 
-dz = dy * silu'(z), by rows in fp8 with one scale over all columns, and in 16 bits where it is asked
-for. The attention's gradients of V, Q and K each have a buffer; that of U, which the gated norm's
-backward kernel has multiplied already, stands in its columns of dz.
+dz = back(dy) * silu'(z), by rows in fp8 with one scale over all columns, and in 16 bits where it is
+asked for; the gradients of queries and keys may have to be turned back, as in silu.py. The
+attention's gradients of V, Q and K each have a buffer; that of U, which the gated norm's backward
+kernel has multiplied already, stands in its columns of dz.
 
 A row of all parts is held at once, since its scale is that of the largest of them. Sums over rows
 as in silu.py.
@@ -16,16 +17,23 @@ from torch import Tensor
 from kernels._triton.fp8 import row_scale, to_e4m3
 from kernels._triton.rows import num_programs
 from kernels._triton.silu import is_fast, silu_derivative
+from kernels._triton.turn import turn
 from kernels.quantize import QuantizedRows
+from kernels.rotary.columns import Turn, turn_arguments
 
 
 @triton.jit
-def _load(dy_ptr, z_ptr, rows, L, stride_dy, stride_z, WIDTH, BLOCK, SILU: tl.constexpr, FAST):
+def _load(
+    dy_ptr, z_ptr, rows, L, stride_dy, stride_z, WIDTH, BLOCK, SILU: tl.constexpr, FAST,
+    cos_ptr, sin_ptr, H, K, PER_HEAD, ROWS,
+):  # fmt: skip
     """Return dz of a part (ROWS, BLOCK) in float32, zero outside."""
     cols = tl.arange(0, BLOCK)
     mask = (rows < L)[:, None] & (cols < WIDTH)[None, :]
     dz = tl.load(dy_ptr + rows[:, None] * stride_dy + cols[None, :], mask=mask, other=0.0)
     dz = dz.to(tl.float32)
+    if cos_ptr is not None:
+        dz = turn(dz, rows, 0, L, cos_ptr, sin_ptr, 0, H, K, PER_HEAD, True, ROWS, BLOCK)
     if SILU:
         z = tl.load(z_ptr + rows[:, None] * stride_z + cols[None, :], mask=mask, other=0.0)
         dz *= silu_derivative(z.to(tl.float32), FAST)
@@ -76,6 +84,15 @@ def _silu_bwd_fp8_kernel(
     stride_dz,
     F,
     stride_dbias,
+    q_cos_ptr,
+    q_sin_ptr,
+    q_first,
+    k_cos_ptr,
+    k_sin_ptr,
+    k_first,
+    H: tl.constexpr,
+    K_DIM: tl.constexpr,
+    PER_HEAD: tl.constexpr,
     HV: tl.constexpr,
     HK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -98,10 +115,16 @@ def _silu_bwd_fp8_kernel(
         rows = block * ROWS + tl.arange(0, ROWS).to(tl.int64)
         largest = tl.zeros((ROWS, BLOCK_V), tl.float32)
         if du_ptr is not None:
-            du = _load(du_ptr, z_ptr, rows, L, stride_du, stride_z, HV, BLOCK_V, False, FAST)
+            du = _load(
+                du_ptr, z_ptr, rows, L, stride_du, stride_z, HV, BLOCK_V, False, FAST,
+                None, None, H, K_DIM, PER_HEAD, ROWS,
+            )  # fmt: skip
             largest = _larger(largest, du)
         if dv_ptr is not None:
-            dv = _load(dv_ptr, z_ptr + V, rows, L, stride_dv, stride_z, HV, BLOCK_V, SILU, FAST)
+            dv = _load(
+                dv_ptr, z_ptr + V, rows, L, stride_dv, stride_z, HV, BLOCK_V, SILU, FAST,
+                None, None, H, K_DIM, PER_HEAD, ROWS,
+            )  # fmt: skip
             largest = _larger(largest, dv)
         # One reduction where all parts are as wide: each waits for every warp.
         amax = tl.zeros((ROWS,), tl.float32)
@@ -109,10 +132,16 @@ def _silu_bwd_fp8_kernel(
             amax = tl.max(largest, 1)
             largest = tl.zeros((ROWS, BLOCK_K), tl.float32)
         if dq_ptr is not None:
-            dq = _load(dq_ptr, z_ptr + Q, rows, L, stride_dq, stride_z, HK, BLOCK_K, SILU, FAST)
+            dq = _load(
+                dq_ptr, z_ptr + Q, rows, L, stride_dq, stride_z, HK, BLOCK_K, SILU, FAST,
+                q_cos_ptr, q_sin_ptr, H, K_DIM, PER_HEAD, ROWS,
+            )  # fmt: skip
             largest = _larger(largest, dq)
         if dk_ptr is not None:
-            dk = _load(dk_ptr, z_ptr + K, rows, L, stride_dk, stride_z, HK, BLOCK_K, SILU, FAST)
+            dk = _load(
+                dk_ptr, z_ptr + K, rows, L, stride_dk, stride_z, HK, BLOCK_K, SILU, FAST,
+                k_cos_ptr, k_sin_ptr, H, K_DIM, PER_HEAD, ROWS,
+            )  # fmt: skip
             largest = _larger(largest, dk)
         amax = tl.maximum(amax, tl.max(largest, 1))
         scale, inverse = row_scale(amax)
@@ -155,6 +184,7 @@ def silu_bwd_fp8(
     has_silu: bool,
     keep: bool,
     has_bias: bool,
+    turns: dict[str, Turn] | None = None,
 ) -> tuple[QuantizedRows, Tensor]:
     """Return dz in fp8, and as silu_bwd the sums over rows of all columns but U's.
 
@@ -166,6 +196,7 @@ def silu_bwd_fp8(
         has_silu: whether these are gradients of silu(z), or of z.
         keep: whether to fill the other columns of dz.
         has_bias: whether the sums are wanted.
+        turns: how q and k were turned, by letter, in columns of their own.
     """
     L, F = z.shape
     widths = {name: part.shape[1] for name, part in parts.items()}
@@ -180,6 +211,7 @@ def silu_bwd_fp8(
     rows, warps, per_processor = _tile(padded, has_bias)
     programs = num_programs(z.device, triton.cdiv(L, rows), per_processor)
     dbias = z.new_empty(programs if has_bias else 0, rest, dtype=torch.float32)
+    angles, heads = turn_arguments(*((turns or {}).get(name) for name in "qk"))
     if L > 0:
         given = [dz if rest < F else None, *(parts.get(name) for name in "vqk")]
         _silu_bwd_fp8_kernel[(programs,)](
@@ -195,6 +227,10 @@ def silu_bwd_fp8(
             dz.stride(0),
             F,
             dbias.stride(0),
+            *angles,
+            H=heads["H"],
+            K_DIM=heads["K"],
+            PER_HEAD=heads["PER_HEAD"],
             HV=HV,
             HK=HK,
             ROWS=rows,

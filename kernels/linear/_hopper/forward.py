@@ -28,6 +28,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels._triton.rows import num_programs
+from kernels.linear._hopper.turn import turn
+from kernels.rotary.columns import Turn, turn_arguments
 
 GROUP = 8
 """Tiles of rows that are computed before the next tile of columns."""
@@ -98,7 +100,9 @@ def _store(value, target, row, col, buffer):
 @gluon.jit
 def _epilogue(
     z, row, col, bias_ptr, x_scale_ptr, weight_scale_ptr, y, kept, buffer, arrived, phase, L, F,
-    silu_columns, LAYOUT: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr,
+    silu_columns, q_cos_ptr, q_sin_ptr, q_first, k_cos_ptr, k_sin_ptr, k_first,
+    H: gl.constexpr, K: gl.constexpr, PER_HEAD: gl.constexpr,
+    LAYOUT: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr,
     HAS_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
     SILU: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
@@ -112,15 +116,20 @@ def _epilogue(
         z += gl.load(bias_ptr + cols, mask=cols < F, other=0.0).to(gl.float32)[None, :]
     if KEEP:
         _store(z, kept, row, col, buffer)
-    if SILU:
+    if SILU or q_cos_ptr is not None or k_cos_ptr is not None:
         # Of the rounded z, kept or not: the backward pass, which has no other, sees the same.
         z = z.to(y.dtype).to(gl.float32)
+    if SILU:
         # silu(z) = h + h * tanh(h) with h = z / 2: one special-function instruction.
         half = z * 0.5
         tanh = gl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=gl.float32, is_pure=True, pack=1
         )
         z = gl.where((cols < silu_columns)[None, :], gl.fma(half, tanh, half), z)
+    if q_cos_ptr is not None:
+        z = turn(z, row, col, L, q_cos_ptr, q_sin_ptr, q_first, H, K, PER_HEAD, LAYOUT)
+    if k_cos_ptr is not None:
+        z = turn(z, row, col, L, k_cos_ptr, k_sin_ptr, k_first, H, K, PER_HEAD, LAYOUT)
     if HAS_RESIDUAL:
         # It came into the buffer that the result leaves from.
         mbarrier.wait(arrived, phase)
@@ -136,7 +145,9 @@ def _epilogue(
 def _consume(
     GROUP_INDEX: gl.constexpr, y, kept, residual, bias_ptr, x_scale_ptr, weight_scale_ptr,
     x_ring, weight_ring, buffers, full, empty, turns, residual_full, L, F, tiles_l, tiles_f, steps,
-    silu_columns, BLOCK_F: gl.constexpr, STORE_F: gl.constexpr, STAGES: gl.constexpr,
+    silu_columns, q_cos_ptr, q_sin_ptr, q_first, k_cos_ptr, k_sin_ptr, k_first,
+    H: gl.constexpr, K: gl.constexpr, PER_HEAD: gl.constexpr,
+    BLOCK_F: gl.constexpr, STORE_F: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr, PING_PONG: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr,
     HAS_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
     SILU: gl.constexpr, KEEP: gl.constexpr,
@@ -201,7 +212,8 @@ def _consume(
             _epilogue(
                 total, row, col, bias_ptr, x_scale_ptr, weight_scale_ptr, y, kept,
                 buffers.index(GROUP_INDEX * BUFFERS), residual_full.index(GROUP_INDEX), turn & 1,
-                L, F, silu_columns, LAYOUT, ROWS, STORE_F,
+                L, F, silu_columns, q_cos_ptr, q_sin_ptr, q_first, k_cos_ptr, k_sin_ptr, k_first,
+                H, K, PER_HEAD, LAYOUT, ROWS, STORE_F,
                 HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, SILU, KEEP,
             )  # fmt: skip
         else:
@@ -211,14 +223,16 @@ def _consume(
                 gl.convert_layout(left, STORE_LAYOUT), row, col, bias_ptr, x_scale_ptr,
                 weight_scale_ptr, y, kept,
                 buffers.index(GROUP_INDEX * BUFFERS), residual_full.index(GROUP_INDEX), turn & 1,
-                L, F, silu_columns, STORE_LAYOUT, ROWS, STORE_F,
+                L, F, silu_columns, q_cos_ptr, q_sin_ptr, q_first, k_cos_ptr, k_sin_ptr, k_first,
+                H, K, PER_HEAD, STORE_LAYOUT, ROWS, STORE_F,
                 HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, SILU, KEEP,
             )  # fmt: skip
             _epilogue(
                 gl.convert_layout(right, STORE_LAYOUT), row, col + STORE_F, bias_ptr, x_scale_ptr,
                 weight_scale_ptr, y, kept, buffers.index(GROUP_INDEX * BUFFERS + BUFFERS - 1),
                 residual_full.index(GROUP_INDEX), turn & 1,
-                L, F, silu_columns, STORE_LAYOUT, ROWS, STORE_F,
+                L, F, silu_columns, q_cos_ptr, q_sin_ptr, q_first, k_cos_ptr, k_sin_ptr, k_first,
+                H, K, PER_HEAD, STORE_LAYOUT, ROWS, STORE_F,
                 HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, SILU, KEEP,
             )  # fmt: skip
         if PING_PONG:
@@ -243,6 +257,15 @@ def _linear_fwd_kernel(
     tiles_f,
     steps,
     silu_columns,
+    q_cos_ptr,
+    q_sin_ptr,
+    q_first,
+    k_cos_ptr,
+    k_sin_ptr,
+    k_first,
+    H: gl.constexpr,
+    K: gl.constexpr,
+    PER_HEAD: gl.constexpr,
     BLOCK_F: gl.constexpr,
     BLOCK_D: gl.constexpr,
     STORE_F: gl.constexpr,
@@ -283,6 +306,7 @@ def _linear_fwd_kernel(
                     0, y, kept, residual, bias_ptr, x_scale_ptr, weight_scale_ptr,
                     x_ring, weight_ring, buffers, full, empty, turns, residual_full,
                     L, F, tiles_l, tiles_f, steps, silu_columns,
+                    q_cos_ptr, q_sin_ptr, q_first, k_cos_ptr, k_sin_ptr, k_first, H, K, PER_HEAD,
                     BLOCK_F, STORE_F, STAGES, GROUP, PING_PONG, ROWS, DEPTH,
                     HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, SILU, KEEP,
                 ),
@@ -293,6 +317,7 @@ def _linear_fwd_kernel(
                     1, y, kept, residual, bias_ptr, x_scale_ptr, weight_scale_ptr,
                     x_ring, weight_ring, buffers, full, empty, turns, residual_full,
                     L, F, tiles_l, tiles_f, steps, silu_columns,
+                    q_cos_ptr, q_sin_ptr, q_first, k_cos_ptr, k_sin_ptr, k_first, H, K, PER_HEAD,
                     BLOCK_F, STORE_F, STAGES, GROUP, PING_PONG, ROWS, DEPTH,
                     HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, SILU, KEEP,
                 ),
@@ -321,6 +346,7 @@ def linear_fwd(
     *,
     scales: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    turns: tuple[Turn | None, Turn | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
     """Return y (L, F), and z (L, F) if `keep`, else an empty tensor.
 
@@ -333,6 +359,7 @@ def linear_fwd(
         keep: whether z is stored.
         scales: (L,) and (F,) float32, of the rows of x and of weight; for fp8 only.
         dtype: of y and z, 16 bits; None for that of x.
+        turns: which columns of y are turned, of queries and of keys.
     """
     (L, D), F = x.shape, weight.shape[0]
     y = x.new_empty(L, F, dtype=dtype)
@@ -345,6 +372,7 @@ def linear_fwd(
     tiles_l, tiles_f = triton.cdiv(L, BLOCK_L), triton.cdiv(F, block_f)
     target = describe(y, rows, STORE_F)
     x_scale, weight_scale = (None, None) if scales is None else scales
+    turned, heads = turn_arguments(*turns)
     _linear_fwd_kernel[(num_programs(x.device, tiles_l * tiles_f, 1),)](
         describe(x, rows, block_d),
         describe(weight, block_f, block_d),
@@ -360,6 +388,8 @@ def linear_fwd(
         tiles_f,
         triton.cdiv(D, block_d),
         silu_columns,
+        *turned,
+        **heads,
         BLOCK_F=block_f,
         BLOCK_D=block_d,
         STORE_F=STORE_F,
