@@ -80,7 +80,8 @@ def hstu_layer(
     Triton: for the backward pass X, A V and a few float32 a token are kept, 4 D bytes a token in 16
     bits with H V = D, and what `recompute` does not name: 2 D for "normed", 4 H (K + V) for "uvqk"
     (Z, of which both U, V, Q, K and the slope of SiLU are made), 2 C for "gated". What is computed
-    again has the same bits: gradients do not depend on `recompute`.
+    again has the same bits: gradients do not depend on `recompute`. Q and K are turned where the
+    projection is stored, their gradients where SiLU's is made.
 
     In fp8 a product rounds what it reads, the weight, and the gradient of its result by rows to
     e4m3 (kernels/linear/fp8.py); the norms round what they write in the same pass, SiLU's gradient
@@ -105,8 +106,7 @@ def hstu_layer(
         mask: which keys a query sees.
         num_candidates: (B,) int64, candidates at the end of each sequence. None means none.
         bias: added to alpha Q K^T.
-        rotations: what Q (R rows) and K (L rows) are turned by; see kernels/rotary. The kernels
-            turn in the epilogue of the projection and in SiLU's gradient.
+        rotations: what Q (R rows) and K (L rows) are turned by; see kernels/rotary.
         tail_R: (R,) int64, ascending: the tokens whose rows are wanted, the last
             tail_offsets[b + 1] - tail_offsets[b] of each sequence; U, Q and all that follows are
             computed for them only. None means every token.
