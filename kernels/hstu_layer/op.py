@@ -125,8 +125,7 @@ def hstu_layer(
         impl: which implementation runs. TRITON takes float32, float16 and bfloat16; HOPPER what
             hstu_attention's takes.
         attention_impl: of the attention within the reference, whose other operators are torch's,
-            products in fp8 emulated.
-            The kernels do not read it.
+            products in fp8 emulated. The kernels do not read it.
 
     Returns:
         (L, D) or (R, D), dtype of x.

@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels._triton.rows import num_programs
-from kernels.linear._hopper.turn import turn
+from kernels.linear._hopper.epilogue import epilogue
 from kernels.rotary.columns import Turn, turn_arguments
 
 GROUP = 8
@@ -86,59 +86,6 @@ def _prefetch(pointers):
         is_pure=False,
         pack=1,
     )
-
-
-@gluon.jit
-def _store(value, target, row, col, buffer):
-    """Store a tile through a buffer, once the buffer's last tile has left it."""
-    tma.store_wait(0)
-    buffer.store(value.to(target.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(target, [row, col], buffer)
-
-
-@gluon.jit
-def _epilogue(
-    z, row, col, bias_ptr, x_scale_ptr, weight_scale_ptr, y, kept, buffer, arrived, phase, L, F,
-    silu_columns, q_cos_ptr, q_sin_ptr, q_first, k_cos_ptr, k_sin_ptr, k_first,
-    H: gl.constexpr, K: gl.constexpr, PER_HEAD: gl.constexpr,
-    LAYOUT: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr,
-    HAS_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
-    SILU: gl.constexpr, KEEP: gl.constexpr,
-):  # fmt: skip
-    cols = col + gl.arange(0, COLS, gl.SliceLayout(0, LAYOUT))
-    if HAS_SCALE:
-        rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-        x_scale = gl.load(x_scale_ptr + rows, mask=rows < L, other=0.0)
-        weight_scale = gl.load(weight_scale_ptr + cols, mask=cols < F, other=0.0)
-        z = z * x_scale[:, None] * weight_scale[None, :]
-    if HAS_BIAS:
-        z += gl.load(bias_ptr + cols, mask=cols < F, other=0.0).to(gl.float32)[None, :]
-    if KEEP:
-        _store(z, kept, row, col, buffer)
-    if SILU or q_cos_ptr is not None or k_cos_ptr is not None:
-        # Of the rounded z, kept or not: the backward pass, which has no other, sees the same.
-        z = z.to(y.dtype).to(gl.float32)
-    if SILU:
-        # silu(z) = h + h * tanh(h) with h = z / 2: one special-function instruction.
-        half = z * 0.5
-        tanh = gl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=gl.float32, is_pure=True, pack=1
-        )
-        z = gl.where((cols < silu_columns)[None, :], gl.fma(half, tanh, half), z)
-    if q_cos_ptr is not None:
-        z = turn(z, row, col, L, q_cos_ptr, q_sin_ptr, q_first, H, K, PER_HEAD, LAYOUT)
-    if k_cos_ptr is not None:
-        z = turn(z, row, col, L, k_cos_ptr, k_sin_ptr, k_first, H, K, PER_HEAD, LAYOUT)
-    if HAS_RESIDUAL:
-        # It came into the buffer that the result leaves from.
-        mbarrier.wait(arrived, phase)
-        z += buffer.load(LAYOUT).to(gl.float32)
-        buffer.store(z.to(y.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(y, [row, col], buffer)
-    else:
-        _store(z, y, row, col, buffer)
 
 
 @gluon.jit
@@ -209,7 +156,7 @@ def _consume(
         total = warpgroup_mma_wait(0, deps=[z])
         mbarrier.arrive(empty.index((step - 1) % STAGES))
         if HALVES == 1:
-            _epilogue(
+            epilogue(
                 total, row, col, bias_ptr, x_scale_ptr, weight_scale_ptr, y, kept,
                 buffers.index(GROUP_INDEX * BUFFERS), residual_full.index(GROUP_INDEX), turn & 1,
                 L, F, silu_columns, q_cos_ptr, q_sin_ptr, q_first, k_cos_ptr, k_sin_ptr, k_first,
@@ -219,7 +166,7 @@ def _consume(
         else:
             pairs = total.reshape((ROWS, 2, STORE_F)).permute((0, 2, 1))
             left, right = pairs.split()
-            _epilogue(
+            epilogue(
                 gl.convert_layout(left, STORE_LAYOUT), row, col, bias_ptr, x_scale_ptr,
                 weight_scale_ptr, y, kept,
                 buffers.index(GROUP_INDEX * BUFFERS), residual_full.index(GROUP_INDEX), turn & 1,
@@ -227,7 +174,7 @@ def _consume(
                 H, K, PER_HEAD, STORE_LAYOUT, ROWS, STORE_F,
                 HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, SILU, KEEP,
             )  # fmt: skip
-            _epilogue(
+            epilogue(
                 gl.convert_layout(right, STORE_LAYOUT), row, col + STORE_F, bias_ptr, x_scale_ptr,
                 weight_scale_ptr, y, kept, buffers.index(GROUP_INDEX * BUFFERS + BUFFERS - 1),
                 residual_full.index(GROUP_INDEX), turn & 1,
