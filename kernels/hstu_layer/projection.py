@@ -22,7 +22,7 @@ from kernels.linear import (
     linear_fp8_forward,
     linear_fp8_wgrad,
 )
-from kernels.linear.fp8 import why_not_hopper as why_not_hopper_fp8
+from kernels.linear.fp8_registered import why_not_hopper as why_not_hopper_fp8
 from kernels.linear.op import why_not_hopper
 from kernels.quantize import QuantizedRows, quantize_rows
 from kernels.rotary.columns import Turn, deinterleave, interleave

@@ -24,21 +24,21 @@ from torch import Tensor
 
 from kernels.dispatch import Impl, is_hopper, resolve
 from kernels.linear import reference
-from kernels.linear.op import check_linear, fits_tma, rows_of, silu_columns_of
+from kernels.linear.fp8_registered import (
+    resolve_fp8,
+    rowwise,
+    run_forward,
+    run_product,
+    run_silu_backward,
+    run_silu_backward_transposed,
+)
+from kernels.linear.op import check_linear, silu_columns_of
+from kernels.linear.weight import QuantizedWeight, quantize_weight
 from kernels.quantize import QuantizedRows, quantize_rows, transpose_rows
 from kernels.quantize.op import check_triton_rows
 from kernels.quantize.reference import padded_tokens
 
 Wgrad = Literal["auto", "fold", "bf16"]
-
-
-class QuantizedWeight(NamedTuple):
-    """A weight (F, D) in fp8 twice, for the two products that read it: made once a step."""
-
-    rows: QuantizedRows
-    """Of the weight: values (F, D), a scale for each of its rows."""
-    columns: QuantizedRows
-    """Of its transpose: values (D, F), a scale for each of its columns."""
 
 
 class SiluBackwardFp8(NamedTuple):
@@ -52,22 +52,6 @@ class SiluBackwardFp8(NamedTuple):
     """(F,) float32: the sum of dz over tokens."""
     transposed: Tensor | None
     """transpose_rows(rows.values), if it was asked for."""
-
-
-def quantize_weight(weight_FD: Tensor, *, impl: Impl | str = Impl.AUTO) -> QuantizedWeight:
-    """Return a weight in fp8, by rows and by columns; once a step will do. Not differentiable.
-
-    Args:
-        weight_FD: (F, D) float32, float16 or bfloat16.
-        impl: which implementation runs. All give the same bits.
-
-    Raises:
-        ValueError: as quantize_rows.
-    """
-    weight_FD = weight_FD.detach()
-    return QuantizedWeight(
-        quantize_rows(weight_FD, impl=impl), quantize_rows(weight_FD.T, impl=impl)
-    )
 
 
 def linear_fp8(
@@ -113,7 +97,7 @@ def linear_fp8(
     if wgrad not in ("auto", "fold", "bf16"):
         raise ValueError(f"wgrad must be auto, fold or bf16, got {wgrad!r}")
     if quantized is None:
-        chosen = _resolve(impl, x_LD, F, D, x_LD.dtype, residual_LF)
+        chosen = resolve_fp8(impl, x_LD, F, D, x_LD.dtype, residual_LF)
         rowwise = "reference" if chosen is Impl.REFERENCE else "triton"
         quantized = quantize_weight(weight_FD, impl=rowwise)
     elif quantized.rows.values.shape != (F, D) or quantized.columns.values.shape != (D, F):
@@ -183,14 +167,14 @@ def linear_fp8_forward(
     F, D = weight.values.shape
     if x.values.shape[1] != D:
         raise ValueError(f"x must have rows of {D} as weight has, got {x.values.shape[1]}")
-    chosen = _resolve(impl, x.values, F, D, dtype, residual_LF)
+    chosen = resolve_fp8(impl, x.values, F, D, dtype, residual_LF)
     if chosen is Impl.REFERENCE:
         return reference.linear_fp8(x, weight, bias_F, residual_LF, silu_columns, keep, dtype)
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(
             f"the kernels store float16 or bfloat16, got {dtype}: use impl='reference'"
         )
-    y, z = _forward(
+    y, z = run_forward(
         *x, *weight, bias_F, residual_LF, silu_columns, keep, dtype, chosen is Impl.HOPPER
     )
     return y, z if keep else None
@@ -223,7 +207,7 @@ def silu_backward_fp8(
     """
     if silu_columns > 0 and z_LF is None:
         raise ValueError(f"silu_columns={silu_columns} needs z, got None")
-    if resolve(_rowwise(impl), dy_LF) is Impl.REFERENCE:
+    if resolve(rowwise(impl), dy_LF) is Impl.REFERENCE:
         dz = reference.silu_backward(dy_LF, z_LF, silu_columns)
         rows = quantize_rows(dz, impl=Impl.REFERENCE)
         return SiluBackwardFp8(
@@ -244,9 +228,9 @@ def silu_backward_fp8(
         and F <= MAX_TRANSPOSED
     )
     if transpose and at_once:
-        q, scale, q_FL, dbias = _silu_backward_transposed(dy_LF, z_LF, silu_columns)
+        q, scale, q_FL, dbias = run_silu_backward_transposed(dy_LF, z_LF, silu_columns)
         return SiluBackwardFp8(QuantizedRows(q, scale), None, dbias, q_FL)
-    q, scale, dz, dbias = _silu_backward(dy_LF, z_LF, silu_columns, keep)
+    q, scale, dz, dbias = run_silu_backward(dy_LF, z_LF, silu_columns, keep)
     return SiluBackwardFp8(
         QuantizedRows(q, scale),
         dz if keep else None,
@@ -283,13 +267,13 @@ def linear_fp8_dgrad(
         ValueError: if an explicit impl cannot run.
     """
     D, F = weight.values.shape
-    chosen = _resolve(impl, dz.values, D, F, dtype, None)
+    chosen = resolve_fp8(impl, dz.values, D, F, dtype, None)
     if chosen is Impl.REFERENCE:
         return reference.linear_fp8(dz, weight, None, None, 0, False, dtype)[0]
     if not promote:
         return linear_fp8_forward(dz, weight, dtype=dtype, impl=impl)[0]
     operands = (dz.values, weight.values, dz.scale, weight.scale)
-    dx: Tensor = _product(*operands, dtype, chosen is Impl.HOPPER)
+    dx: Tensor = run_product(*operands, dtype, chosen is Impl.HOPPER)
     return dx
 
 
@@ -316,7 +300,7 @@ def linear_fp8_wgrad(
         raise ValueError(f"x must have {L} rows as dz has, got {x.values.shape[0]}")
     if L == 0:
         return dz.scale.new_zeros(F, D)
-    chosen = _resolve(impl, dz.values, D, 16, torch.float32, None)
+    chosen = resolve_fp8(impl, dz.values, D, 16, torch.float32, None)
     token_L = dz.scale * x.scale
     top = token_L.amax()
     rowwise = "reference" if chosen is Impl.REFERENCE else "triton"
@@ -329,33 +313,8 @@ def linear_fp8_wgrad(
     x_DL = transpose_rows(x.values, token_L / top, impl=rowwise)
     if chosen is Impl.REFERENCE:
         return (dz_FL.to(torch.float32) @ x_DL.to(torch.float32).T) * top
-    found: Tensor = _product(dz_FL, x_DL, None, None, torch.float32, chosen is Impl.HOPPER)
+    found: Tensor = run_product(dz_FL, x_DL, None, None, torch.float32, chosen is Impl.HOPPER)
     return found * top
-
-
-def _resolve(
-    impl: Impl | str, x: Tensor, F: int, D: int, dtype: torch.dtype, residual: Tensor | None
-) -> Impl:
-    return resolve(impl, x, not_hopper=why_not_hopper(F, D, dtype, residual))
-
-
-def why_not_hopper(F: int, D: int, dtype: torch.dtype, residual: Tensor | None) -> str:
-    """Return why the Hopper kernels cannot multiply by an (F, D) weight; empty if they can."""
-    if D % 16 or F % 8:
-        return f"columns must be multiples of 16 and rows of the weight of 8, got {D} and {F}"
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"the result must be float16 or bfloat16, got {dtype}"
-    if residual is not None and not fits_tma(residual):
-        return f"rows of the residual must begin at multiples of 16 bytes, got {residual.stride()}"
-    return ""
-
-
-def _rowwise(impl: Impl | str) -> str:
-    """Return the implementation of row-wise operators, which have no Hopper kernel of their own.
-
-    As a string: torch.compile cannot make a member of Impl from another.
-    """
-    return "triton" if impl == "hopper" else str(impl)
 
 
 class _LinearFp8(torch.autograd.Function):
@@ -376,7 +335,7 @@ class _LinearFp8(torch.autograd.Function):
         wgrad: str,
         impl: str,
     ) -> Tensor:
-        rows = quantize_rows(x, impl=_rowwise(impl))
+        rows = quantize_rows(x, impl=rowwise(impl))
         learns = any(ctx.needs_input_grad[:3])
         y, z = linear_fp8_forward(
             rows,
@@ -424,125 +383,3 @@ class _LinearFp8(torch.autograd.Function):
             dweight = None if dweight is None else dweight.to(weight_dtype)
             dbias = dz.dbias.to(ctx.bias_dtype) if wants_bias else None
         return (dx, dweight, dbias, dy if wants_residual else None, *[None] * 7)
-
-
-@torch.library.custom_op("gr::linear_fp8", mutates_args=())
-def _forward(
-    x: Tensor,
-    x_scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    silu_columns: int,
-    keep: bool,
-    dtype: torch.dtype,
-    hopper: bool,
-) -> tuple[Tensor, Tensor]:
-    if hopper:
-        from kernels.linear._hopper import linear_fwd
-    else:
-        from kernels.linear._triton import linear_fwd
-    return linear_fwd(
-        rows_of(x),
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        None if residual is None else rows_of(residual),
-        silu_columns,
-        keep,
-        scales=(x_scale.contiguous(), weight_scale.contiguous()),
-        dtype=dtype,
-    )
-
-
-@_forward.register_fake
-def _(
-    x: Tensor,
-    x_scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    silu_columns: int,
-    keep: bool,
-    dtype: torch.dtype,
-    hopper: bool,
-) -> tuple[Tensor, Tensor]:
-    L, F = x.shape[0], weight.shape[0]
-    return x.new_empty(L, F, dtype=dtype), x.new_empty(L if keep else 0, F, dtype=dtype)
-
-
-@torch.library.custom_op("gr::product_fp8", mutates_args=())
-def _product(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor | None,
-    b_scale: Tensor | None,
-    dtype: torch.dtype,
-    hopper: bool,
-) -> Tensor:
-    scales = None
-    if a_scale is not None and b_scale is not None:
-        scales = (a_scale.contiguous(), b_scale.contiguous())
-    if hopper:
-        from kernels.linear._hopper.product_fp8 import fp8_product
-
-        return fp8_product(a.contiguous(), b.contiguous(), scales, dtype)
-    from kernels.linear._triton import linear_fwd
-
-    operands = (a.contiguous(), b.contiguous())
-    return linear_fwd(*operands, None, None, 0, False, scales=scales, dtype=dtype, promote=True)[0]
-
-
-@_product.register_fake
-def _(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor | None,
-    b_scale: Tensor | None,
-    dtype: torch.dtype,
-    hopper: bool,
-) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
-
-
-@torch.library.custom_op("gr::silu_bwd_fp8", mutates_args=())
-def _silu_backward(
-    dy: Tensor, z: Tensor | None, silu_columns: int, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from kernels.linear._triton.silu_fp8 import silu_bwd_fp8
-
-    return silu_bwd_fp8(rows_of(dy), None if z is None else z.contiguous(), silu_columns, keep)
-
-
-@_silu_backward.register_fake
-def _(
-    dy: Tensor, z: Tensor | None, silu_columns: int, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    L, F = dy.shape
-    return (
-        dy.new_empty(L, F, dtype=torch.float8_e4m3fn),
-        dy.new_empty(L, dtype=torch.float32),
-        dy.new_empty(L if keep else 0, F),
-        dy.new_empty(F, dtype=torch.float32),
-    )
-
-
-@torch.library.custom_op("gr::silu_bwd_fp8_transposed", mutates_args=())
-def _silu_backward_transposed(
-    dy: Tensor, z: Tensor, silu_columns: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from kernels.linear._hopper.silu_fp8 import silu_bwd_fp8_transposed
-
-    return silu_bwd_fp8_transposed(rows_of(dy), z.contiguous(), silu_columns)
-
-
-@_silu_backward_transposed.register_fake
-def _(dy: Tensor, z: Tensor | None, silu_columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    L, F = dy.shape
-    return (
-        dy.new_empty(L, F, dtype=torch.float8_e4m3fn),
-        dy.new_empty(L, dtype=torch.float32),
-        dy.new_empty(F, padded_tokens(L), dtype=torch.float8_e4m3fn),
-        dy.new_empty(F, dtype=torch.float32),
-    )

@@ -1,16 +1,4 @@
-"""Gated norm, one pass forward and one backward.
-
-Forward:  xh = (x - mean) * rstd,  n = xh * w + b,  out = keep * [u, x,] n * u / (1 - dropout)
-Backward: n is computed again from x, mean and rstd; what dropout kept, from the seed.
-          du = dy * n [+ dout_u],  g = dy * u * w
-          dx = rstd * (g - mean(g) - xh * mean(g * xh)) [+ dout_x]
-          dw = sum(dy * u * xh),  db = sum(dy * u)
-          out is written again where it is asked for: all that it is made of is at hand.
-          In a layer u is silu(z): from z the kernel makes u and, of du, du * silu'(z).
-
-L rows of C = G * V channels; a program owns one group (axis 1 of the grid), so that the sums of its
-weights stay in registers. Sums over rows as in layer_norm: partial rows, added in a fixed order.
-"""
+"""Backward pass of the gated norm: the formulas are in __init__.py."""
 
 import torch
 import triton
@@ -18,8 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.fp8 import quantize_tile
-from kernels._triton.rows import backward_tile, forward_tile, num_programs
+from kernels._triton.rows import backward_tile, num_programs
 from kernels._triton.silu import is_fast, silu, silu_derivative
+from kernels.norm_gate._triton.output import dropped, make_row_keys, store_out
 from kernels.quantize import QuantizedRows
 
 STAGES = 2
@@ -27,125 +16,6 @@ STAGES = 2
 0.484 and 0.945 ms at C = 512, 1024 and 2048; with 1 stage 0.276, 0.492 and 0.966, with 3 (more
 registers than two programs have) 0.268, 0.488 and 0.964. Forms that do more keep 1: with 2 they
 need 170 registers, and one program a processor would fit."""
-
-
-@triton.jit
-def _mix(x):
-    x ^= x >> 16
-    x *= 0x7FEB352D
-    x ^= x >> 15
-    x *= 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _row_keys(seed_ptr, rows):
-    seed = tl.load(seed_ptr)
-    low = seed.to(tl.uint32)
-    high = (seed >> 32).to(tl.uint32)
-    return _mix(_mix(low + rows.to(tl.uint32) * 0x9E3779B9) ^ high)
-
-
-@triton.jit
-def _dropped(y, row_keys, channels, threshold, scale):
-    """Return y / (1 - dropout) where it is kept, else 0: kept() in reference.py."""
-    drawn = _mix(row_keys[:, None] ^ (channels.to(tl.uint32) * 0x85EBCA6B)[None, :]) >> 8
-    return tl.where(drawn.to(tl.int32) >= threshold, y * scale, 0.0)
-
-
-@triton.jit
-def _store_out(
-    out,
-    u,
-    x,
-    y,
-    row_keys,
-    channels,
-    mask,
-    threshold,
-    scale,
-    C: tl.constexpr,
-    CONCAT: tl.constexpr,
-    DROPOUT: tl.constexpr,
-):
-    """Write y, or u, x and y side by side, after dropout; `out` points at the first."""
-    dtype: tl.constexpr = out.dtype.element_ty
-    if CONCAT:
-        if DROPOUT:
-            u = _dropped(u, row_keys, channels, threshold, scale)
-            x = _dropped(x, row_keys, channels + C, threshold, scale)
-        tl.store(out, u.to(dtype), mask=mask)
-        tl.store(out + C, x.to(dtype), mask=mask)
-        out += 2 * C
-        channels += 2 * C
-    if DROPOUT:
-        y = _dropped(y, row_keys, channels, threshold, scale)
-    tl.store(out, y.to(dtype), mask=mask)
-
-
-@triton.jit
-def _norm_gate_fwd_kernel(
-    x_ptr,
-    u_ptr,
-    weight_ptr,
-    bias_ptr,
-    seed_ptr,
-    out_ptr,
-    q_ptr,
-    q_scale_ptr,
-    mean_ptr,
-    rstd_ptr,
-    L,
-    stride_x,
-    stride_u,
-    eps,
-    threshold,
-    scale,
-    C: tl.constexpr,
-    V: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    CONCAT: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    KEEP: tl.constexpr,
-    QUANTIZE: tl.constexpr,
-):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    group = tl.program_id(1)
-    cols = tl.arange(0, BLOCK_V)
-    channels = group * V + cols
-    mask = (rows < L)[:, None] & (cols < V)[None, :]
-    x = tl.load(x_ptr + rows[:, None] * stride_x + channels[None, :], mask=mask, other=0.0)
-    u = tl.load(u_ptr + rows[:, None] * stride_u + channels[None, :], mask=mask, other=0.0)
-    x = x.to(tl.float32)
-    u = u.to(tl.float32)
-    mean = tl.sum(x, 1) / V
-    centred = tl.where(mask, x - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / V + eps)
-    y = centred * rstd[:, None]
-    if HAS_WEIGHT:
-        y *= tl.load(weight_ptr + channels, mask=cols < V, other=0.0).to(tl.float32)[None, :]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + channels, mask=cols < V, other=0.0).to(tl.float32)[None, :]
-    y *= u
-
-    per_group = rows * (C // V) + group
-    tl.store(mean_ptr + per_group, mean, mask=rows < L)
-    tl.store(rstd_ptr + per_group, rstd, mask=rows < L)
-    keys = rows.to(tl.uint32)
-    if DROPOUT:
-        keys = _row_keys(seed_ptr, rows)
-    if KEEP:
-        out = out_ptr + rows[:, None] * (3 * C if CONCAT else C) + channels[None, :]
-        _store_out(out, u, x, y, keys, channels, mask, threshold, scale, C, CONCAT, DROPOUT)
-    if QUANTIZE:
-        if DROPOUT:
-            y = _dropped(y, keys, channels, threshold, scale)
-        q, q_scale = quantize_tile(y)
-        tl.store(q_ptr + rows[:, None] * C + channels[None, :], q, mask=mask)
-        tl.store(q_scale_ptr + rows, q_scale, mask=rows < L)
 
 
 @triton.jit
@@ -211,13 +81,13 @@ def _norm_gate_bwd_kernel(
             dy = tl.load(dout_ptr + offs_dout, mask=mask, other=0.0).to(tl.float32)
         keys = rows.to(tl.uint32)
         if DROPOUT:
-            keys = _row_keys(seed_ptr, rows)
+            keys = make_row_keys(seed_ptr, rows)
             if CONCAT:
-                du = _dropped(du, keys, channels, threshold, scale)
-                dx = _dropped(dx, keys, channels + C, threshold, scale)
-                dy = _dropped(dy, keys, channels + 2 * C, threshold, scale)
+                du = dropped(du, keys, channels, threshold, scale)
+                dx = dropped(dx, keys, channels + C, threshold, scale)
+                dy = dropped(dy, keys, channels + 2 * C, threshold, scale)
             else:
-                dy = _dropped(dy, keys, channels, threshold, scale)
+                dy = dropped(dy, keys, channels, threshold, scale)
         x = tl.load(x_ptr + rows[:, None] * stride_x + channels[None, :], mask=mask, other=0.0)
         u = tl.load(u_ptr + rows[:, None] * stride_u + channels[None, :], mask=mask, other=0.0)
         x = x.to(tl.float32)
@@ -257,11 +127,11 @@ def _norm_gate_bwd_kernel(
         if out_ptr is not None:
             y = n * u
             out = out_ptr + rows[:, None] * (3 * C if CONCAT else C) + channels[None, :]
-            _store_out(out, u, x, y, keys, channels, mask, threshold, scale, C, CONCAT, DROPOUT)
+            store_out(out, u, x, y, keys, channels, mask, threshold, scale, C, CONCAT, DROPOUT)
         if q_ptr is not None:
             y = n * u
             if DROPOUT:
-                y = _dropped(y, keys, channels, threshold, scale)
+                y = dropped(y, keys, channels, threshold, scale)
             q, q_scale = quantize_tile(y)
             tl.store(q_ptr + offs, q, mask=mask)
             tl.store(q_scale_ptr + rows, q_scale, mask=rows < L)
@@ -272,97 +142,6 @@ def _norm_gate_bwd_kernel(
         tl.store(dbias_ptr + offs_sum, tl.sum(dbias, 0), mask=cols < V)
     if du_sum_ptr is not None:
         tl.store(du_sum_ptr + offs_sum, tl.sum(du_sum, 0), mask=cols < V)
-
-
-def norm_gate_fwd(
-    x: Tensor,
-    u: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    num_groups: int,
-    eps: float,
-    concat: bool,
-    dropout: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return out (L, C or 3 C), mean and rstd (L, G) float32. x and u may have any row stride."""
-    L, C = x.shape
-    out = x.new_empty(L, 3 * C if concat else C)
-    vectors = (weight, bias, seed)
-    return out, *_forward(x, u, *vectors, out, None, None, num_groups, eps, concat, dropout)
-
-
-def norm_gate_fp8_fwd(
-    x: Tensor,
-    u: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    eps: float,
-    dropout: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return q and scale of out, out (empty unless `keep`), mean and rstd (L, 1); of one group."""
-    L, C = x.shape
-    q = x.new_empty(L, C, dtype=torch.float8_e4m3fn)
-    scale = x.new_empty(L, dtype=torch.float32)
-    out = x.new_empty(L if keep else 0, C)
-    targets = (out if keep else None, q, scale)
-    mean, rstd = _forward(x, u, weight, bias, seed, *targets, 1, eps, False, dropout)
-    return q, scale, out, mean, rstd
-
-
-def _forward(
-    x: Tensor,
-    u: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor | None,
-    q: Tensor | None,
-    scale: Tensor | None,
-    num_groups: int,
-    eps: float,
-    concat: bool,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:
-    """Fill out, or q and scale, or all of them; return mean and rstd."""
-    L, C = x.shape
-    V = C // num_groups
-    mean, rstd = (x.new_empty(L, num_groups, dtype=torch.float32) for _ in range(2))
-    if L == 0:
-        return mean, rstd
-    rows, columns, warps = forward_tile(V)
-    _norm_gate_fwd_kernel[(triton.cdiv(L, rows), num_groups)](
-        x,
-        u,
-        weight,
-        bias,
-        seed,
-        out,
-        q,
-        scale,
-        mean,
-        rstd,
-        L,
-        x.stride(0),
-        u.stride(0),
-        eps,
-        round(dropout * 2**24),
-        1 / (1 - dropout),
-        C=C,
-        V=V,
-        ROWS=rows,
-        BLOCK_V=columns,
-        HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None,
-        CONCAT=concat,
-        DROPOUT=dropout > 0,
-        KEEP=out is not None,
-        QUANTIZE=q is not None,
-        num_warps=warps,
-    )
-    return mean, rstd
 
 
 def norm_gate_bwd(
