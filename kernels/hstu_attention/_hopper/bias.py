@@ -181,6 +181,18 @@ def load_span(span_ptr, start, b, first):
 
 
 @gluon.jit
+def _log2(x):
+    """Logarithm of 1 .. 2^31 by the special-function unit: off by less than 2e-5.
+
+    The exact one takes 30 operations of every thread, a tenth of what a tile of the forward pass
+    takes.
+    """
+    return gl.inline_asm_elementwise(
+        "lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def tile_buckets(
     row_first, row_last, closest, col_span_ptr, start, b, col_first, NUM_BUCKETS: gl.constexpr
 ):  # fmt: skip
@@ -193,9 +205,9 @@ def tile_buckets(
     least = gl.maximum(gl.maximum(row_first - col_last, col_first - row_last), closest)
     least = gl.maximum(least, 1)
     most = gl.maximum(gl.maximum(row_last - col_first, col_last - row_first), 1)
-    # The float32 logarithm is off by less than 3e-5 buckets.
-    low = gl.log2(least.to(gl.float32)) * BUCKETS_PER_OCTAVE - 2e-4
-    high = gl.log2(most.to(gl.float32)) * BUCKETS_PER_OCTAVE + 2e-4
+    # The logarithms are off by less than 5e-5 buckets, and so may the thresholds be.
+    low = _log2(least.to(gl.float32)) * BUCKETS_PER_OCTAVE - 2e-4
+    high = _log2(most.to(gl.float32)) * BUCKETS_PER_OCTAVE + 2e-4
     low = gl.minimum(gl.maximum(low, 0.0), NUM_BUCKETS).to(gl.int32)
     return low, gl.minimum(high, NUM_BUCKETS).to(gl.int32)
 
