@@ -61,6 +61,13 @@ def test_equals_the_reference_in_half_precision(options, lengths):
     check(Layer(lengths, tails, [0] * len(lengths), **options), torch.float16, DEVICE)
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize(("dtype", "has_tail"), [(torch.float16, True), (torch.float32, False)])
+def test_turns_heads_of_any_even_dim(dtype, has_tail, device):
+    shape = {"num_heads": 3, "qk_dim": 20, "angles": "by_head", "has_tail": has_tail}
+    check(Layer([17, 0, 5], [3, 0, 5], [0, 0, 2], **shape), dtype, device)
+
+
 @pytest.mark.gpu
 @cases
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

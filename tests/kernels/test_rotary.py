@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.rotary import Rotation, rotary
+from kernels.rotary.columns import deinterleave, interleave
 from kernels.rotary.op import _rotary
 from tests.checks import assert_within_reference_error
 from tests.kernels.evaluate import double, outputs_and_gradients
@@ -121,3 +122,12 @@ def test_wrong_input(change, message):
     x, angle, _ = make(5, 2, 8, torch.float32, "cpu")
     with pytest.raises(ValueError, match=message):
         rotary(*change(x, Rotation(*(part.float() for part in Rotation.of(angle)))))
+
+
+@given(st.integers(0, 3), st.integers(1, 4), st.integers(1, 5))
+def test_pairs_side_by_side(rows, heads, pairs):
+    x = torch.arange(rows * heads * 2 * pairs).view(rows, heads * 2 * pairs)
+    moved = interleave(x, heads)
+    halves = x.view(rows, heads, 2, pairs)
+    assert torch.equal(moved.view(rows, heads, pairs, 2), torch.stack(halves.unbind(2), -1))
+    assert torch.equal(deinterleave(moved, heads), x)
