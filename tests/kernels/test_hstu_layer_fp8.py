@@ -33,7 +33,7 @@ CASES = [
         "fp8_wgrad": "fold",
         "has_tail": True,
         "activate": "u_only",
-        "angles": "shared",
+        "angles": "by_head",
     },
     {"fp8": PRODUCTS, "fp8_wgrad": "fold", "dropout": 0.3, "uvqk_bias": False, "angles": "shared"},
     {"fp8": PRODUCTS, "fp8_wgrad": "fold", "concat_ua": True, "norm": "group", "recompute": ()},

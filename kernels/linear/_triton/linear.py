@@ -265,7 +265,8 @@ def linear_fwd(
     if L == 0:
         return y, kept
     tma = all(_fits_tma(tensor) for tensor in (x, weight, residual, y, kept) if tensor is not None)
-    block_l, block_f, block_d, warps, stages = _tile(F, residual is not None, tma, promote)
+    needs_room = residual is not None or turns != (None, None)
+    block_l, block_f, block_d, warps, stages = _tile(F, needs_room, tma, promote)
     block_d *= 2 // x.element_size()
     half = block_f // 2
 
@@ -361,17 +362,18 @@ def silu_bwd(dy: Tensor, z: Tensor, silu_columns: int) -> tuple[Tensor, Tensor]:
     return dz, dbias.sum(0)
 
 
-def _tile(F: int, has_residual: bool, tma: bool, promote: bool) -> tuple[int, int, int, int, int]:
+def _tile(F: int, needs_room: bool, tma: bool, promote: bool) -> tuple[int, int, int, int, int]:
     """Return (rows, columns, depth, warps, stages) of a tile.
 
     128 x 256 x 64 was fastest on one H100 at D from 512 to 2048; a residual tile takes the room of
-    one stage. Addresses without TMA take registers: a small tile; so does a second sum.
+    one stage, and so do angles on their way to the threads that turn. Addresses without TMA take
+    registers: a small tile; so does a second sum.
     """
     if not tma:
         return 64, 128, 32, 8, 2
     if F <= 128 or promote:
         return 128, 128, 64, 8, 3
-    return 128, 256, 64, 8, 3 if has_residual else 4
+    return 128, 256, 64, 8, 3 if needs_room else 4
 
 
 def _fits_tma(tensor: Tensor) -> bool:
