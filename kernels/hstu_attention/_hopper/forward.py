@@ -121,7 +121,9 @@ def _bias(
         )
         key_times = key_time_ptr + key_start
     bias = position_bias(position_ptr, row_first, row, key_first, col, history, -1, CANDIDATES)
-    return add_time_bias(bias, query_time, key_times, col, low, high, time_ptr, threshold_ptr)
+    return add_time_bias(
+        bias, query_time, key_times, col, low, high, closest, time_ptr, threshold_ptr, False
+    )
 
 
 @gluon.jit
