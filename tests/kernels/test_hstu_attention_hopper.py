@@ -46,20 +46,6 @@ def test_masks(mask, bias):
 
 
 @pytest.mark.gpu
-@deterministic
-@pytest.mark.parametrize("wait", [0, 7200])
-def test_times_in_order(wait, deterministic):
-    """As in a log: no key is younger than a query that sees it; some are as old."""
-    options = {"bias": "position_time", "time_buckets": 40, "qk_dim": 64, "v_dim": 64}
-    case = Case([300, 1, 0, 200], candidates=[20, 1, 0, 0], **options)
-    L = sum(case.lengths)
-    torch.manual_seed(0)
-    case.key_time = (torch.randint(0, 90_000, (L,)) * torch.randint(0, 2, (L,))).cumsum(0)
-    case.query_time = case.key_time + wait + torch.randint(0, 2, (L,)) * 500
-    check(case, torch.bfloat16, "cuda", "hopper", deterministic=deterministic)
-
-
-@pytest.mark.gpu
 @settings(max_examples=15, deadline=None)
 @given(
     lengths=st.lists(st.sampled_from(BLOCK_EDGES) | st.integers(0, 700), max_size=6),

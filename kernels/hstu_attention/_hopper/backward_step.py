@@ -81,7 +81,7 @@ def backward_step(
             position_ptr, key_first, col, length - q_len + query_first, row, history, 1, CANDIDATES
         )
         bias = add_time_bias(
-            bias, key_time, query_times, row, low, high, closest, time_ptr, threshold_ptr, True
+            bias, key_time, query_times, row, low, high, time_ptr, threshold_ptr
         )  # fmt: skip
     mbarrier.wait(q_full.index(stage), (it // STAGES) & 1)
     product = warpgroup_mma(
@@ -144,7 +144,7 @@ def backward_step(
         add_bias_grad(
             dscore, position_grad_ptr, time_grad_ptr, key_first, col,
             length - q_len + query_first, row, history, key_time, query_times,
-            low, high, closest, threshold_ptr, CANDIDATES,
+            low, high, threshold_ptr, CANDIDATES,
         )  # fmt: skip
     if QUERY_GRAD and not FIRST:
         mbarrier.wait(ds_full.index(old), ((it - 1) >> 1) & 1)

@@ -47,7 +47,7 @@ class BiasInputs(NamedTuple):
     """int32 pairs: of query rows i * SPAN .. of sequence b, at q_offsets[b] // SPAN + b + i."""
     key_span: Tensor | None = None
     closest: Tensor | None = None
-    """(B,) int32: no query sees a key that is nearer in time, or younger; -1 where one may."""
+    """(B,) int32: no query is nearer in time to a key that it sees, or 0."""
 
 
 def bias_inputs(structure: Structure) -> BiasInputs:
@@ -130,8 +130,8 @@ def _relative_times_kernel(
             own = tl.minimum(tl.maximum(own, -LIMIT), LIMIT)
             since = tl.minimum(tl.maximum(time, -LIMIT), LIMIT) - own
             closest = tl.minimum(closest, tl.where(asked, since, LIMIT))
-            closest = tl.where(in_order, closest, -1)
-        tl.store(closest_ptr + b, tl.maximum(tl.min(closest, 0), -1).to(tl.int32))
+            closest = tl.where(in_order, closest, 0)
+        tl.store(closest_ptr + b, tl.maximum(tl.min(closest, 0), 0).to(tl.int32))
 
 
 def relative_times(structure: Structure) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -166,9 +166,9 @@ def _thresholds(num_buckets: int, device: torch.device) -> Tensor:
 
 @gluon.jit
 def load_closest(closest_ptr, b, CONTEXT: gl.constexpr):
-    """Return a bound on the time differences of visible pairs, -1 if keys may be younger."""
+    """Return a bound on the time differences of visible pairs: every one counts."""
     if CONTEXT > 0:  # contextual rows see keys that follow
-        return -1
+        return 0
     else:
         return gl.load(closest_ptr + b)
 
@@ -178,18 +178,6 @@ def load_span(span_ptr, start, b, first):
     """Return the smallest and the largest time of the rows first .. first + 63 of a sequence."""
     at = span_ptr + 2 * (start // 64 + b + first // 64)
     return gl.load(at), gl.load(at + 1)
-
-
-@gluon.jit
-def _log2(x):
-    """Logarithm of 1 .. 2^31 by the special-function unit: off by less than 2e-5.
-
-    The exact one takes 30 operations of every thread, a tenth of what a tile of the forward pass
-    takes.
-    """
-    return gl.inline_asm_elementwise(
-        "lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
 
 
 @gluon.jit
@@ -205,9 +193,9 @@ def tile_buckets(
     least = gl.maximum(gl.maximum(row_first - col_last, col_first - row_last), closest)
     least = gl.maximum(least, 1)
     most = gl.maximum(gl.maximum(row_last - col_first, col_last - row_first), 1)
-    # The logarithms are off by less than 5e-5 buckets, and so may the thresholds be.
-    low = _log2(least.to(gl.float32)) * BUCKETS_PER_OCTAVE - 2e-4
-    high = _log2(most.to(gl.float32)) * BUCKETS_PER_OCTAVE + 2e-4
+    # The float32 logarithm is off by less than 3e-5 buckets.
+    low = gl.log2(least.to(gl.float32)) * BUCKETS_PER_OCTAVE - 2e-4
+    high = gl.log2(most.to(gl.float32)) * BUCKETS_PER_OCTAVE + 2e-4
     low = gl.minimum(gl.maximum(low, 0.0), NUM_BUCKETS).to(gl.int32)
     return low, gl.minimum(high, NUM_BUCKETS).to(gl.int32)
 
@@ -296,30 +284,7 @@ def apart(row_time, col_time, seconds):
 
 
 @gluon.jit
-def older(row_time, col_time, seconds, OF_KEYS: gl.constexpr):
-    """Return what `apart` does, where no key is younger than the query that sees it.
-
-    Rows are keys and columns queries, or the other way round. One operation less.
-    """
-    if OF_KEYS:
-        bound = row_time + gl.minimum(seconds, 2**30 - row_time)
-        return col_time[None, :] >= bound[:, None]
-    else:
-        bound = row_time - gl.minimum(seconds, row_time + 2**30)
-        return col_time[None, :] <= bound[:, None]
-
-
-@gluon.jit
-def _add_step(bias, below, bucket, is_above, time_ptr):
-    above = gl.load(time_ptr + bucket + 1).to(gl.float32) * 0.5
-    return gl.where(is_above, bias + (above - below), bias), above
-
-
-@gluon.jit
-def add_time_bias(
-    bias, row_time, col_time_ptr, col, low, high, closest, time_ptr, threshold_ptr,
-    OF_KEYS: gl.constexpr,
-):  # fmt: skip
+def add_time_bias(bias, row_time, col_time_ptr, col, low, high, time_ptr, threshold_ptr):
     """Return `bias`, a tile, and half the bias by time; without one, `bias`.
 
     low and high bound the buckets of the tile; the times of columns, from col_time_ptr on, are
@@ -331,15 +296,11 @@ def add_time_bias(
         bias += below
         if low < high:
             col_time = load_columns(col_time_ptr, col, 1)
-            if closest >= 0:
-                for bucket in range(low, high):
-                    seconds = gl.load(threshold_ptr + bucket)
-                    is_above = older(row_time, col_time, seconds, OF_KEYS)
-                    bias, below = _add_step(bias, below, bucket, is_above, time_ptr)
-            else:
-                for bucket in range(low, high):
-                    is_above = apart(row_time, col_time, gl.load(threshold_ptr + bucket))
-                    bias, below = _add_step(bias, below, bucket, is_above, time_ptr)
+            for bucket in range(low, high):
+                above = gl.load(time_ptr + bucket + 1).to(gl.float32) * 0.5
+                is_above = apart(row_time, col_time, gl.load(threshold_ptr + bucket))
+                bias = gl.where(is_above, bias + (above - below), bias)
+                below = above
     return bias
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 
-from kernels.hstu_attention._hopper.bias import BEYOND, apart, load_columns, older
+from kernels.hstu_attention._hopper.bias import BEYOND, apart, load_columns
 from kernels.hstu_attention._hopper.launch import launch
 from kernels.hstu_attention.structure import Structure
 
@@ -77,14 +77,6 @@ def _warp_sums(x):
 
 
 @gluon.jit
-def _add_bucket(ptr, dscore, is_above, left):
-    """Add the sums of one bucket, of what is `left` above the one before, and return the rest."""
-    above = _warp_sums(gl.where(is_above, dscore, 0.0))
-    _add(ptr, left - above)
-    return above
-
-
-@gluon.jit
 def _add_diagonals(position_grad_ptr, dscore, row, col):
     address = position_grad_ptr + (col[None, :] - row[:, None])
     gl.inline_asm_elementwise(
@@ -96,21 +88,18 @@ def _add_diagonals(position_grad_ptr, dscore, row, col):
 @gluon.jit
 def add_bias_grad(
     dscore, position_grad_ptr, time_grad_ptr, row_first, row, col_first, col, history,
-    row_time, col_time_ptr, low, high, closest, threshold_ptr, CANDIDATES: gl.constexpr,
+    row_time, col_time_ptr, low, high, threshold_ptr, CANDIDATES: gl.constexpr,
 ):  # fmt: skip
     """Add dS of a tile, (64 keys, 64 queries) float32, by distance and by bucket."""
     if time_grad_ptr is not None:
         left = _warp_sums(dscore)
         if low < high:
             col_time = load_columns(col_time_ptr, col, 1)
-            if closest >= 0:
-                for bucket in range(low, high):
-                    is_above = older(row_time, col_time, gl.load(threshold_ptr + bucket), True)
-                    left = _add_bucket(time_grad_ptr + bucket, dscore, is_above, left)
-            else:
-                for bucket in range(low, high):
-                    is_above = apart(row_time, col_time, gl.load(threshold_ptr + bucket))
-                    left = _add_bucket(time_grad_ptr + bucket, dscore, is_above, left)
+            for bucket in range(low, high):
+                is_above = apart(row_time, col_time, gl.load(threshold_ptr + bucket))
+                above = _warp_sums(gl.where(is_above, dscore, 0.0))
+                _add(time_grad_ptr + bucket, left - above)
+                left = above
         _add(time_grad_ptr + high, left)
     if CANDIDATES:  # noqa: SIM102 (known at compile time, the other is not)
         if gl.maximum(row_first, col_first) + 63 >= history:  # candidates stand at its end

@@ -3,8 +3,7 @@
 A producer warp copies q, then blocks of k and v into a ring in shared memory. A consumer multiplies
 its queries with a block of keys, makes weights of the scores in registers, and multiplies these
 with the values. Wholly visible blocks are pipelined: the products of the next scores and of the
-present values run while weights are made, and the two consumers take turns in issuing them. Under a
-window, where few blocks are wholly visible, the others are too.
+present values run while weights are made, and the two consumers take turns in issuing them.
 
 Letters: B sequences, L keys, R queries, H heads, K dim of q and k, V dim of v.
 """
@@ -121,28 +120,7 @@ def _bias(
         )
         key_times = key_time_ptr + key_start
     bias = position_bias(position_ptr, row_first, row, key_first, col, history, -1, CANDIDATES)
-    return add_time_bias(
-        bias, query_time, key_times, col, low, high, closest, time_ptr, threshold_ptr, False
-    )
-
-
-@gluon.jit
-def _weights(
-    product, bias, half_alpha, row, col, length, history, is_masked, LAYOUT: gl.constexpr,
-    dtype: gl.constexpr, HAS_BIAS: gl.constexpr, CANDIDATES: gl.constexpr,
-    NUM_CONTEXT: gl.constexpr, CONTEXT: gl.constexpr, WINDOW: gl.constexpr,
-    GLOBAL_ROWS: gl.constexpr, GLOBAL_COLUMNS: gl.constexpr,
-):  # fmt: skip
-    """Return silu of a tile of scores, zero where it is hidden, as an operand of a product."""
-    half = half_score(product, half_alpha, bias, HAS_BIAS)
-    weight = gl.fma(half, tanh(half), half)
-    if is_masked:
-        seen = visible_to_rows(
-            row[:, None], col[None, :], length, history,
-            NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS, CANDIDATES,
-        )  # fmt: skip
-        weight = gl.where(seen, weight, 0.0)
-    return gl.convert_layout(weight.to(dtype), LAYOUT)
+    return add_time_bias(bias, query_time, key_times, col, low, high, time_ptr, threshold_ptr)
 
 
 @gluon.jit
@@ -197,12 +175,9 @@ def _consume(
         q = q_s.index(HALF)
         mbarrier.wait(q_full, 0)
 
-        PIPELINE_ALL: gl.constexpr = WINDOW >= 0
-        num_alone = num_part
-        if PIPELINE_ALL:
-            num_alone = 0
-        for i in range(num_alone):
+        for i in range(num_part):
             key_first = part_block(i, part0, m0, part1, m1, part2, m2, part3) * BLOCK_N
+            col = key_first + step
             stage = i % STAGES
             phase = (i // STAGES) & 1
             bias = _bias(
@@ -215,24 +190,24 @@ def _consume(
             product = warpgroup_mma(
                 q, k_s.index(stage).permute((1, 0)), no_score, use_acc=False, is_async=True
             )
+            seen = visible_to_rows(
+                row[:, None], col[None, :], length, history,
+                NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS, CANDIDATES,
+            )  # fmt: skip
             product = warpgroup_mma_wait(0, deps=[product])
             mbarrier.arrive(k_empty.index(stage))
-            weight = _weights(
-                product, bias, half_alpha, row, key_first + step, length, history, True,
-                weight_layout, dtype, HAS_BIAS, CANDIDATES,
-                NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
-            )  # fmt: skip
+            half = half_score(product, half_alpha, bias, HAS_BIAS)
+            weight = gl.where(seen, gl.fma(half, tanh(half), half), 0.0).to(dtype)
+            weight = gl.convert_layout(weight, weight_layout)
             mbarrier.wait(v_full.index(stage), phase)
             acc = warpgroup_mma(weight, v_s.index(stage), acc, is_async=True)
             acc = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[acc]))
             mbarrier.arrive(v_empty.index(stage))
 
-        if num_part + num_full > num_alone:
-            i = num_alone
+        if num_full > 0:
+            i = num_part
             stage = i % STAGES
-            key_first = full_block(num_alone - num_part, full0, n0, full1) * BLOCK_N
-            if PIPELINE_ALL and num_part > 0:
-                key_first = part_block(0, part0, m0, part1, m1, part2, m2, part3) * BLOCK_N
+            key_first = full_block(0, full0, n0, full1) * BLOCK_N
             bias = _bias(
                 no_score, row_begin + HALF * ROWS, row, key_first, key_first + step, b, key_start,
                 length, history, query_time, time_first, time_last, closest,
@@ -245,20 +220,15 @@ def _consume(
             )
             product = warpgroup_mma_wait(0, deps=[product])
             mbarrier.arrive(k_empty.index(stage))
-            weight = _weights(
-                product, bias, half_alpha, row, key_first + step, length, history,
-                PIPELINE_ALL and num_part > 0, weight_layout, dtype, HAS_BIAS, CANDIDATES,
-                NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
-            )  # fmt: skip
-            for i in range(num_alone + 1, num_part + num_full):
-                turns = i - num_alone - 1
+            half = half_score(product, half_alpha, bias, HAS_BIAS)
+            weight = gl.convert_layout(gl.fma(half, tanh(half), half).to(dtype), weight_layout)
+            for f in range(1, num_full):
+                i = num_part + f
                 stage = i % STAGES
                 last = (i - 1) % STAGES
-                key_first = full_block(i - num_part, full0, n0, full1) * BLOCK_N
-                if PIPELINE_ALL and i < num_part:
-                    key_first = part_block(i, part0, m0, part1, m1, part2, m2, part3) * BLOCK_N
+                key_first = full_block(f, full0, n0, full1) * BLOCK_N
                 mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
-                mbarrier.wait(turn.index(HALF), (turns & 1) ^ OTHER)
+                mbarrier.wait(turn.index(HALF), ((f - 1) & 1) ^ OTHER)
                 product = warpgroup_mma(
                     q, k_s.index(stage).permute((1, 0)), no_score, use_acc=False, is_async=True
                 )
@@ -273,11 +243,8 @@ def _consume(
                 )  # fmt: skip
                 product = warpgroup_mma_wait(1, deps=[product])
                 mbarrier.arrive(k_empty.index(stage))
-                made = _weights(
-                    product, bias, half_alpha, row, key_first + step, length, history,
-                    PIPELINE_ALL and i < num_part, weight_layout, dtype, HAS_BIAS, CANDIDATES,
-                    NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
-                )  # fmt: skip
+                half = half_score(product, half_alpha, bias, HAS_BIAS)
+                made = gl.convert_layout(gl.fma(half, tanh(half), half).to(dtype), weight_layout)
                 # Finished before the loop turns: ptxas runs products one by one otherwise (C7514).
                 done, weight = warpgroup_mma_wait(0, deps=[acc, made])
                 acc = warpgroup_mma_init(done)

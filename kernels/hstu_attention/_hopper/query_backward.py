@@ -136,9 +136,7 @@ def _step(
         )
         key_times = key_time_ptr + key_start
     bias = position_bias(position_ptr, row_first, row, key_first, col, history, -1, CANDIDATES)
-    bias = add_time_bias(
-        bias, query_time, key_times, col, low, high, closest, time_ptr, threshold_ptr, False
-    )
+    bias = add_time_bias(bias, query_time, key_times, col, low, high, time_ptr, threshold_ptr)
     product = warpgroup_mma_wait(1, deps=[product])
     half = half_score(product, half_alpha, bias, position_ptr is not None)
     t = tanh(half)
