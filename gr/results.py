@@ -276,5 +276,5 @@ def results(page: str | Path, runs: Sequence[str | Path], output: str | Path) ->
     records = read_records(folder)
     if not records:
         raise ValueError(f"{folder} holds no records: name run directories of a sweep")
-    files = write_page(config, records, output, command=f"gr results {page} --output {output}")
+    files = write_page(config, records, output, command=f"gr results {page} RUNS --output {output}")
     return f"{len(new)} records added, {len(records)} in all; wrote {', '.join(map(str, files))}"

@@ -28,7 +28,7 @@ def write_page(
         page: what stands where.
         records: of any rows of it; a row without one is left out.
         output: Markdown file; plots go into the folder of its name without suffix.
-        command: what makes the page, to be told to its readers.
+        command: what adds RUNS to the page, to be told to its readers.
 
     Returns:
         The files.
@@ -45,7 +45,7 @@ def write_page(
         )
     folder, files = output.with_suffix(""), [output]
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [f"# {page.title}\n", f"This page is made by `{command}`.\n"]
+    parts = [f"# {page.title}\n", f"This page is made by `{command}`, of the records beside it.\n"]
     parts += [f"{page.text.strip()}\n"] if page.text else []
     empty: list[str] = []
     for name, table in page.tables.items():
@@ -58,7 +58,7 @@ def write_page(
         plot = folder / f"{name}.png"
         _draw(page, table, groups, plot)
         files.append(plot)
-        parts += _section(page, table, groups, f"{folder.name}/{plot.name}")
+        parts += _section(page, table, groups, f"{folder.name}/{plot.name}", command)
     if empty:
         parts.append(f"## Not run yet\n\n{'; '.join(empty)}.\n")
     write_atomically(output, "\n".join(parts))
@@ -66,7 +66,11 @@ def write_page(
 
 
 def _section(
-    page: PageConfig, table: TableConfig, groups: dict[str, list[Record]], plot: str
+    page: PageConfig,
+    table: TableConfig,
+    groups: dict[str, list[Record]],
+    plot: str,
+    command: str,
 ) -> list[str]:
     by = metric_name(page.choose_by)
     parts = [f"## {table.title}\n"]
@@ -101,7 +105,7 @@ def _section(
     )
     parts.append(markdown_table(head, lines) + "\n")
     parts.append(f"![{table.title}: {by} after each epoch]({plot})\n")
-    parts.append(_origins(table, groups))
+    parts.append(_origins(table, groups, command))
     return parts
 
 
@@ -159,14 +163,15 @@ def _comparison(table: TableConfig, groups: dict[str, list[Record]]) -> list[str
     ]
 
 
-def _origins(table: TableConfig, groups: dict[str, list[Record]]) -> str:
+def _origins(table: TableConfig, groups: dict[str, list[Record]], command: str) -> str:
     """Return where each row comes from, and the command that repeats it."""
     lines = []
     for name, records in groups.items():
         seconds = [s for r in records for s in r.seconds.values()]
         lines.append(
             f"- {table.rows[name].title}: `gr train {table.rows[name].config} seed=SEED "
-            "data.leave_one_out.hold_out=test` (and `=validation`), seeds "
+            "data.leave_one_out.hold_out=test run_dir=RUN` and the same with `=validation` into "
+            f"another RUN, then `{command.replace('RUNS', f'{name}=RUN {name}=RUN')}`; seeds "
             f"{', '.join(str(r.seed) for r in records)}; {_all(r.device for r in records)}, "
             f"{min(seconds):.0f} to {max(seconds):.0f} s a run beside whatever else ran; commit "
             f"{_all(r.commit[:12] + r.commit[40:] for r in records)}; sequences "
