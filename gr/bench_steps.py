@@ -51,8 +51,6 @@ class Settings:
     """Of a rank's batch."""
     partitions: int
     """Of the logs."""
-    warm_up: int
-    """Steps that are not timed."""
     is_small: bool = False
     """A model for CPUs, with the update rule that FBGEMM has there."""
 
@@ -95,48 +93,45 @@ class Bench:
         )
         return replace(config, data=replace(config.data, stochastic_length=lengths))
 
-    def rates(
-        self,
-        config: TrainConfig,
-        *,
-        steps: int = 30,
-        warm_up: int = 0,
-        live: bool = False,
-    ) -> dict[str, float]:
+    def rates(self, config: TrainConfig, *, steps: int = 30, warm_up: int = 0) -> dict[str, float]:
         """Return seconds of a step, TFLOP/s and MFU of a GPU, tokens/s of a GPU, and loads.
 
         Args:
             config: the run.
             steps: timed.
-            warm_up: steps before; 0 means those of the settings.
-            live: read the batches while training, instead of before.
+            warm_up: 0: the batches are read before, and trained on twice, the second time timed, so
+                that kernels for their shapes are there. More: they are read while training, and
+                the first so many are not timed.
         """
-        warm_up = warm_up or self.settings.warm_up
         trainer = self._trainer(config)
         stream = _stream(config, self.world, trainer)
-        batches: Iterable[SequenceBatch] = itertools.islice(stream, warm_up + steps)
-        batches = batches if live else list(batches)
-        loop = Loop(trainer, batches)
-        loop.run(warm_up)
+        if warm_up:
+            loop = Loop(trainer, stream)
+            loop.run(warm_up)
+        else:
+            batches = list(itertools.islice(stream, steps))
+            loop = Loop(trainer, itertools.chain(batches, batches))
+            loop.run(len(batches))
         self._barrier()
         start = time.perf_counter()
         made = loop.run(steps)
         self._barrier()
         seconds = time.perf_counter() - start
+        stream.close()
         if len(made) < steps:
             raise ValueError(
                 f"the log ended after {len(made)} of {steps} steps: write a longer one"
             )
-        stream.close()
         return self._figures(config, made, seconds)
 
     def profile(self, config: TrainConfig) -> dict[str, float]:
         """Return shares of the time of a few steps: communication alone, nothing at all."""
         trainer = self._trainer(config)
         stream = _stream(config, self.world, trainer)
-        loop = Loop(trainer, list(itertools.islice(stream, self.settings.warm_up + PROFILED)))
+        batches = list(itertools.islice(stream, PROFILED))
         stream.close()
-        loop.run(self.settings.warm_up)
+        loop = Loop(trainer, itertools.chain(batches, batches))
+        loop.run(PROFILED)
         if self.world.device.type == "cpu":
             return {}
         self._barrier()
@@ -151,35 +146,37 @@ class Bench:
         return waits(communication, others)
 
     def checkpoint(self, config: TrainConfig, steps: int = 100) -> dict[str, float]:
-        """Return what 100 steps lose that hold an asynchronous checkpoint."""
+        """Return what 100 steps lose that hold an asynchronous checkpoint, a run's first or not."""
         steps = 10 if self.settings.is_small else steps
         trainer = self._trainer(config)
         some = list(itertools.islice(_stream(config, self.world, trainer), 20))
         loop = Loop(trainer, itertools.cycle(some))
-        loop.run(self.settings.warm_up)
-        seconds, saving = [], 0.0
+        loop.run(len(some))
         folder = [tempfile.mkdtemp(dir=self.settings.logs) if self.world.is_main else ""]
         if self.world.size > 1:
             dist.broadcast_object_list(folder)
-        checkpoints = CheckpointManager(Path(folder[0]), apart=(EVALUATION,), asynchronous=True)
-        for saves in (False, True):
+        path = Path(folder[0])
+        checkpoints = CheckpointManager(path, keep=1, apart=(EVALUATION,), asynchronous=True)
+        seconds, saved = [], time.perf_counter()
+        for saves in (False, True, True):
             self._barrier()
             start = time.perf_counter()
             loop.run(steps // 4)
             if saves:
+                saved = time.perf_counter()
                 checkpoints.save(trainer.progress.step, trainer.state())
-                saving = time.perf_counter()
             loop.run(steps - steps // 4)
             self._barrier()
             seconds.append(time.perf_counter() - start)
-        checkpoints.wait()
-        saving = time.perf_counter() - saving
-        size = sum(file.stat().st_size for file in Path(folder[0]).rglob("*") if file.is_file())
+            checkpoints.wait()
+        written = time.perf_counter() - saved
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        plain, first, later = seconds
         return {
-            "throughput": seconds[0] / seconds[1],
-            "plain_s": seconds[0],
-            "with_checkpoint_s": seconds[1],
-            "written_after_s": saving,
+            "throughput": plain / later,
+            "throughput_first": plain / first,
+            "plain_s": plain,
+            "written_after_s": written,
             "state_gb": size / 1e9 / self.world.size,
         }
 

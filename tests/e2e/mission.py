@@ -56,6 +56,7 @@ class Mission:
     folder: Path
     processes: int
     overrides: tuple[str, ...]
+    records: dict[str, Path] = field(default_factory=dict)
     num_jobs: int = 0
     said: list[str] = field(default_factory=list)
 
@@ -69,6 +70,7 @@ class Mission:
     def submit(self, name: str, processes: int, *overrides: str) -> subprocess.Popen:
         """Start a job of one node, what it prints in NAME.txt."""
         records = self.folder / "records" / name / str(self.num_jobs)
+        self.records[name] = records
         self.num_jobs += 1
         interpreter = write_interpreter(self.folder / "python")
         command = [sys.executable, "-m", "torchx.cli.main", "run", "-s", "local_cwd"]
@@ -92,15 +94,16 @@ class Mission:
         status = job.wait(timeout=TIMEOUT_S)
         assert status == 0, self.printed(name)[-5000:]
 
-    def wait_for(self, name: str, job: subprocess.Popen, step: int, resumes: int) -> None:
-        """Return once a job that has resumed so often has logged a step."""
+    def wait_for(self, name: str, job: subprocess.Popen, step: int, restart: int) -> None:
+        """Return once a job that was restarted so often has logged a step."""
         deadline = time.monotonic() + TIMEOUT_S
         while True:
             assert time.monotonic() < deadline, self.printed(name)[-5000:]
             assert job.poll() is None, self.printed(name)[-5000:]
             rows = self.rows(name)
-            has_resumed = self.printed(name).count("resumed from step") == resumes
-            if rows and rows[-1]["step"] >= step and has_resumed:
+            # What the job prints comes late.
+            is_on = (self.records[name] / str(restart)).is_dir()
+            if rows and rows[-1]["step"] >= step and is_on:
                 return
             time.sleep(0.01)
 
@@ -139,11 +142,11 @@ def disturb(mission: Mission, num_steps: int, random: Random) -> None:
     first = random.randrange(every + 2, num_steps // 2 - every)
     second = random.randrange(num_steps // 2, num_steps - every)
     job = mission.submit(name, mission.processes)
-    mission.wait_for(name, job, first, resumes=0)
+    mission.wait_for(name, job, first, restart=0)
     rank = random.randrange(mission.processes)
     ranks(job)[rank].kill()
     mission.say(f"rank {rank} killed at step {mission.rows(name)[-1]['step']} of {num_steps}")
-    mission.wait_for(name, job, second, resumes=1)
+    mission.wait_for(name, job, second, restart=1)
     kill_all(job)
     mission.say(f"all killed at step {mission.rows(name)[-1]['step']}")
     rest = max(1, mission.processes // 2)

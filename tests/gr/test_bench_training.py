@@ -28,7 +28,7 @@ def logs(tmp_path_factory):
 
 
 def bench(logs):
-    settings = Settings(logs, 1000, 4, 4, warm_up=2, is_small=True)
+    settings = Settings(logs, 1000, 4, 4, is_small=True)
     return Bench(settings, World(0, 1, torch.device("cpu")))
 
 
