@@ -81,7 +81,7 @@ def hstu_layer(
     bits with H V = D, and what `recompute` does not name: 2 D for "normed", 4 H (K + V) for "uvqk"
     (Z, of which both U, V, Q, K and the slope of SiLU are made), 2 C for "gated". What is computed
     again has the same bits: gradients do not depend on `recompute`. Q and K are turned where the
-    projection is stored, their gradients where SiLU's is made.
+    projection is stored (in plain Triton a pass later), their gradients where SiLU's is made.
 
     In fp8 a product rounds what it reads, the weight, and the gradient of its result by rows to
     e4m3 (kernels/linear/fp8.py); the norms round what they write in the same pass, SiLU's gradient

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.dispatch import is_hopper
 from kernels.hstu_layer._triton import silu_bwd, silu_bwd_fp8, silu_fwd
-from kernels.hstu_layer.structure import Inputs, Options
+from kernels.hstu_layer.product import may_use_hopper, product, product_fp8
+from kernels.hstu_layer.structure import Inputs
 from kernels.linear import (
     QuantizedWeight,
     linear_fp8_dgrad,
@@ -117,9 +117,12 @@ class Projection:
         """Return act(Z), and Z if `keep`, else an empty tensor."""
         columns, normed = self.silu_columns, normed.select(self.rows)
         is_z = columns == 0 and not self.turns
-        if self.dtype == torch.float32 and not is_z:
-            # torch's product, whose epilogue is a pass apart: the one that the backward has.
-            z = self._product(normed, 0, False)[0]
+        turns = self._turns_from(0)
+        apart = self.dtype == torch.float32 or (bool(self.turns) and not self._on_hopper(normed))
+        if apart and not is_z:
+            # In float32 torch's product; plain Triton's does not turn. The epilogue is a pass
+            # apart: the one that the backward has.
+            z = self._product(normed, 0, False, (None, None))[0]
             if self.has_silu:
                 y = self._act(z, 0, has_silu=True)
             else:
@@ -127,15 +130,27 @@ class Projection:
                 rest = self._act(z, columns, has_silu=False)
                 y = torch.cat([silu_fwd(z[:, :columns]), rest], 1) if columns else rest
             return y, z if keep else z.new_empty(0)
-        y, z = self._product(normed, columns, keep and not is_z)
+        y, z = self._product(normed, columns, keep and not is_z, turns)
         return y, y if keep and is_z else z
 
-    def _product(self, normed: Rows, silu_columns: int, keep: bool) -> tuple[Tensor, Tensor]:
+    def _on_hopper(self, normed: Rows) -> bool:
+        """Return whether `_product` runs on its Hopper kernel."""
+        x = normed.plain
+        assert x is not None
+        weight_FD = x.new_empty(self.weight_DF.shape[::-1], device="meta")
+        return may_use_hopper(x, self.options) and not why_not_hopper(x, weight_FD, None)
+
+    def _product(
+        self,
+        normed: Rows,
+        silu_columns: int,
+        keep: bool,
+        turns: tuple[Turn | None, Turn | None],
+    ) -> tuple[Tensor, Tensor]:
         assert normed.plain is not None
         weight_FD = self.weight_DF.to(self.dtype).T.contiguous()
-        turns = (None, None) if self.dtype == torch.float32 else self._turns_from(0)
         operands = (normed.plain, weight_FD, self.bias, None)
-        return _linear(*operands, silu_columns, keep, self.options, turns=turns)
+        return product(*operands, silu_columns, keep, self.options, turns=turns)
 
     def activate(self, z: Tensor) -> dict[str, Tensor]:
         """Return the parts of act(Z) but U."""
@@ -206,17 +221,29 @@ class Fp8Projection(Projection):
                 QuantizedRows(_select(by_columns, 1, columns).values, by_columns.scale),
             )
 
-    def _product(self, normed: Rows, silu_columns: int, keep: bool) -> tuple[Tensor, Tensor]:
+    def _on_hopper(self, normed: Rows) -> bool:
         assert normed.fp8 is not None
-        return _linear_fp8(
+        F, D = self.weight.rows.values.shape
+        hopper = may_use_hopper(normed.fp8.values, self.options)
+        return hopper and not why_not_hopper_fp8(F, D, self.dtype, None)
+
+    def _product(
+        self,
+        normed: Rows,
+        silu_columns: int,
+        keep: bool,
+        turns: tuple[Turn | None, Turn | None],
+    ) -> tuple[Tensor, Tensor]:
+        assert normed.fp8 is not None
+        return product_fp8(
             normed.fp8,
             self.weight.rows,
             self.bias,
             silu_columns,
             keep,
-            self.options,
+            self._on_hopper(normed),
             dtype=self.dtype,
-            turns=self._turns_from(0),
+            turns=turns,
         )
 
     def gradient_buffer(self, z: Tensor) -> Tensor:
@@ -282,7 +309,7 @@ class Output:
         """
         if self.fp8 is None:
             assert gated.plain is not None
-            return _linear(gated.plain, self.weight, self.bias, residual, 0, False, self.options)[0]
+            return product(gated.plain, self.weight, self.bias, residual, 0, False, self.options)[0]
         assert gated.fp8 is not None
         return linear_fp8_forward(
             gated.fp8,
@@ -316,62 +343,6 @@ class Output:
         assert dy.plain is not None
         assert gated.plain is not None
         return dy.plain.T @ gated.plain
-
-
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    silu_columns: int,
-    keep: bool,
-    options: Options,
-    turns: tuple[Turn | None, Turn | None] = (None, None),
-) -> tuple[Tensor, Tensor]:
-    """Return y and z (empty unless `keep`) of kernels/linear, in its Hopper kernel if it can."""
-    hopper = options.hopper_products and is_hopper(x.device)
-    hopper = hopper and not why_not_hopper(x, weight, residual)
-    if hopper:
-        from kernels.linear._hopper.forward import linear_fwd
-    else:
-        from kernels.linear._triton.linear import linear_fwd
-    bias = None if bias is None else bias.contiguous()
-    found: tuple[Tensor, Tensor] = linear_fwd(
-        x, weight.contiguous(), bias, residual, silu_columns, keep, turns=turns
-    )
-    return found
-
-
-def _linear_fp8(
-    x: QuantizedRows,
-    weight: QuantizedRows,
-    bias: Tensor | None,
-    silu_columns: int,
-    keep: bool,
-    options: Options,
-    *,
-    dtype: torch.dtype,
-    turns: tuple[Turn | None, Turn | None],
-) -> tuple[Tensor, Tensor]:
-    """Return the same in fp8."""
-    F, D = weight.values.shape
-    hopper = options.hopper_products and is_hopper(x.values.device)
-    if hopper and not why_not_hopper_fp8(F, D, dtype, None):
-        from kernels.linear._hopper.forward import linear_fwd
-    else:
-        from kernels.linear._triton.linear import linear_fwd
-    found: tuple[Tensor, Tensor] = linear_fwd(
-        x.values,
-        weight.values,
-        None if bias is None else bias.contiguous(),
-        None,
-        silu_columns,
-        keep,
-        scales=(x.scale, weight.scale),
-        dtype=dtype,
-        turns=turns,
-    )
-    return found
 
 
 def _select(rows: QuantizedRows, dim: int, index: Tensor) -> QuantizedRows:

@@ -51,7 +51,7 @@ def run_forward(
     if hopper:
         from kernels.linear._hopper import linear_fwd
     else:
-        from kernels.linear._triton import linear_fwd
+        from kernels.linear._triton import linear_fwd  # type: ignore[assignment]
     return linear_fwd(
         rows_of(x),
         weight.contiguous(),

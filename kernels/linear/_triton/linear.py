@@ -1,7 +1,6 @@
 """Linear map whose epilogue adds the bias, applies SiLU or adds the residual.
 
-Forward:  z = x W^T + b,  y = z | silu(z) | z + residual; silu on the first columns or on all,
-          y of queries and keys turned by rotary angles where the caller asks for it
+Forward:  z = x W^T + b,  y = z | silu(z) | z + residual; silu on the first columns or on all
 Backward: dz = dy * silu'(z),  db = sum(dz)  here; dx = dz W and dW = dz^T x are torch's products.
 
 L rows, D input and F output columns. Programs are persistent: one a processor, each computing tiles
@@ -18,9 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels._triton.rows import num_programs
 from kernels._triton.silu import is_fast, silu, silu_derivative
-from kernels._triton.turn import turn
 from kernels.linear.reference import silu_first
-from kernels.rotary.columns import Turn, turn_arguments
 
 GROUP = 8
 """Tiles of rows that are computed before the next tile of columns."""
@@ -74,15 +71,6 @@ def _epilogue(
     F,
     stride_residual,
     silu_columns,
-    q_cos_ptr,
-    q_sin_ptr,
-    q_first,
-    k_cos_ptr,
-    k_sin_ptr,
-    k_first,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    PER_HEAD: tl.constexpr,
     BLOCK_L: tl.constexpr,
     COLS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -102,22 +90,10 @@ def _epilogue(
         z += tl.load(bias_ptr + cols, mask=cols < F, other=0.0).to(tl.float32)[None, :]
     if KEEP:
         _store(kept, z, row, col, L, F, BLOCK_L, COLS, TMA)
-    TURNED: tl.constexpr = q_cos_ptr is not None or k_cos_ptr is not None
-    if SILU or TURNED:
+    if SILU:
         # Of the rounded z, kept or not: the backward pass, which has no other, sees the same.
         z = z.to(y.dtype.element_ty if not TMA else y.dtype).to(tl.float32)
-    if SILU:
         z = tl.where((cols < silu_columns)[None, :], silu(z, FAST), z)
-    if q_cos_ptr is not None:
-        z = turn(
-            z, row + tl.arange(0, BLOCK_L), col, L, q_cos_ptr, q_sin_ptr, q_first, H, K, PER_HEAD,
-            False, BLOCK_L, COLS,
-        )  # fmt: skip
-    if k_cos_ptr is not None:
-        z = turn(
-            z, row + tl.arange(0, BLOCK_L), col, L, k_cos_ptr, k_sin_ptr, k_first, H, K, PER_HEAD,
-            False, BLOCK_L, COLS,
-        )  # fmt: skip
     if HAS_RESIDUAL:
         z += _load(residual, row, col, stride_residual, L, F, BLOCK_L, COLS, TMA).to(tl.float32)
     _store(y, z, row, col, L, F, BLOCK_L, COLS, TMA)
@@ -139,15 +115,6 @@ def _linear_fwd_kernel(
     stride_x,
     stride_residual,
     silu_columns,
-    q_cos_ptr,
-    q_sin_ptr,
-    q_first,
-    k_cos_ptr,
-    k_sin_ptr,
-    k_first,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    PER_HEAD: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -184,16 +151,12 @@ def _linear_fwd_kernel(
         left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_L, 2, HALF)), (0, 2, 1)))
         _epilogue(
             left, row, col, bias_ptr, residual, x_scale_ptr, weight_scale_ptr, y, kept,
-            L, F, stride_residual, silu_columns,
-            q_cos_ptr, q_sin_ptr, q_first, k_cos_ptr, k_sin_ptr, k_first, H, K, PER_HEAD,
-            BLOCK_L, HALF,
+            L, F, stride_residual, silu_columns, BLOCK_L, HALF,
             HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, SILU, KEEP, FAST, TMA,
         )  # fmt: skip
         _epilogue(
             right, row, col + HALF, bias_ptr, residual, x_scale_ptr, weight_scale_ptr, y, kept,
-            L, F, stride_residual, silu_columns,
-            q_cos_ptr, q_sin_ptr, q_first, k_cos_ptr, k_sin_ptr, k_first, H, K, PER_HEAD,
-            BLOCK_L, HALF,
+            L, F, stride_residual, silu_columns, BLOCK_L, HALF,
             HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, SILU, KEEP, FAST, TMA,
         )  # fmt: skip
 
@@ -239,7 +202,6 @@ def linear_fwd(
     scales: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     promote: bool = False,
-    turns: tuple[Turn | None, Turn | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
     """Return y (L, F), and z (L, F) if `keep`, else an empty tensor.
 
@@ -254,10 +216,8 @@ def linear_fwd(
         dtype: of y and z; None for that of x.
         promote: add fp8 products to the float32 sum tile by tile, where the tensor cores' own sum
             would be short (Hopper).
-        turns: which columns of y are turned, of queries and of keys; not in float32.
     """
     if x.dtype == torch.float32:
-        assert turns == (None, None)
         return _linear_fwd_float32(x, weight, bias, residual, silu_columns, keep)
     (L, D), F = x.shape, weight.shape[0]
     y = x.new_empty(L, F, dtype=dtype)
@@ -265,8 +225,7 @@ def linear_fwd(
     if L == 0:
         return y, kept
     tma = all(_fits_tma(tensor) for tensor in (x, weight, residual, y, kept) if tensor is not None)
-    needs_room = residual is not None or turns != (None, None)
-    block_l, block_f, block_d, warps, stages = _tile(F, needs_room, tma, promote)
+    block_l, block_f, block_d, warps, stages = _tile(F, residual is not None, tma, promote)
     block_d *= 2 // x.element_size()
     half = block_f // 2
 
@@ -276,7 +235,6 @@ def linear_fwd(
         return TensorDescriptor(tensor, [*tensor.shape], [*tensor.stride()], [rows, columns])
 
     x_scale, weight_scale = (None, None) if scales is None else scales
-    turned, heads = turn_arguments(*turns)
     tiles = triton.cdiv(L, block_l) * triton.cdiv(F, block_f)
     _linear_fwd_kernel[(num_programs(x.device, tiles, 1),)](
         source(x, block_d),
@@ -293,8 +251,6 @@ def linear_fwd(
         x.stride(0),
         0 if residual is None else residual.stride(0),
         silu_columns,
-        *turned,
-        **heads,
         BLOCK_L=block_l,
         BLOCK_F=block_f,
         BLOCK_D=block_d,
@@ -362,18 +318,17 @@ def silu_bwd(dy: Tensor, z: Tensor, silu_columns: int) -> tuple[Tensor, Tensor]:
     return dz, dbias.sum(0)
 
 
-def _tile(F: int, needs_room: bool, tma: bool, promote: bool) -> tuple[int, int, int, int, int]:
+def _tile(F: int, has_residual: bool, tma: bool, promote: bool) -> tuple[int, int, int, int, int]:
     """Return (rows, columns, depth, warps, stages) of a tile.
 
     128 x 256 x 64 was fastest on one H100 at D from 512 to 2048; a residual tile takes the room of
-    one stage, and so do angles on their way to the threads that turn. Addresses without TMA take
-    registers: a small tile; so does a second sum.
+    one stage. Addresses without TMA take registers: a small tile; so does a second sum.
     """
     if not tma:
         return 64, 128, 32, 8, 2
     if F <= 128 or promote:
         return 128, 128, 64, 8, 3
-    return 128, 256, 64, 8, 3 if needs_room else 4
+    return 128, 256, 64, 8, 3 if has_residual else 4
 
 
 def _fits_tma(tensor: Tensor) -> bool:
