@@ -89,8 +89,10 @@ def analyse(study: ScalingConfig, points: Sequence[Point]) -> Analysis:
         ValueError: if a family has too few sizes for a law.
     """
     means = means_of(points)
+    # One for all families: draws that two of them shared would make their slopes look related.
+    generator = np.random.default_rng(0)
     curves = tuple(
-        _curve(study, family, [mean for mean in means if mean.family == family])
+        _curve(study, family, [mean for mean in means if mean.family == family], generator)
         for family in study.families
     )
     first, *rest = curves
@@ -103,7 +105,9 @@ def analyse(study: ScalingConfig, points: Sequence[Point]) -> Analysis:
     )
 
 
-def _curve(study: ScalingConfig, family: str, means: Sequence[Mean]) -> Curve:
+def _curve(
+    study: ScalingConfig, family: str, means: Sequence[Mean], generator: np.random.Generator
+) -> Curve:
     on_curve = list(means)
     if study.mode == "fixed_compute":
         on_curve = frontier(means, higher_is_better=study.higher_is_better)
@@ -112,7 +116,6 @@ def _curve(study: ScalingConfig, family: str, means: Sequence[Mean]) -> Curve:
     others = [m for m in means if m not in fitted and m not in held_out]
     compute = np.array([m.flops for m in fitted])
     quality = np.array([m.quality for m in fitted])
-    generator = np.random.default_rng(0)
     fit = partial(
         fit_with_intervals,
         x=compute,

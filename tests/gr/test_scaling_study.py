@@ -91,6 +91,12 @@ def test_laws_prediction_and_efficiency_of_a_known_study(study):
         assert low < slope < high
         assert high - low < 0.01
     (efficiency,) = record["efficiencies"]
+    # Neither slope's uncertainty cancels in the ratio.
+    ratio_width = (efficiency["high"] - efficiency["low"]) / efficiency["ratio"]
+    for family in SLOPES:
+        law = record["laws"][family][LOG_LAW]
+        low, high = law["intervals_95"]["b"]
+        assert ratio_width > 0.9 * abs((high - low) / law["coefficients"]["b"])
     assert efficiency["low"] < 0.4 < efficiency["high"]
     for p in record["predictions"]:
         assert p["factor"] == pytest.approx(5e12 / 6e11)
