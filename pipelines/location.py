@@ -65,9 +65,13 @@ class RemotePath:
             return file.read().decode(encoding)
 
     def open(self, mode: str = "rb") -> io.BufferedReader:
-        """Open a file for reading bytes."""
+        """Open a file for reading bytes.
+
+        Raises:
+            ValueError: for another mode: what is written goes through pipelines/output_folder.py.
+        """
         if mode != "rb":
-            raise NotImplementedError(f"a file of a store is opened with mode 'rb', got {mode!r}")
+            raise ValueError(f"{self}: a file of a store is opened to be read (rb), got {mode!r}")
         return io.BufferedReader(_Ranges(self.filesystem, self.path), 1 << 22)
 
     def _ask(self, question: str) -> bool:

@@ -241,6 +241,12 @@ def test_wrong_urls(tmp_path):
         sessionize(settings(tmp_path, "faulty://none", engine="spark"))
 
 
+def test_a_file_of_a_store_is_read_only(url):
+    path = locate(f"{url}/part")
+    with pytest.raises(ValueError, match=r"part: a file of a store is opened to be read.*'wb'"):
+        path.open("wb")
+
+
 def test_ranges_are_those_of_the_file(url):
     path = locate(url)
     assert isinstance(path, RemotePath)
