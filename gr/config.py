@@ -452,6 +452,9 @@ class EvalConfig:
     """Rank each retrieval target against the full catalogue."""
     filter_seen: bool = False
     """Leave items of the user's history in the sequence out of the ranking, the target excepted."""
+    filter_newest: int = 0
+    """Of `filter_seen`: so many events of the history, the newest, are left out, so that models of
+    longer histories rank the same items; 0 means all that the sequence holds."""
     lifetime_auc: bool = True
     """Keep every prediction (20 bytes each and binary task, on rank 0 and in checkpoints) for the
     AUC and GAUC of the run; false: these two are null, those of the windows are not."""
@@ -459,6 +462,11 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if any(k < 1 for k in self.ks):
             raise ValueError(f"eval.ks must be at least 1, got {list(self.ks)}")
+        if self.filter_newest < 0 or (self.filter_newest and not self.filter_seen):
+            raise ValueError(
+                "eval.filter_newest must be 0, or more with eval.filter_seen=true, got "
+                f"{self.filter_newest} with {self.filter_seen}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

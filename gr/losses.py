@@ -184,7 +184,7 @@ def full_softmax(
     *,
     weights_R: Tensor | None = None,
     temperature: float,
-    chunk_rows: int = 1024,
+    chunk_rows: int = 0,
 ) -> LossSum:
     """Return the softmax loss of each positive against every item of the table.
 
@@ -199,7 +199,8 @@ def full_softmax(
         positive_rows_R: int64, 1 .. E - 1.
         weights_R: weight of each row; None means 1.
         temperature: divides the dot products.
-        chunk_rows: rows whose logits are held at a time.
+        chunk_rows: rows whose logits are held at a time; 0: 1024, on a GPU as many as 2^26 logits
+            (256 MB) are if those are more, since each chunk costs some twenty launches.
 
     Raises:
         ValueError: if a positive is outside 1 .. E - 1.
@@ -211,6 +212,8 @@ def full_softmax(
             f"unknown item), but {int(outside.sum())} of {len(outside)} are not, the first is "
             f"{int(positive_rows_R[outside][0])}: leave them out of the retrieval positions"
         )
+    if not chunk_rows:
+        chunk_rows = max(1024, (1 << 26) // len(item_ED)) if user_RD.is_cuda else 1024
     dtype = torch.promote_types(user_RD.dtype, torch.float32)
     weight_R = user_RD.new_ones(len(user_RD)) if weights_R is None else weights_R
     weight_R = weight_R.to(dtype)

@@ -350,13 +350,18 @@ class Trainer:
                 (first, model.item_vectors(chunk, catalogue.ids(_numbers(first, chunk))))
                 for first, chunk in self.tables.all_rows(self.item_table)
             )
+            rules = self.config.eval
             ranks, log_probs = catalogue_ranks(
                 predictions.user_vectors,
                 head.item_vectors(predictions.rows[TARGET_ITEM_ID]),
                 batch.ids[TARGET_ITEM_ID].values(),
                 chunks,
                 temperature=self.config.loss.temperature,
-                seen=seen_items(batch, sequence_L) if self.config.eval.filter_seen else None,
+                seen=(
+                    seen_items(batch, sequence_L, newest=rules.filter_newest)
+                    if rules.filter_seen
+                    else None
+                ),
                 is_item_E=catalogue.is_item,
             )
             self.evaluation.update_retrieval(ranks, log_probs, batch.retrieval_weights)
@@ -488,12 +493,15 @@ def _numbers(first: int, rows: Tensor) -> Tensor:
     return torch.arange(first, first + len(rows), device=rows.device)
 
 
-def seen_items(batch: SequenceBatch, sequence_L: Tensor) -> tuple[Tensor, Tensor]:
+def seen_items(
+    batch: SequenceBatch, sequence_L: Tensor, *, newest: int = 0
+) -> tuple[Tensor, Tensor]:
     """Return the items that stand before each retrieval position in its sequence.
 
     Args:
         batch: with rows of the item table as item ids.
         sequence_L: the sequence of each token.
+        newest: only so many of them, the last; 0 means all.
 
     Returns:
         (S,) int64 index into the retrieval positions; (S,) int64 row: one pair a position and item.
@@ -502,6 +510,9 @@ def seen_items(batch: SequenceBatch, sequence_L: Tensor) -> tuple[Tensor, Tensor
     positions = batch.retrieval_positions
     first_R = items_L1[batch.offsets[sequence_L[positions]]]
     count_R = items_L1[positions + 1] - first_R
+    if newest:
+        first_R = first_R + (count_R - newest).clamp_min(0)
+        count_R = count_R.clamp_max(newest)
     index_S = torch.repeat_interleave(torch.arange(len(count_R), device=count_R.device), count_R)
     place_S = torch.arange(len(index_S), device=count_R.device)
     place_S = place_S - (count_R.cumsum(0) - count_R)[index_S]

@@ -330,5 +330,10 @@ def test_seen_items_are_those_before_the_position(log, mode):
         index_S, row_S = seen_items(batch, sequence_index(batch.offsets, batch.num_tokens))
         found = [row_S[index_S == r].tolist() for r in range(len(batch.retrieval_positions))]
         assert found == expected
-        found_any |= any(expected)
+        index_S, row_S = seen_items(
+            batch, sequence_index(batch.offsets, batch.num_tokens), newest=2
+        )
+        found = [row_S[index_S == r].tolist() for r in range(len(batch.retrieval_positions))]
+        assert found == [items[-2:] for items in expected]
+        found_any |= any(len(items) > 2 for items in expected)
     assert found_any
