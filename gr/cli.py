@@ -24,6 +24,7 @@ INTERRUPTED = 130
 # Errors that a path of the user causes, whoever notices.
 _PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 _RUN_ERRORS = (FloatingPointError, CheckpointError)
+_ON_RANKS = ("train", "evaluate", "recommend")
 _OURS = ("gr", "embeddings", "kernels", "pipelines", "launch")
 
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if arguments.command in ("sessionize", "synthesize", "train", "evaluate", "scaling"):
+    if hasattr(arguments, "overrides"):
         # argparse stops collecting overrides at the first option.
         arguments.overrides += [text for text in rest if not text.startswith("-")]
         rest = [text for text in rest if text.startswith("-")]
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{who}gr {arguments.command}: error: {_text(error)}", file=sys.stderr)
         return FAILED if isinstance(error, _RUN_ERRORS) else USER_ERROR
     except RuntimeError as error:
-        message = _lost_rank(error) if arguments.command in ("train", "evaluate") else None
+        message = _lost_rank(error) if arguments.command in _ON_RANKS else None
         if message is None or arguments.traceback:
             raise
         who = _speaker(arguments.command)
@@ -94,6 +95,20 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key=value", help="override of the run, as data.log=OTHER"
     )
     child.add_argument("--step", type=int, help="of the checkpoint; the newest if not given")
+    child.add_argument("--traceback", action="store_true", help="show it also for user errors")
+
+    child = command("recommend", _recommend, "Score a log with a checkpoint: Parquet out.")
+    child.add_argument("run_dir", metavar="RUN", help="run directory")
+    child.add_argument(
+        "output", metavar="OUTPUT", help="folder of the scores; goes on after a kill"
+    )
+    child.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="override of the run, as data.log=OTHER"
+    )
+    child.add_argument("--step", type=int, help="of the checkpoint; the newest if not given")
+    child.add_argument(
+        "--steps-per-file", type=int, default=128, help="global batches of one file (128)"
+    )
     child.add_argument("--traceback", action="store_true", help="show it also for user errors")
 
     child = command("dataset", _dataset, "Turn a public dataset into an event log.")
@@ -197,16 +212,37 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     check_versions()
-    from gr.evaluate import evaluate, run_config
+    from gr.evaluate import evaluate
+
+    config = _config_of_run(arguments)
+    evaluate(config, arguments.run_dir, step=arguments.step, overrides=arguments.overrides)
+
+
+def _recommend(arguments: argparse.Namespace) -> None:
+    check_versions()
+    from gr.inference.recommend import recommend
+
+    recommend(
+        _config_of_run(arguments),
+        arguments.run_dir,
+        arguments.output,
+        step=arguments.step,
+        overrides=arguments.overrides,
+        steps_per_file=arguments.steps_per_file,
+    )
+
+
+def _config_of_run(arguments: argparse.Namespace) -> Any:
+    """Return the configuration of a run directory; a mistake is told once, by rank 0."""
+    from gr.evaluate import run_config
     from gr.parallel import environment_rank
 
     try:
-        config = run_config(arguments.run_dir, arguments.overrides)
+        return run_config(arguments.run_dir, arguments.overrides)
     except ValueError:
         if environment_rank() == 0:
             raise
         sys.exit(USER_ERROR)
-    evaluate(config, arguments.run_dir, step=arguments.step, overrides=arguments.overrides)
 
 
 def _dataset(arguments: argparse.Namespace) -> None:
@@ -293,7 +329,7 @@ def _is_users(error: BaseException) -> bool:
 
 def _speaker(command: str) -> str:
     """Return "" on rank 0, else a prefix: a rank may meet a bad record that no other sees."""
-    if command not in ("train", "evaluate"):
+    if command not in _ON_RANKS:
         return ""
     from gr.parallel import environment_rank
 

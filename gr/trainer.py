@@ -67,6 +67,19 @@ class Progress:
         return self.skipped[NONFINITE_STEPS]
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A batch, and what the model says about it."""
+
+    batch: SequenceBatch
+    """On the device, with rows of the tables in the place of raw ids."""
+    predictions: Predictions
+    ranks: Tensor | None
+    """(R,) int64 rank of each retrieval target in the catalogue; None without eval.retrieval."""
+    log_probs: Tensor | None
+    """(R,) log probability of each target, likewise."""
+
+
 class Trainer:
     """Model, tables, optimizers and metrics of a run: `train_step` is the body of the loop.
 
@@ -195,7 +208,7 @@ class Trainer:
                 if config.eval.mode == "progressive":
                     if self.has_dropout:
                         predictions = self._predict_undropped(batch, info, rows)
-                    self._score(batch, predictions, catalogue)
+                    self._evaluate(self._scored(batch, predictions, catalogue))
                 loss.backward()  # type: ignore[no-untyped-call]
         is_due, dense_is_finite = self.dense.is_due(self.progress.step), True
         if is_finite:
@@ -262,9 +275,23 @@ class Trainer:
             **{f"train/loss/{name}": mean for name, mean in means.items()},
         }
 
-    @torch.no_grad()
     def score_step(self, batch: SequenceBatch | StagedBatch, ahead: Ahead | None = None) -> None:
-        """Score the batch with the weights as they are, and learn nothing.
+        """Add the batch to the metrics, scored with the weights as they are, and learn nothing.
+
+        Args:
+            batch: as `train_step` takes it.
+            ahead: likewise.
+
+        Raises:
+            ValueError: for an id outside a static table.
+        """
+        self._evaluate(self.predict_step(batch, ahead))
+
+    @torch.no_grad()
+    def predict_step(
+        self, batch: SequenceBatch | StagedBatch, ahead: Ahead | None = None
+    ) -> Scored:
+        """Return what `score_step` adds to the metrics.
 
         Args:
             batch: as `train_step` takes it.
@@ -281,7 +308,7 @@ class Trainer:
         if ahead is not None:
             ahead.fetch()
             ahead.advance()
-        self._score(batch, predictions, catalogue)
+        return self._scored(batch, predictions, catalogue)
 
     def _stage(self, batch: SequenceBatch) -> StagedBatch:
         vector_rows, without_vector = self.model.find_vectors(batch)
@@ -328,43 +355,49 @@ class Trainer:
         return predictions
 
     @torch.no_grad()
-    def _score(
+    def _scored(
         self,
         batch: SequenceBatch,
         predictions: Predictions,
         catalogue: Catalogue,
-    ) -> None:
+    ) -> Scored:
+        if predictions.user_vectors is None or not self.config.eval.retrieval:
+            return Scored(batch, predictions, None, None)
         sequence_L = sequence_index(batch.offsets, batch.num_tokens)
-        if predictions.ranking:
-            self.evaluation.update_ranking(
-                predictions.ranking,
-                batch.labels,
-                batch.weights,
-                batch.user_id[sequence_L[batch.ranking_positions]],
+        assert isinstance(self.model, SequenceModel)
+        head, model = self.model.retrieval, self.model
+        assert head is not None
+        chunks = (
+            (first, model.item_vectors(chunk, catalogue.ids(_numbers(first, chunk))))
+            for first, chunk in self.tables.all_rows(self.item_table)
+        )
+        rules = self.config.eval
+        ranks, log_probs = catalogue_ranks(
+            predictions.user_vectors,
+            head.item_vectors(predictions.rows[TARGET_ITEM_ID]),
+            batch.ids[TARGET_ITEM_ID].values(),
+            chunks,
+            temperature=self.config.loss.temperature,
+            seen=(
+                seen_items(batch, sequence_L, newest=rules.filter_newest)
+                if rules.filter_seen
+                else None
+            ),
+            is_item_E=catalogue.is_item,
+        )
+        return Scored(batch, predictions, ranks, log_probs)
+
+    @torch.no_grad()
+    def _evaluate(self, scored: Scored) -> None:
+        batch, ranking = scored.batch, scored.predictions.ranking
+        if ranking:
+            sequence_L = sequence_index(batch.offsets, batch.num_tokens)
+            users_P = batch.user_id[sequence_L[batch.ranking_positions]]
+            self.evaluation.update_ranking(ranking, batch.labels, batch.weights, users_P)
+        if scored.ranks is not None and scored.log_probs is not None:
+            self.evaluation.update_retrieval(
+                scored.ranks, scored.log_probs, batch.retrieval_weights
             )
-        if predictions.user_vectors is not None and self.config.eval.retrieval:
-            assert isinstance(self.model, SequenceModel)
-            head, model = self.model.retrieval, self.model
-            assert head is not None
-            chunks = (
-                (first, model.item_vectors(chunk, catalogue.ids(_numbers(first, chunk))))
-                for first, chunk in self.tables.all_rows(self.item_table)
-            )
-            rules = self.config.eval
-            ranks, log_probs = catalogue_ranks(
-                predictions.user_vectors,
-                head.item_vectors(predictions.rows[TARGET_ITEM_ID]),
-                batch.ids[TARGET_ITEM_ID].values(),
-                chunks,
-                temperature=self.config.loss.temperature,
-                seen=(
-                    seen_items(batch, sequence_L, newest=rules.filter_newest)
-                    if rules.filter_seen
-                    else None
-                ),
-                is_item_E=catalogue.is_item,
-            )
-            self.evaluation.update_retrieval(ranks, log_probs, batch.retrieval_weights)
 
     def _sum_weights(self, batch: SequenceBatch) -> Tensor:
         """Return the weight of each loss over all ranks, and record the load of the step."""
