@@ -291,6 +291,23 @@ class ColdStartConfig(VectorFileConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GroupConfig:
+    """The part of the history that one stack of a mixture of transducers reads."""
+
+    actions: dict[str, float] = field(default_factory=dict)
+    """Action of data.actions -> one of its thresholds: an event belongs to the group if any of the
+    named values reaches its own. Empty: every event belongs. An event may belong to several groups,
+    and one that belongs to none is read by none."""
+    history: int = 0
+    """Events, at most: the newest that belong to the group, of those that data.max_history_tokens
+    and stochastic length leave. 0 means all of them."""
+
+    def __post_init__(self) -> None:
+        if self.history < 0:
+            raise ValueError(f"model.mixture.*.history must be at least 0, got {self.history}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The dense part."""
 
@@ -306,6 +323,10 @@ class ModelConfig:
     """Of encoders sasrec and transformer."""
     dlrm: DLRMConfig = field(default_factory=DLRMConfig)
     """Of encoder dlrm."""
+    mixture: dict[str, GroupConfig] = field(default_factory=dict)
+    """Mixture of transducers: name of a group of actions -> what its stack reads. Each group has a
+    stack of `num_layers` of its own; the heads read all of them side by side. Empty: one stack
+    reads everything (docs/ultra_hstu.md)."""
     encoding: EncodingConfig = field(default_factory=EncodingConfig)
     """Position and time."""
     pooling: dict[str, str] = field(default_factory=dict)
@@ -339,6 +360,11 @@ class ModelConfig:
             raise ValueError(
                 f"model.dim={self.dim} must be a multiple of model.transformer.num_heads="
                 f"{self.transformer.num_heads}"
+            )
+        if len(self.mixture) == 1 or (self.mixture and self.encoder == "dlrm"):
+            raise ValueError(
+                "model.mixture needs two groups or more, and an encoder of sequences, got "
+                f"{list(self.mixture)} with model.encoder={self.encoder}"
             )
         if self.encoder == "dlrm" and self.head.retrieval:
             raise ValueError(
@@ -612,6 +638,7 @@ def check_consistency(config: TrainConfig) -> None:
                 "model.hstu.truncation",
                 model.encoder == "hstu" and model.hstu.truncation.layers > 0,
             ),
+            ("model.mixture", bool(model.mixture)),
         )
         if used
     ]
@@ -621,6 +648,7 @@ def check_consistency(config: TrainConfig) -> None:
             "which the history's own predictions must not know: data.supervise must be session, "
             f"got {data.supervise}"
         )
+    _check_mixture(config)
     _check_item_table(config)
     accumulate = config.optim.accumulate
     for name, steps in (
@@ -669,6 +697,30 @@ def check_consistency(config: TrainConfig) -> None:
         raise ValueError(
             f"loss.task_weights names unknown task(s) {unknown}; "
             f"data.tasks has {sorted(data.tasks)}"
+        )
+
+
+def _check_mixture(config: TrainConfig) -> None:
+    """Refuse groups that the actions of the data cannot tell apart, or whose cost is not known."""
+    data, mixture = config.data, config.model.mixture
+    for name, group in mixture.items():
+        for action, least in group.actions.items():
+            if action not in data.actions:
+                raise ValueError(
+                    f"model.mixture.{name}.actions names {action!r}, which data.actions lacks: it "
+                    f"has {list(data.actions)}"
+                )
+            thresholds = data.actions[action].thresholds
+            if least not in thresholds:
+                raise ValueError(
+                    f"model.mixture.{name}.actions.{action}={least} is not one of "
+                    f"data.actions.{action}.thresholds, {list(thresholds)}: tokens tell no more"
+                )
+    if mixture and (data.fill == "flops" or data.stochastic_length.balance):
+        raise ValueError(
+            "data.fill=flops and data.stochastic_length.balance plan by the number of events, but "
+            "what a model.mixture costs depends on their actions: use data.fill=tokens or sessions "
+            "and balance=false"
         )
 
 

@@ -33,6 +33,17 @@ def training_flops(model: ModelConfig, info: SequenceInfo) -> int:
         model: the configuration; encoder dlrm has no sequence part and counts 0.
         info: lengths and tails of the batch.
     """
+    return 3 * inference_flops(model, info)
+
+
+def inference_flops(model: ModelConfig, info: SequenceInfo) -> int:
+    """Return the FLOPs of the encoder's forward pass on one batch, as `training_flops`."""
+    if model.mixture:
+        return sum(_stack_flops(model, group.info) for group in info.groups)
+    return _stack_flops(model, info)
+
+
+def _stack_flops(model: ModelConfig, info: SequenceInfo) -> int:
     per_key, per_query, per_pair = layer_flops(model)
     semi_local = model.hstu.semi_local if model.encoder == "hstu" else EVERYTHING
 
@@ -48,9 +59,9 @@ def training_flops(model: ModelConfig, info: SequenceInfo) -> int:
     full, last = counts(info)
     truncated = num_truncated(model)
     if not truncated:
-        return 3 * ((model.num_layers - 1) * full + last)
+        return (model.num_layers - 1) * full + last
     kept, last = counts(truncate(info)[1])
-    return 3 * ((model.num_layers - truncated) * full + (truncated - 1) * kept + last)
+    return (model.num_layers - truncated) * full + (truncated - 1) * kept + last
 
 
 def sequence_cost(model: ModelConfig) -> SequenceCost:

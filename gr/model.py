@@ -17,6 +17,7 @@ from gr.config import TrainConfig
 from gr.encodings import TokenEncoding
 from gr.heads import RankingHead, RetrievalHead
 from gr.hstu import HSTUEncoder
+from gr.mixture import MixtureEncoder
 from gr.numbers import NumberEncodings
 from gr.sequence import SequenceInfo, sequence_index, tail_rows
 from gr.tokens import BagVectors, TokenEmbedding, carries_item, is_new, new_numbers
@@ -52,12 +53,19 @@ class SequenceModel(nn.Module):
         model, data = config.model, config.data
         self.tokens = TokenEmbedding(data, model, feature_dims)
         self.encoding = TokenEncoding(model.encoding, model.dim, utc_offset_seconds=utc_offset)
-        self.encoder = ENCODERS[model.encoder](model)
+        self.encoder: nn.Module
+        if model.mixture:
+            self.encoder = MixtureEncoder(
+                {name: ENCODERS[model.encoder](model) for name in model.mixture}
+            )
+        else:
+            self.encoder = ENCODERS[model.encoder](model)
+        width = model.dim * max(1, len(model.mixture))
         self.ranking = (
-            RankingHead(model.dim, data.tasks, model.head.ranking_hidden) if data.tasks else None
+            RankingHead(width, data.tasks, model.head.ranking_hidden) if data.tasks else None
         )
         self.retrieval = (
-            RetrievalHead(model.dim, feature_dims[ITEM_ID], l2_normalize=model.head.l2_normalize)
+            RetrievalHead(width, feature_dims[ITEM_ID], l2_normalize=model.head.l2_normalize)
             if model.head.retrieval
             else None
         )

@@ -3,12 +3,13 @@
 Letters: B sequences, L tokens, R rows of the result.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pipelines.batch import SequenceBatch
+from pipelines.batch import SequenceBatch, TokenKind
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,16 @@ class Kept:
     """Of all sequences."""
     max_len: int
     """Of the longest."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Events of history that one stack of a mixture reads (docs/ultra_hstu.md)."""
+
+    least_codes: tuple[tuple[int, int], ...]
+    """(column of action_codes, least code): an event with any of them belongs; empty: all do."""
+    history: int
+    """Events, at most, of each sequence: the newest that belong; 0 means all."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +65,38 @@ class SequenceInfo:
     """R, known to the host, so that no device has to be waited for."""
     kept: Kept | None = None
     """With attention truncation: what `truncate` will keep."""
+    groups: tuple["GroupInfo", ...] = ()
+    """With a mixture: what each of its stacks reads."""
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator that what is not the batch's own is used on `stream`."""
+        self.tail_offsets.record_stream(stream)
+        for group in self.groups:
+            info = group.info
+            own = (group.tokens, info.offsets, info.session_start, info.timestamp, info.query_time)
+            for x in own:
+                x.record_stream(stream)
 
 
-def sequence_info(batch: SequenceBatch, *, keep_history: int = 0) -> SequenceInfo:
+@dataclass(frozen=True)
+class GroupInfo:
+    """The part of a batch that one stack reads."""
+
+    tokens: Tensor
+    """(T,) int64 ascending, of the batch."""
+    info: SequenceInfo
+    """Structure of the sequences that they make; tails are those of the batch."""
+
+
+def sequence_info(
+    batch: SequenceBatch, *, keep_history: int = 0, groups: Sequence[Group] = ()
+) -> SequenceInfo:
     """Return the structure of `batch`, its tails cut at the first position that a loss reads.
 
     Args:
         batch: in host memory, or its device is waited for.
         keep_history: tokens of history that attention truncation will keep; 0: there is none.
+        groups: of a mixture; empty: there is none.
     """
     lengths = batch.lengths
     sequence = sequence_index(batch.offsets, batch.num_tokens)
@@ -71,7 +106,7 @@ def sequence_info(batch: SequenceBatch, *, keep_history: int = 0) -> SequenceInf
         tail.scatter_reduce_(0, owner, batch.offsets[owner + 1] - positions, "amax")
     tail_offsets = torch.zeros_like(batch.offsets)
     tail_offsets[1:] = tail.cumsum(0)
-    return SequenceInfo(
+    info = SequenceInfo(
         offsets=batch.offsets,
         tail_offsets=tail_offsets,
         max_len=batch.max_len,
@@ -83,6 +118,52 @@ def sequence_info(batch: SequenceBatch, *, keep_history: int = 0) -> SequenceInf
         num_candidates=batch.num_candidates,
         num_rows=int(tail_offsets[-1]),
         kept=what_is_kept(batch.lengths, batch.session_start, batch.num_context, keep_history),
+    )
+    chosen = tuple(_choose(batch, info, group, keep_history) for group in groups)
+    return replace(info, groups=chosen)
+
+
+def _choose(batch: SequenceBatch, info: SequenceInfo, group: Group, keep_history: int) -> GroupInfo:
+    """Return what a group reads: context, session and tails whole, of other history its events."""
+    kind, offsets = batch.token_kind, info.offsets
+    sequence_L = sequence_index(offsets, batch.num_tokens)
+    place_L = torch.arange(batch.num_tokens, device=kind.device) - offsets[sequence_L]
+    is_history_L = (place_L < info.session_start[sequence_L]) & (kind != TokenKind.CONTEXT)
+
+    token_A = ((kind == TokenKind.ACTION) | (kind == TokenKind.EVENT)).nonzero()[:, 0]
+    belongs_A = is_history_L[token_A]
+    if group.least_codes:
+        columns, least = (list(x) for x in zip(*group.least_codes, strict=True))
+        reached = batch.action_codes[:, columns] >= batch.action_codes.new_tensor(least)
+        belongs_A = belongs_A & reached.any(1)
+    belongs_L = torch.zeros_like(is_history_L)
+    belongs_L[token_A[belongs_A]] = True
+    if group.history:
+        count_L1 = torch.nn.functional.pad(belongs_L.cumsum(0), (1, 0))
+        newer_L = count_L1[offsets[sequence_L + 1]] - count_L1[1:]
+        belongs_L &= newer_L < group.history
+    # The item of an action stands in front of it.
+    belongs_L[:-1] |= belongs_L[1:] & (kind[1:] == TokenKind.ACTION)
+
+    tail_B = info.tail_offsets.diff()
+    is_tail_L = place_L >= (batch.lengths - tail_B)[sequence_L]
+    keep_L = belongs_L | ~is_history_L | is_tail_L
+    kept_L1 = torch.nn.functional.pad(keep_L.cumsum(0), (1, 0))
+    own_offsets = kept_L1[offsets]
+    session_start = kept_L1[offsets[:-1] + info.session_start] - own_offsets[:-1]
+    lengths = own_offsets.diff()
+    index_T = keep_L.nonzero()[:, 0]
+    return GroupInfo(
+        index_T,
+        replace(
+            info,
+            offsets=own_offsets,
+            max_len=int(lengths.max()) if lengths.numel() else 0,
+            timestamp=info.timestamp[index_T],
+            query_time=info.query_time[index_T],
+            session_start=session_start,
+            kept=what_is_kept(lengths, session_start, info.num_context, keep_history),
+        ),
     )
 
 
@@ -143,14 +224,33 @@ def _dropped(session_start: Tensor, num_context: int, keep_history: int) -> Tens
     return (session_start - num_context - keep_history).clamp(min=0)
 
 
-def info_of_copy(info: SequenceInfo, batch: SequenceBatch, tail_offsets: Tensor) -> SequenceInfo:
+def info_of_copy(
+    info: SequenceInfo, batch: SequenceBatch, copy: Callable[[Tensor], Tensor]
+) -> SequenceInfo:
     """Return the structure of a batch's copy on a device, without waiting for the device.
 
     Args:
         info: `sequence_info` of the batch in host memory.
         batch: the copy.
-        tail_offsets: of `info`, copied likewise.
+        copy: copies a tensor of `info` likewise.
     """
+    tail_offsets = copy(info.tail_offsets)
+
+    def copy_group(group: GroupInfo) -> GroupInfo:
+        index_T = copy(group.tokens)
+        return GroupInfo(
+            index_T,
+            replace(
+                group.info,
+                offsets=copy(group.info.offsets),
+                tail_offsets=tail_offsets,
+                timestamp=batch.timestamp[index_T],
+                query_time=batch.query_time[index_T],
+                session_start=copy(group.info.session_start),
+                num_candidates=batch.num_candidates,
+            ),
+        )
+
     return replace(
         info,
         offsets=batch.offsets,
@@ -159,6 +259,7 @@ def info_of_copy(info: SequenceInfo, batch: SequenceBatch, tail_offsets: Tensor)
         query_time=batch.query_time,
         session_start=batch.session_start,
         num_candidates=batch.num_candidates,
+        groups=tuple(copy_group(group) for group in info.groups),
     )
 
 

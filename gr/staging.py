@@ -1,9 +1,10 @@
 """Batches on their way: to the device, and their ids to the ranks that hold the rows."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from embeddings.dynamic import Sightings
 from embeddings.tables import PendingLookup, Tables
@@ -11,7 +12,7 @@ from gr.config import ModelConfig
 from gr.flops import training_flops
 from gr.hstu import kept_history
 from gr.ids import IdRows
-from gr.sequence import SequenceInfo, info_of_copy, sequence_info
+from gr.sequence import Group, SequenceInfo, info_of_copy, sequence_info
 from pipelines.batch import SequenceBatch
 
 
@@ -42,7 +43,7 @@ class StagedBatch:
             stream = torch.cuda.current_stream()
             stream.wait_event(self.event)
             self.batch.record_stream(stream)
-            self.info.tail_offsets.record_stream(stream)
+            self.info.record_stream(stream)
         return self.batch
 
 
@@ -52,6 +53,7 @@ def stage(
     tables: Tables,
     *,
     model: ModelConfig,
+    groups: Sequence[Group] = (),
     num_without_vector: tuple[int, ...] = (),
 ) -> StagedBatch:
     """Start to bring a batch, on a GPU beside its other work. On every rank alike.
@@ -61,6 +63,7 @@ def stage(
         id_rows: maps raw ids to rows.
         tables: what the rows are looked up in.
         model: says what training on a batch costs.
+        groups: of a mixture.
         num_without_vector: of the batch, to be kept with it.
 
     Raises:
@@ -69,20 +72,24 @@ def stage(
     time = int(batch.timestamp.max()) if batch.num_tokens else None
     batch, is_event = id_rows.rows_on_host(batch)
     # In host memory: on a GPU it would have to be waited for.
-    info = sequence_info(batch, keep_history=kept_history(model))
+    info = sequence_info(batch, keep_history=kept_history(model), groups=groups)
     flops = training_flops(model, info)
-    tail_offsets, event = info.tail_offsets, None
+    event = None
+
+    def copy(x: Tensor) -> Tensor:
+        pinned = x if tables.exchange is None else x.pin_memory()
+        return pinned.to(tables.device, non_blocking=True)
+
     with torch.cuda.stream(tables.exchange):
         if tables.exchange is not None:
-            batch, tail_offsets = batch.pin_memory(), tail_offsets.pin_memory()
+            batch = batch.pin_memory()
         batch = batch.to(tables.device, non_blocking=True)
-        tail_offsets = tail_offsets.to(tables.device, non_blocking=True)
+        info = info_of_copy(info, batch, copy)
         is_event = {name: x.to(tables.device) for name, x in is_event.items()}
         batch, seen = id_rows.rows_on_device(batch, is_event)
         if tables.exchange is not None:
             event = torch.Event("cuda")
             event.record()
-        info = info_of_copy(info, batch, tail_offsets)
         sent = tables.send(batch.ids)
         return StagedBatch(batch, info, flops, sent, event, num_without_vector, seen, time)
 

@@ -19,6 +19,7 @@ from gr.cold_start import NAME, vectors_key
 from gr.config import TrainConfig
 from gr.ids import Catalogue, IdRows
 from gr.metrics import EvalAccumulator
+from gr.mixture import mixture_groups
 from gr.model import Predictions, SequenceModel, dense_model, feature_dims
 from gr.objective import Objective
 from gr.optim import DenseUpdates, lr_factor
@@ -130,6 +131,7 @@ class Trainer:
             2, len(self.objective.names), dtype=torch.float64, device=world.device
         )
         self.has_dropout = config.model.has_dropout
+        self.groups = mixture_groups(config.model, config.data)
         self.is_training = False
 
     @property
@@ -317,6 +319,7 @@ class Trainer:
             self.id_rows,
             self.tables,
             model=self.config.model,
+            groups=self.groups,
             num_without_vector=tuple(without_vector.values()),
         )
 

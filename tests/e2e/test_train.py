@@ -315,11 +315,12 @@ def test_dlrm_and_the_other_encoders_run(config, tmp_path):
     assert "hr@10" not in lifetime(out)
 
 
-def test_semi_local_and_truncated_layers_learn_and_resume(config, tmp_path):
+def test_semi_local_and_truncated_layers_of_a_mixture_learn_and_resume(config, tmp_path):
     ultra = (
         "model.num_layers=3",
         "model.hstu.semi_local={window: 6, global_columns: 2}",
         "model.hstu.truncation={layers: 2, history: 10}",
+        "model.mixture={newest: {history: 8}, clicked: {actions: {click: 0.5}}}",
     )
     whole = run(config, f"run_dir={tmp_path / 'whole'}", *ultra)
     assert lifetime(whole)["ne-click"] < 0.95

@@ -21,6 +21,7 @@ from gr.config import (
     TruncationConfig,
 )
 from gr.hstu import kept_history
+from gr.mixture import mixture_groups
 from gr.model import dense_model, feature_dims
 from gr.sequence import sequence_info
 from pipelines.config import DataConfig
@@ -79,10 +80,13 @@ def read_log(folder: Path, mode, change=None) -> tuple[DataConfig, list]:
 SMALL = HSTUConfig(num_heads=2, qk_dim=4, v_dim=4, scaling_length=4, bias="position_time")
 
 
-def make_model(data: DataConfig, encoder: str, hstu: HSTUConfig = SMALL):
-    model = {"hstu": hstu}
+def make_model(data: DataConfig, encoder: str, hstu: HSTUConfig = SMALL, mixture=None):
     config = train_config(
-        data, encoder=encoder, transformer=TransformerConfig(num_heads=2), **model
+        data,
+        encoder=encoder,
+        transformer=TransformerConfig(num_heads=2),
+        hstu=hstu,
+        mixture=mixture or {},
     )
     torch.manual_seed(2)
     dense = dense_model(config, feature_dims(config), 0)
@@ -93,7 +97,7 @@ def make_model(data: DataConfig, encoder: str, hstu: HSTUConfig = SMALL):
 
 
 def predict(
-    folder: Path, mode, encoder: str, change=None, hstu: HSTUConfig = SMALL
+    folder: Path, mode, encoder: str, change=None, hstu: HSTUConfig = SMALL, mixture=None
 ) -> dict[tuple, torch.Tensor]:
     """Return (kind, session that is scored, session of the event, its place) -> prediction.
 
@@ -101,7 +105,8 @@ def predict(
     of the history are predicted as well.
     """
     data, sequences = read_log(folder, mode, change)
-    config, model = make_model(data, encoder, hstu)
+    config, model = make_model(data, encoder, hstu, mixture)
+    groups = mixture_groups(config.model, data)
     tables = make_tables(config)
     found = {}
     for batch in sequences:
@@ -109,7 +114,7 @@ def predict(
         scored = int(batch.session_id[0])
         rows = {k: v.float() for k, v in look_up(config, tables, batch).items()}
         with torch.no_grad():
-            info = sequence_info(batch, keep_history=kept_history(config.model))
+            info = sequence_info(batch, keep_history=kept_history(config.model), groups=groups)
             out = model(batch, info, rows)
         history = [e for e in events_in_order(change) if e[0] != scored]
         start = LATE + TIMES[scored][0] + 40 * (change == (scored, 0, "time"))
@@ -167,16 +172,18 @@ def precedes(key, mode, change) -> bool:
     return times[number, i] < time_of_change
 
 
-def leaks(tmp_path, mode, encoder="hstu", hstu: HSTUConfig = SMALL) -> tuple[set, set]:
+def leaks(
+    tmp_path, mode, encoder="hstu", hstu: HSTUConfig = SMALL, mixture=None
+) -> tuple[set, set]:
     """Return the (change, prediction) pairs that leak, and those that show, as they may."""
-    before = predict(tmp_path / "before", mode, encoder, hstu=hstu)
+    before = predict(tmp_path / "before", mode, encoder, hstu=hstu, mixture=mixture)
     leaking, showing = set(), set()
     for number, times in TIMES.items():
         for place in range(len(times)):
             for what in CHANGES:
                 change = (number, place, what)
                 name = "-".join(map(str, change))
-                after = predict(tmp_path / name, mode, encoder, change, hstu)
+                after = predict(tmp_path / name, mode, encoder, change, hstu, mixture)
                 for key, value in before.items():
                     if precedes(key, mode, change):
                         if not torch.equal(value, after[key]):
