@@ -229,6 +229,14 @@ class EncodingConfig:
     """Rows of the time table; longer times share the last."""
     periodic: tuple[Literal["hour", "weekday"], ...] = ()
     """sin and cos of the local time of the token, projected to the model dim."""
+    hour_sinusoid: bool = False
+    """The Transformer's sinusoids (base 10000) of the whole local hour 0 .. 23, as they are. Not
+    periodic, 23 h is farther from 0 h than noon is; for comparison with what was written on it."""
+    gap: Literal["none", "log"] = "none"
+    """Learned bucket of the time since the token before: floor(ln(seconds) / 0.301). Of candidates,
+    since the end of the history."""
+    gap_buckets: int = 128
+    """Rows of that table; longer times share the last."""
     scale_by_sqrt_dim: bool = True
     """Multiply the token embedding by sqrt(dim) before the encodings are added."""
     candidate_action: Literal["zero", "learned"] = "zero"
@@ -237,7 +245,7 @@ class EncodingConfig:
     """On the sum."""
 
     def __post_init__(self) -> None:
-        for name in ("position_buckets", "time_buckets"):
+        for name in ("position_buckets", "time_buckets", "gap_buckets"):
             if getattr(self, name) < 2:
                 raise ValueError(
                     f"model.encoding.{name} must be at least 2, got {getattr(self, name)}"

@@ -1,4 +1,4 @@
-"""What is added to the tokens before the first layer: position, age, hour and weekday.
+"""What is added to the tokens before the first layer: position, age, gap, hour and weekday.
 
 Letters: B sequences, L tokens, D model dim.
 """
@@ -17,7 +17,10 @@ PERIOD_SECONDS = {"hour": 86_400, "weekday": 7 * 86_400}
 
 
 class TokenEncoding(nn.Module):
-    """x = dropout(sqrt(D) * token + position[p] + time[t] + W [sin, cos of the local time] + b).
+    """The sum of a token and of what is known of its place and time.
+
+        x = dropout(sqrt(D) * token + position[p] + time[t] + gap[g]
+                    + W [sin, cos of the local time] + b + sinusoid(local hour))
 
     Args:
         config: which of the terms there are.
@@ -25,8 +28,11 @@ class TokenEncoding(nn.Module):
         utc_offset_seconds: added to a timestamp to get the local time that hour and weekday mean.
 
     Source: the input side of DLRM-v3 in meta-recsys/generative-recommenders (position, time, their
-        start, the scale); periodic features as in its timestamp post-processor, here at the input.
+        start, the scale); periodic features as in its timestamp post-processor, here at the input;
+        buckets of the gap as those of its relative time bias.
     """
+
+    hours: Tensor
 
     def __init__(self, config: EncodingConfig, dim: int, *, utc_offset_seconds: int = 0) -> None:
         super().__init__()
@@ -37,12 +43,15 @@ class TokenEncoding(nn.Module):
         if self.position is not None and config.position_std:
             nn.init.normal_(self.position.weight, std=config.position_std)
         self.time = _table(config.time_buckets, dim) if config.time != "none" else None
+        self.gap = _table(config.gap_buckets, dim) if config.gap != "none" else None
         self.periodic = None
         if config.periodic:
             self.periodic = nn.Linear(2 * len(config.periodic), dim)
             # As small as a token at the start: the default of nn.Linear would drown it.
             nn.init.normal_(self.periodic.weight, std=0.02)
             nn.init.zeros_(self.periodic.bias)
+        if config.hour_sinusoid:
+            self.register_buffer("hours", sinusoids(24, dim), persistent=False)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_LD: Tensor, info: SequenceInfo) -> Tensor:
@@ -71,6 +80,14 @@ class TokenEncoding(nn.Module):
             encoded_LD = position_time(x_LD, *tables, scale=self.scale)
         else:
             encoded_LD = x_LD * self.scale
+        if self.gap is not None:
+            gap_L = time_before(info, sequence_L)
+            bucket_L = time_bucket(gap_L, kind=self.config.gap, buckets=self.config.gap_buckets)
+            encoded_LD = encoded_LD + self.gap(bucket_L)
+        if self.config.hour_sinusoid:
+            local_L = info.timestamp + self.utc_offset_seconds
+            hour_L = local_L.remainder(PERIOD_SECONDS["hour"]) // 3600
+            encoded_LD = encoded_LD + self.hours[hour_L].to(x_LD.dtype)
         if self.periodic is not None:
             local_L = info.timestamp + self.utc_offset_seconds
             features = [periodic(local_L, PERIOD_SECONDS[name]) for name in self.config.periodic]
@@ -139,6 +156,33 @@ def session_time(info: SequenceInfo, sequence_L: Tensor) -> Tensor:
     has_session_L = (first_B <= last_B)[sequence_L]
     token_L = torch.minimum(first_B, last_B)[sequence_L]
     return torch.where(has_session_L, info.timestamp[token_L], info.query_time[token_L])
+
+
+def time_before(info: SequenceInfo, sequence_L: Tensor) -> Tensor:
+    """Return (L,) int64 s: how long before each token the token before it was.
+
+    Candidates see the history only: theirs counts from its last token. 0 at the head of a sequence.
+
+    Args:
+        info: structure and times of the batch.
+        sequence_L: int64, the sequence of each token.
+    """
+    place_L = torch.arange(sequence_L.numel(), device=sequence_L.device)
+    first_L = info.offsets[sequence_L]
+    history_L = info.offsets[sequence_L + 1] - info.num_candidates[sequence_L]
+    before_L = torch.minimum(place_L, history_L) - 1
+    gap_L = info.timestamp - info.timestamp[before_L.clamp(min=0)]
+    return torch.where(before_L >= first_L, gap_L, 0)
+
+
+def sinusoids(rows: int, dim: int) -> Tensor:
+    """Return (rows, D) float32: at row h, sin and cos of h / 10000^(2 i / D) in turn.
+
+    Source: Vaswani et al., "Attention is all you need", section 3.5.
+    """
+    frequency = 10_000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angle = torch.arange(rows, dtype=torch.float64)[:, None] * frequency
+    return torch.stack([angle.sin(), angle.cos()], 2).flatten(1)[:, :dim].float()
 
 
 def time_bucket(age_L: Tensor, *, kind: str, buckets: int) -> Tensor:

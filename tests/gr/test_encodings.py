@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gr.config import EncodingConfig
-from gr.encodings import TokenEncoding, periodic, time_bucket
+from gr.encodings import TokenEncoding, periodic, sinusoids, time_bucket
 from tests.gr.hstu_oracle import make_info, make_sequences
 
 DIM = 6
@@ -27,6 +27,9 @@ OPTIONS = {
     "few_times": {"time": "sqrt", "time_buckets": 8},
     "hour": {"periodic": ("hour",)},
     "all": {"time": "log", "periodic": ("weekday", "hour")},
+    "gap": {"gap": "log"},
+    "few_gaps": {"gap": "log", "gap_buckets": 4, "position": "none"},
+    "sinusoid": {"hour_sinusoid": True},
     "unscaled": {"scale_by_sqrt_dim": False, "time": "sqrt"},
 }
 STRUCTURES = [
@@ -69,6 +72,16 @@ def oracle(x_LD, sequences, num_context, config, parameters, utc_offset):
                 else:
                     bucket = math.floor(math.log(max(1, age)) / 0.301)
                 x = x + parameters["time.weight"][max(0, min(config.time_buckets - 1, bucket))]
+            if config.gap != "none":
+                before = min(i, history) - 1
+                gap = seconds - sequence.timestamps[before] if before >= 0 else 0
+                bucket = math.floor(math.log(max(1, gap)) / 0.301)
+                x = x + parameters["gap.weight"][min(config.gap_buckets - 1, bucket)]
+            if config.hour_sinusoid:
+                hour = (seconds + utc_offset) // 3600 % 24
+                angles = [hour / 10_000 ** (2 * (d // 2) / DIM) for d in range(DIM)]
+                waves = [math.cos(a) if d % 2 else math.sin(a) for d, a in enumerate(angles)]
+                x = x + torch.tensor(waves, dtype=torch.float64)
             if config.periodic:
                 features = []
                 for name in config.periodic:
@@ -95,8 +108,8 @@ def test_matches_the_formulas(options, structure):
     x_expected = x_actual.detach().clone().requires_grad_()
     actual = encoding(x_actual, make_info(sequences, num_context))
     expected = oracle(x_expected, sequences, num_context, config, parameters, SHANGHAI)
-    # The features of the periodic term are float32.
-    close = {"rtol": 0.0, "atol": 1e-6 if config.periodic else 1e-14}
+    # The periodic features and the sinusoids are float32.
+    close = {"rtol": 0.0, "atol": 1e-6 if config.periodic or config.hour_sinusoid else 1e-14}
     torch.testing.assert_close(actual, expected, **close)
 
     weights = torch.randn(expected.shape, dtype=torch.float64)
@@ -123,7 +136,7 @@ def test_no_token_shares_its_position_but_candidates(position):
 @pytest.mark.parametrize("time", ["none", "sqrt", "log"])
 def test_history_does_not_tell_how_long_the_session_is(position, time):
     """from_end is the control: it does, hence gr.config wants data.anchor=session with it."""
-    config = EncodingConfig(position=position, time=time, periodic=("hour",))
+    config = EncodingConfig(position=position, time=time, periodic=("hour",), gap="log")
     torch.manual_seed(0)
     encoding = TokenEncoding(config, DIM)
     (sequence,) = make_sequences([12], [5])
@@ -268,3 +281,11 @@ def test_a_position_table_without_room_is_refused():
 def test_impossible_settings_are_refused(setting, value):
     with pytest.raises(ValueError, match=rf"model\.encoding\.{setting} "):
         EncodingConfig(**{setting: value})
+
+
+def test_the_hours_of_the_sinusoid_do_not_close_a_circle():
+    """The claim that 23 h and 0 h are encoded close does not hold: noon is closer to midnight."""
+    hours = sinusoids(24, 64)
+    similarity = (hours @ hours.T)[0] / (hours[0] @ hours[0])
+    expected = torch.tensor([0.966, 0.667, 0.578])
+    torch.testing.assert_close(similarity[[1, 12, 23]], expected, rtol=0.0, atol=5e-4)
