@@ -173,13 +173,13 @@ class HSTUConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransformerConfig:
-    """One layer of SASRec or of Transformer++ (gr/baselines/)."""
+    """One layer of SASRec, of Transformer++ or of cross-attention (gr/baselines/)."""
 
     num_heads: int = 2
     """Heads; the model dim must be a multiple of it."""
     ffn_dim: int = 0
     """Hidden width of the feed-forward part; 0 means the model dim (SASRec), 8/3 of it rounded up
-    to a multiple of 8 (Transformer++)."""
+    to a multiple of 8 (Transformer++, cross-attention)."""
     dropout: float = 0.0
     """After attention and feed-forward; in SASRec also on the hidden part of the latter."""
 
@@ -319,7 +319,7 @@ class GroupConfig:
 class ModelConfig:
     """The dense part."""
 
-    encoder: Literal["hstu", "sasrec", "transformer", "dlrm"] = "hstu"
+    encoder: Literal["hstu", "sasrec", "transformer", "cross_attention", "dlrm"] = "hstu"
     """Which encoder; the rest is shared."""
     dim: int = 64
     """D."""
@@ -328,7 +328,7 @@ class ModelConfig:
     hstu: HSTUConfig = field(default_factory=HSTUConfig)
     """Of encoder hstu."""
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
-    """Of encoders sasrec and transformer."""
+    """Of encoders sasrec, transformer and cross_attention."""
     dlrm: DLRMConfig = field(default_factory=DLRMConfig)
     """Of encoder dlrm."""
     mixture: dict[str, GroupConfig] = field(default_factory=dict)
@@ -364,7 +364,8 @@ class ModelConfig:
                 f"model.num_layers={self.num_layers} that reads the whole history: for that, "
                 "shorten data.max_history_tokens"
             )
-        if self.encoder in ("sasrec", "transformer") and self.dim % self.transformer.num_heads:
+        is_softmax = self.encoder in ("sasrec", "transformer", "cross_attention")
+        if is_softmax and self.dim % self.transformer.num_heads:
             raise ValueError(
                 f"model.dim={self.dim} must be a multiple of model.transformer.num_heads="
                 f"{self.transformer.num_heads}"

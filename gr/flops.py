@@ -57,6 +57,8 @@ def _stack_flops(model: ModelConfig, info: SequenceInfo) -> int:
         )
 
     full, last = counts(info)
+    if model.encoder == "cross_attention":  # every layer computes the tails only
+        full = last
     truncated = num_truncated(model)
     if not truncated:
         return (model.num_layers - 1) * full + last
@@ -67,6 +69,14 @@ def _stack_flops(model: ModelConfig, info: SequenceInfo) -> int:
 def sequence_cost(model: ModelConfig) -> SequenceCost:
     """Return the training FLOPs of the encoder on one sequence, as the data side reads them."""
     per_key, per_query, per_pair = layer_flops(model)
+    if model.encoder == "cross_attention":
+        layers = 3.0 * model.num_layers
+        return SequenceCost(
+            per_token=layers * per_key,
+            per_tail_token=layers * per_query,
+            per_pair=0.0,
+            per_tail_pair=layers * per_pair,
+        )
     truncated = num_truncated(model)
     full_layers = model.num_layers - (truncated or 1)
     kept_layers = max(truncated - 1, 0)

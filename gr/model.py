@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from gr.baselines.cross_attention import CrossAttentionEncoder
 from gr.baselines.dlrm import DLRM
 from gr.baselines.sasrec import SASRecEncoder
 from gr.baselines.transformer import TransformerEncoder
@@ -30,7 +31,12 @@ from pipelines.config import (
     number_features,
 )
 
-ENCODERS = {"hstu": HSTUEncoder, "sasrec": SASRecEncoder, "transformer": TransformerEncoder}
+ENCODERS = {
+    "hstu": HSTUEncoder,
+    "sasrec": SASRecEncoder,
+    "transformer": TransformerEncoder,
+    "cross_attention": CrossAttentionEncoder,
+}
 
 
 @dataclass

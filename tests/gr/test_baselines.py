@@ -1,17 +1,22 @@
-"""SASRec and Transformer++ against fp64 loops over one sequence at a time."""
+"""SASRec, Transformer++ and cross-attention against fp64 loops over one sequence at a time."""
 
 import math
 
 import pytest
 import torch
 
+from gr.baselines.cross_attention import CrossAttentionEncoder
 from gr.baselines.sasrec import SASRecEncoder
 from gr.baselines.transformer import TransformerEncoder
 from gr.config import ModelConfig, TransformerConfig
 from tests.gr.hstu_oracle import make_info, make_sequences, normalize, sees
 
 DIM, HEADS = 8, 2
-ENCODERS = {"sasrec": SASRecEncoder, "transformer": TransformerEncoder}
+ENCODERS = {
+    "sasrec": SASRecEncoder,
+    "transformer": TransformerEncoder,
+    "cross_attention": CrossAttentionEncoder,
+}
 # lengths, tails, candidates, context tokens. Tails reach into context, history and candidates.
 STRUCTURES = {
     "plain": ([4, 1, 0, 3, 2], [2, 1, 0, 3, 0], None, 0),
@@ -99,6 +104,13 @@ def turn(x, position):
     return torch.cat(heads)
 
 
+def cross_attention_layer(p, rows, tokens, sequence, num_context):
+    queries = [linear(p, "query", rms_normalize(x, p["attention_norm.weight"])) for x in rows]
+    keys_values = [linear(p, "key_value", x) for x in tokens]
+    keys, values = [x[:DIM] for x in keys_values], [x[DIM:] for x in keys_values]
+    return swiglu(p, rows, attend(queries, keys, values, sequence, num_context))
+
+
 def transformer_layer(p, rows, sequence, num_context):
     history = sequence.length - sequence.num_candidates
     positions = [min(i, history) for i in range(sequence.length)]
@@ -107,6 +119,10 @@ def transformer_layer(p, rows, sequence, num_context):
     keys_values = [linear(p, "key_value", x) for x in normed]
     keys = [turn(x[:DIM], t) for x, t in zip(keys_values, positions, strict=True)]
     attended = attend(queries, keys, [x[DIM:] for x in keys_values], sequence, num_context)
+    return swiglu(p, rows, attended)
+
+
+def swiglu(p, rows, attended):
     result = []
     for x, a in zip(rows, attended, strict=True):
         z = x + linear(p, "output", a)
@@ -122,11 +138,16 @@ def oracle(name, parameters, num_layers, sequences, num_context, x):
     result, start = [], 0
     for sequence in sequences:
         rows = list(x[start : start + sequence.length])
+        if name == "cross_attention":
+            tokens = [rms_normalize(row, parameters["token_norm.weight"]) for row in rows]
         start += sequence.length
         for n in range(num_layers):
             prefix = f"layers.{n}."
             p = {k.removeprefix(prefix): v for k, v in parameters.items() if k.startswith(prefix)}
-            rows = layer(p, rows, sequence, num_context)
+            if name == "cross_attention":
+                rows = cross_attention_layer(p, rows, tokens, sequence, num_context)
+            else:
+                rows = layer(p, rows, sequence, num_context)
         for row in rows[sequence.length - sequence.tail :]:
             if name == "sasrec":
                 result.append(normalize(row, eps=1e-8))

@@ -72,6 +72,7 @@ MODELS = {
         encoder="sasrec", dim=12, num_layers=1, transformer=TransformerConfig(ffn_dim=40)
     ),
     "transformer": ModelConfig(encoder="transformer", dim=12, num_layers=2),
+    "cross_attention": ModelConfig(encoder="cross_attention", dim=12, num_layers=3),
     "transformer_wide": ModelConfig(
         encoder="transformer", dim=12, num_layers=3, transformer=TransformerConfig(ffn_dim=24)
     ),
@@ -165,6 +166,8 @@ def test_projections_and_feed_forward_as_torch_counts_them(name):
         kept, tail = pairs_by_hand([truncated(s, 1, history) for s in sequences], 1, semi_local)
         pairs += (layers - 1) * kept
     pairs += tail
+    if name == "cross_attention":
+        pairs = model.num_layers * tail
     # Scores and weighted values: K and V multiply-adds a head and pair, three times in training.
     if model.encoder == "hstu":
         width = model.hstu.num_heads * (model.hstu.qk_dim + model.hstu.v_dim)

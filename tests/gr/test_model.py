@@ -201,7 +201,7 @@ def test_no_prediction_knows_what_comes(tmp_path, mode):
     assert {change[2] for change, _ in showing} == set(CHANGES)
 
 
-@pytest.mark.parametrize("encoder", ["sasrec", "transformer"])
+@pytest.mark.parametrize("encoder", ["sasrec", "transformer", "cross_attention"])
 def test_nor_does_a_baseline(tmp_path, encoder):
     leaking, showing = leaks(tmp_path, MODES[0], encoder)
     assert leaking == set()

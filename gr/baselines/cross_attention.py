@@ -1,0 +1,98 @@
+"""Candidate-to-history cross-attention: queries go through layers, the history does not.
+
+Letters: L tokens, R rows of the result, D model dim, H heads, K = D / H.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gr.baselines.attention import softmax_attention
+from gr.baselines.transformer import NORM_EPS
+from gr.config import ModelConfig
+from gr.flops import transformer_ffn_dim
+from gr.hstu import tail_if_shorter
+from gr.sequence import SequenceInfo
+
+
+class CrossAttentionEncoder(nn.Module):
+    """Layers in which the rows that a loss reads attend to the tokens as they were embedded.
+
+    Each layer reads the same keys' tokens through weights of its own, so that no event of history
+    learns of another: the cost is that of the rows that are read, times the length.
+
+    Args:
+        config: `dim`, `num_layers` and `transformer` are read; ffn_dim as in Transformer++.
+
+    Source: target attention stacked over the whole sequence as in STCA (arXiv 2511.06077), in the
+        layers of gr/baselines/transformer.py; position and time come from the input encodings.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.token_norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        self.layers = nn.ModuleList(CrossAttentionLayer(config) for _ in range(config.num_layers))
+        self.final_norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
+
+    def forward(self, x_LD: Tensor, info: SequenceInfo) -> Tensor:
+        """Return (R, D): the rows of the tails, in the order of the tokens.
+
+        Args:
+            x_LD: floating, the tokens of all sequences.
+            info: structure of the batch.
+        """
+        tail_R = tail_if_shorter(info, x_LD)
+        normed_LD = self.token_norm(x_LD)
+        y_RD = x_LD if tail_R is None else x_LD.index_select(0, tail_R)
+        for layer in self.layers:
+            y_RD = layer(y_RD, normed_LD, info, of_tails=tail_R is not None)
+        return self.final_norm(y_RD)  # type: ignore[no-any-return]
+
+
+class CrossAttentionLayer(nn.Module):
+    """One layer, S the rows that go through it and X the normed tokens.
+
+        Z = S + dropout(W_o softmax(W_q rms_norm(S) (W_k X)^T / sqrt(K)) W_v X)
+        M = rms_norm(Z);   Y = Z + dropout(W_2 (silu(W_g M) * W_1 M))               (no biases)
+
+    Args:
+        config: as of the encoder.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        ffn_dim = config.transformer.ffn_dim or transformer_ffn_dim(dim)
+        self.num_heads = config.transformer.num_heads
+        self.dropout = nn.Dropout(config.transformer.dropout)
+        self.attention_norm = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key_value = nn.Linear(dim, 2 * dim, bias=False)
+        self.output = nn.Linear(dim, dim, bias=False)
+        self.ffn_norm = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.ffn_in = nn.Linear(dim, 2 * ffn_dim, bias=False)
+        self.ffn_out = nn.Linear(ffn_dim, dim, bias=False)
+        for linear in (self.query, self.key_value, self.ffn_in):
+            nn.init.normal_(linear.weight, std=0.02)
+        for linear in (self.output, self.ffn_out):  # as in Transformer++
+            nn.init.normal_(linear.weight, std=0.02 / (2 * config.num_layers) ** 0.5)
+
+    def forward(
+        self, y_RD: Tensor, normed_LD: Tensor, info: SequenceInfo, *, of_tails: bool
+    ) -> Tensor:
+        """Return (R, D).
+
+        Args:
+            y_RD: rows of the tails, or of all tokens.
+            normed_LD: all tokens.
+            info: structure of the batch.
+            of_tails: which of the two y_RD is.
+        """
+        k_LD, v_LD = self.key_value(normed_LD).chunk(2, dim=1)
+        q_RD = self.query(self.attention_norm(y_RD))
+        q_RHK, k_LHK, v_LHK = (x.unflatten(1, (self.num_heads, -1)) for x in (q_RD, k_LD, v_LD))
+        attended_RHK = softmax_attention(q_RHK, k_LHK, v_LHK, info, of_tails=of_tails)
+        z_RD = y_RD + self.dropout(self.output(attended_RHK.flatten(1)))
+        gate_RF, value_RF = self.ffn_in(self.ffn_norm(z_RD)).chunk(2, dim=1)
+        hidden_RF = functional.silu(gate_RF) * value_RF
+        result_RD: Tensor = z_RD + self.dropout(self.ffn_out(hidden_RF))
+        return result_RD
