@@ -24,6 +24,7 @@ from torch import Tensor
 from kernels import jagged
 from kernels.hstu_attention import AttentionMask, RelativeBias, hstu_attention
 from kernels.hstu_layer import RECOMPUTABLE, LayerWeights, hstu_layer, quantize_weights
+from kernels.int4_rows import dequantize_int4, row_bytes
 from kernels.layer_norm import layer_norm, layer_norm_fp8
 from kernels.linear import linear, linear_fp8
 from kernels.norm_gate import norm_gate, norm_gate_fp8
@@ -31,6 +32,7 @@ from kernels.position_time import position_time
 from kernels.quantize import quantize_rows, transpose_rows
 from kernels.rotary import Rotation, rotary
 from kernels.sampled_softmax import sampled_softmax
+from kernels.top_k import top_k
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 LENGTHS = (129, 0, 1, 62)
@@ -126,6 +128,14 @@ def check_hstu_layer(device: str) -> None:
             fp8=quantize_weights(weights, ("uvqk", "output")) if in_fp8 else None,
         )
         _backward(y, x, uvqk, output)
+
+
+def check_int4_rows(device: str) -> None:
+    """All rows, and some of them in another order, of two widths."""
+    for dim in (40, 256):
+        rows = torch.zeros(L, row_bytes(dim), dtype=torch.uint8, device=device)
+        dequantize_int4(rows)
+        dequantize_int4(rows, torch.arange(L - 1, -1, -2, device=device), dtype=torch.bfloat16)
 
 
 def check_jagged(device: str) -> None:
@@ -225,6 +235,14 @@ def check_sampled_softmax(device: str) -> None:
             temperature=0.5,
         )
         _backward(loss, query, positive, negative)
+
+
+def check_top_k(device: str) -> None:
+    """Items that fill neither the last group nor the last group of groups; one block and two."""
+    for num_queries in (3, 70):
+        queries, items = _draw(device, num_queries, 40), _draw(device, 64 * 64 * 2 + 70, 40)
+        top_k(queries, items, 1)
+        top_k(queries, items[:200], 300, is_item_E=torch.arange(200, device=device) % 3 == 0)
 
 
 CHECKS: dict[str, Callable[[str], None]] = {
