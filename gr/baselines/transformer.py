@@ -3,6 +3,8 @@
 Letters: L tokens, R rows of the result, D model dim, H heads, K = D / H.
 """
 
+from typing import Protocol
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -16,12 +18,23 @@ from kernels.rotary import Rotation, rotary
 NORM_EPS = 1e-6
 
 
+class Attend(Protocol):
+    """Attention over jagged sequences, as `softmax_attention`."""
+
+    def __call__(
+        self, q_RHK: Tensor, k_LHK: Tensor, v_LHK: Tensor, info: SequenceInfo, *, of_tails: bool
+    ) -> Tensor:
+        """Return (R, H, K)."""
+        ...
+
+
 class TransformerEncoder(nn.Module):
     """A stack of layers and a norm; the last layer computes the rows of the tails only.
 
     Args:
         config: `dim`, `num_layers` and `transformer` are read; ffn_dim 0 means 8/3 D, rounded up to
             a multiple of 8.
+        attend: the attention; another one is for comparisons of speed (gr/bench_ultra.py).
 
     Raises:
         ValueError: if the dim of a head is odd.
@@ -29,7 +42,7 @@ class TransformerEncoder(nn.Module):
     Source: the Transformer++ of arXiv 2402.17152, table 5: layers of Touvron et al., "LLaMA", 2023.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, attend: Attend = softmax_attention) -> None:
         super().__init__()
         self.head_dim = config.dim // config.transformer.num_heads
         if self.head_dim % 2:
@@ -37,7 +50,9 @@ class TransformerEncoder(nn.Module):
                 "rotary positions turn pairs of numbers: model.dim / model.transformer.num_heads "
                 f"must be even, got {config.dim} / {config.transformer.num_heads}"
             )
-        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            TransformerLayer(config, attend) for _ in range(config.num_layers)
+        )
         self.final_norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
 
     def forward(self, x_LD: Tensor, info: SequenceInfo) -> Tensor:
@@ -68,10 +83,12 @@ class TransformerLayer(nn.Module):
 
     Args:
         config: as of the encoder.
+        attend: likewise.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, attend: Attend = softmax_attention) -> None:
         super().__init__()
+        self.attend = attend
         dim = config.dim
         ffn_dim = config.transformer.ffn_dim or -(-(8 * dim) // (3 * 8)) * 8
         self.num_heads = config.transformer.num_heads
@@ -113,7 +130,7 @@ class TransformerLayer(nn.Module):
             x_RD, normed_LD = x_LD.index_select(0, tail_R), normed_LD.index_select(0, tail_R)
             rotation = rotation.rows(tail_R)
         q_RHK = rotary(self.query(normed_LD).unflatten(1, (self.num_heads, -1)), rotation)
-        attended_RHK = softmax_attention(q_RHK, k_LHK, v_LHK, info, of_tails=tail_R is not None)
+        attended_RHK = self.attend(q_RHK, k_LHK, v_LHK, info, of_tails=tail_R is not None)
         z_RD = x_RD + self.dropout(self.output(attended_RHK.flatten(1)))
         gate_RF, value_RF = self.ffn_in(self.ffn_norm(z_RD)).chunk(2, dim=1)
         hidden_RF = functional.silu(gate_RF) * value_RF

@@ -30,6 +30,40 @@ def test_a_resumed_gpu_run_repeats_bit_for_bit(config, tmp_path):
     np.testing.assert_array_equal(losses(whole), losses(cut))
 
 
+ULTRA = (
+    "model.num_layers=3",
+    "model.hstu.bias=none",
+    "data.layout=merged",
+    "data.anchor=session",
+    "model.hstu.semi_local={window: 6, global_rows: 3}",
+    "model.hstu.truncation={layers: 2, history: 10}",
+    "model.mixture={newest: {history: 8}, clicked: {actions: {click: 0.5}}}",
+    "data.stochastic_length={selection: weighted, max_length: 16}",
+)
+
+
+@pytest.mark.gpu
+def test_all_of_ultra_learns_on_a_gpu_what_it_does_on_a_cpu_and_resumes(config, tmp_path):
+    cpu = run(config, f"run_dir={tmp_path / 'cpu'}", *ULTRA)
+    gpu = run(config, f"run_dir={tmp_path / 'gpu'}", "device=cuda", *ULTRA)
+    np.testing.assert_allclose(losses(cpu)[:2], losses(gpu)[:2], rtol=1e-4)
+    np.testing.assert_allclose(losses(cpu), losses(gpu), rtol=5e-3)
+    run(config, f"run_dir={tmp_path / 'cut'}", "device=cuda", *ULTRA, "max_steps=8")
+    cut = run(config, f"run_dir={tmp_path / 'cut'}", "device=cuda", *ULTRA, "resume=true")
+    np.testing.assert_array_equal(losses(gpu), losses(cut))
+
+
+@pytest.mark.gpu
+def test_all_of_ultra_learns_in_fp8(config, tmp_path):
+    bf16 = run(config, f"run_dir={tmp_path / 'bf16'}", "device=cuda", *ULTRA, "precision=bf16")
+    fp8 = run(
+        config,
+        f"run_dir={tmp_path / 'fp8'}",
+        *("device=cuda", *ULTRA, "precision=bf16", "model.hstu.precision=fp8"),
+    )
+    np.testing.assert_allclose(losses(fp8), losses(bf16), rtol=0.1)
+
+
 def train(config, folder, *overrides):
     run(Path(config), f"run_dir={folder}", "device=cuda", *overrides)
 

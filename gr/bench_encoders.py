@@ -1,0 +1,230 @@
+"""Encoders on jagged sequences of given lengths: how long they take, how much memory.
+
+Used by gr/bench_ultra.py. Inputs are random; the loss reads the candidates at the end of each
+sequence, as with data.anchor=session.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from gr.baselines.attention import softmax_attention
+from gr.baselines.transformer import TransformerEncoder
+from gr.config import HSTUConfig, ModelConfig, SemiLocalConfig, TransformerConfig, TruncationConfig
+from gr.flops import inference_flops
+from gr.hstu import HSTUEncoder, kept_history
+from gr.sequence import SequenceInfo, what_is_kept
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all encoders of a comparison share."""
+
+    dim: int = 512
+    num_heads: int = 4
+    num_layers: int = 18
+    candidates: int = 64
+    device: str = "cuda"
+
+    def hstu(self, longest: int, **changes: object) -> ModelConfig:
+        """Return plain HSTU with changes of its layers."""
+        width = self.dim // self.num_heads
+        layer = HSTUConfig(
+            num_heads=self.num_heads, qk_dim=width, v_dim=width, scaling_length=longest
+        )
+        return ModelConfig(
+            dim=self.dim,
+            num_layers=self.num_layers,
+            hstu=replace(layer, **changes),  # type: ignore[arg-type]
+        )
+
+    def transformer(self) -> ModelConfig:
+        """Return Transformer++."""
+        return ModelConfig(
+            encoder="transformer",
+            dim=self.dim,
+            num_layers=self.num_layers,
+            transformer=TransformerConfig(num_heads=self.num_heads),
+        )
+
+
+def semi_local(window: int, global_rows: int) -> dict[str, object]:
+    """Return the change that is semi-local attention, K1 and K2 by rows."""
+    return {"semi_local": SemiLocalConfig(window=window, global_rows=global_rows)}
+
+
+def truncation(layers: int, history: int) -> dict[str, object]:
+    """Return the change that is attention truncation, N2 and L'."""
+    return {"truncation": TruncationConfig(layers=layers, history=history)}
+
+
+def structure(
+    lengths: Sequence[int], candidates: int, model: ModelConfig, device: str
+) -> SequenceInfo:
+    """Return sequences of these lengths, the candidates at their ends among them.
+
+    Args:
+        lengths: tokens of each sequence.
+        candidates: of each sequence; fewer where it is shorter.
+        model: says whether history is truncated.
+        device: of the tensors.
+    """
+    length_B = torch.tensor(lengths, dtype=torch.int64)
+    tail_B = length_B.clamp(max=candidates)
+    kept = what_is_kept(length_B, length_B - tail_B, 0, kept_history(model))
+
+    def offsets(x: Tensor) -> Tensor:
+        return nn.functional.pad(x.cumsum(0), (1, 0)).to(device)
+
+    total = int(length_B.sum())
+    timestamp = torch.arange(total, device=device)
+    return SequenceInfo(
+        offsets=offsets(length_B),
+        tail_offsets=offsets(tail_B),
+        max_len=int(length_B.max()),
+        max_tail_len=int(tail_B.max()),
+        timestamp=timestamp,
+        query_time=timestamp,
+        session_start=(length_B - tail_B).to(device),
+        num_context=0,
+        num_candidates=tail_B.to(device),
+        num_rows=int(tail_B.sum()),
+        kept=kept,
+    )
+
+
+class Stack:
+    """An encoder with its optimizer and a batch: what a step of it is.
+
+    Args:
+        model: the configuration.
+        lengths: of the sequences.
+        shape: shared.
+        flash: Transformer++ with FlashAttention-2 of torch in the place of our attention.
+    """
+
+    def __init__(
+        self, model: ModelConfig, lengths: Sequence[int], shape: Shape, *, flash: bool = False
+    ) -> None:
+        torch.manual_seed(0)
+        self.device = torch.device(shape.device)
+        self.info = structure(lengths, shape.candidates, model, shape.device)
+        self.encoder: nn.Module
+        if model.encoder == "transformer":
+            attend = flash_attention if flash else softmax_attention
+            self.encoder = TransformerEncoder(model, attend).to(self.device)
+        else:
+            self.encoder = HSTUEncoder(model).to(self.device)
+        is_gpu = self.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(self.encoder.parameters(), lr=1e-4, fused=is_gpu)
+        dtype = torch.bfloat16 if is_gpu else torch.float32
+        tokens = self.info.timestamp.numel()
+        self.x_LD = torch.randn(tokens, model.dim, device=self.device, dtype=dtype)
+        self.dy_RD = torch.randn(self.info.num_rows, model.dim, device=self.device)
+        self.flops = inference_flops(model, self.info)
+
+    def without_candidates(self) -> "Stack":
+        """Return this, its last tokens being part of the history."""
+        none = torch.zeros_like(self.info.num_candidates)
+        self.info = replace(self.info, num_candidates=none)
+        return self
+
+    def forward(self) -> Tensor:
+        """Return the rows of the candidates."""
+        is_gpu = self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=is_gpu):
+            y: Tensor = self.encoder(self.x_LD, self.info)
+        return y
+
+    def infer(self) -> None:
+        """Make a forward pass that keeps nothing."""
+        with torch.no_grad():
+            self.forward()
+
+    def train(self) -> None:
+        """Make a step: forward, backward down to the tokens, AdamW on the encoder."""
+        self.x_LD.requires_grad_()
+        y = self.forward()
+        y.backward(self.dy_RD.to(y.dtype))  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.x_LD.grad = None
+
+
+def flash_attention(
+    q_RHK: Tensor, k_LHK: Tensor, v_LHK: Tensor, info: SequenceInfo, *, of_tails: bool
+) -> Tensor:
+    """Return causal softmax attention by FlashAttention-2 of torch, jagged.
+
+    It knows no candidates: they see each other, in causal order. The pairs are as many.
+    """
+    dtype = torch.get_autocast_dtype("cuda")
+    query = info.tail_offsets if of_tails else info.offsets
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        *(x.to(dtype) for x in (q_RHK, k_LHK, v_LHK)),
+        query.int(),
+        info.offsets.int(),
+        info.max_tail_len if of_tails else info.max_len,
+        info.max_len,
+        0.0,
+        True,
+        False,
+    )[0]
+    return out
+
+
+def median_ms(
+    variants: Mapping[str, Callable[[], None]], *, rounds: int = 5, warm_up: int = 2
+) -> dict[str, float]:
+    """Return the median time of each variant in ms; they take turns, each waited for.
+
+    Args:
+        variants: name -> what is timed.
+        rounds: times each is timed.
+        warm_up: calls before, which compile.
+    """
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for call in variants.values():
+        for _ in range(warm_up):
+            call()
+    for _ in range(rounds):
+        for name, call in variants.items():
+            _synchronize()
+            start = time.perf_counter()
+            call()
+            _synchronize()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def kept_bytes(stack: Stack) -> int:
+    """Return what the allocator has more after a forward pass than before, the input included."""
+    stack.x_LD.requires_grad_()
+    stack.forward()  # compiles
+    _synchronize()
+    before = torch.cuda.memory_allocated()
+    y = stack.forward()
+    _synchronize()
+    found = torch.cuda.memory_allocated() - before
+    del y
+    return found + stack.x_LD.numel() * stack.x_LD.element_size()
+
+
+def free() -> None:
+    """Give back what the last measurement held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
