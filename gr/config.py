@@ -490,6 +490,13 @@ class EvalConfig:
     filter_newest: int = 0
     """Of `filter_seen`: so many events of the history, the newest, are left out, so that models of
     longer histories rank the same items; 0 means all that the sequence holds."""
+    new_item_events: int = 0
+    """Score predictions about items with fewer events than this in the log before them apart, as
+    NAME/new_items; events of starting histories count. The item ids and times of the whole log are
+    read before the run. 0: not."""
+    new_user_events: int = 0
+    """Score predictions of users with fewer events than this before them apart, as NAME/new_users;
+    more than data.max_history_tokens holds would be all. 0: not."""
     lifetime_auc: bool = True
     """Keep every prediction (20 bytes each and binary task, on rank 0 and in checkpoints) for the
     AUC and GAUC of the run; false: these two are null, those of the windows are not."""
@@ -497,6 +504,9 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if any(k < 1 for k in self.ks):
             raise ValueError(f"eval.ks must be at least 1, got {list(self.ks)}")
+        for name in ("new_item_events", "new_user_events"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"eval.{name} must be at least 0, got {getattr(self, name)}")
         if self.filter_newest < 0 or (self.filter_newest and not self.filter_seen):
             raise ValueError(
                 "eval.filter_newest must be 0, or more with eval.filter_seen=true, got "
@@ -659,6 +669,7 @@ def check_consistency(config: TrainConfig) -> None:
         )
     _check_mixture(config)
     _check_item_table(config)
+    _check_cohorts(config)
     accumulate = config.optim.accumulate
     for name, steps in (
         ("checkpoint.every_steps", config.checkpoint.every_steps),
@@ -760,6 +771,24 @@ def _check_item_table(config: TrainConfig) -> None:
         raise ValueError(
             f"{NEGATIVE_ITEM_ID} must be a feature of table {name!r}, as item_id is, since its "
             "ids are dynamic"
+        )
+
+
+def _check_cohorts(config: TrainConfig) -> None:
+    """Refuse to look for new items where the log, or a row, does not tell them."""
+    if not config.eval.new_item_events:
+        return
+    data, tables = config.data, config.embeddings.tables
+    name = next(name for name, table in tables.items() if ITEM_ID in table.features)
+    if tables[name].ids != "static":
+        raise ValueError(
+            f"eval.new_item_events finds an item by its row, but embeddings.tables.{name}.ids="
+            f"{tables[name].ids}: use static, or set it to 0"
+        )
+    if data.follow or data.window == "epoch":
+        raise ValueError(
+            "eval.new_item_events reads a session-end log as a whole before the run, which "
+            "data.follow=true and data.window=epoch do not have: set it to 0"
         )
 
 

@@ -45,7 +45,8 @@ class EvalAccumulator:
     maximum, as labels are.
     Retrieval gives, from the rank of each target: hr@k = 1[rank <= k], ndcg@k = 1[rank <= k] /
     log2(rank + 1), mrr = 1 / rank, log_pplx = -log probability; means weighted by w.
-    num_examples-NAME counts the predictions of weight > 0.
+    num_examples-NAME counts the predictions of weight > 0. A cohort's metrics are those of its
+    predictions alone, with /COHORT after their names.
 
     Memory: 20 bytes a prediction and task while the window is open (retrieval: 16), and 20 bytes a
     prediction of a binary task for the AUC and GAUC of the run, on rank 0, unless `lifetime_auc` is
@@ -59,6 +60,7 @@ class EvalAccumulator:
         retrieval: whether ranks will be added.
         ks: cut-offs of hr and ndcg.
         lifetime_auc: keep predictions for the AUC and GAUC of the run.
+        cohorts: names of sets of predictions to be scored apart too.
 
     Source: NE: He et al., "Practical lessons from predicting clicks on ads at Facebook", 2014;
     GAUC (w = 1: by impressions): Zhou et al., "Deep Interest Network", 2018.
@@ -71,17 +73,23 @@ class EvalAccumulator:
         retrieval: bool = True,
         ks: Iterable[int] = (10, 50),
         lifetime_auc: bool = True,
+        cohorts: Iterable[str] = (),
     ) -> None:
         if RETRIEVAL in tasks:
             raise ValueError(f"no task may be called {RETRIEVAL!r}: that names retrieval's metrics")
         self.lifetime_auc = lifetime_auc
         self._tasks = tuple(tasks)
-        self._series: dict[str, Series] = {
-            name: BinarySeries(name) if task.type == "binary" else RegressionSeries(name, task)
-            for name, task in tasks.items()
-        }
-        if retrieval:
-            self._series[RETRIEVAL] = RetrievalSeries(ks)
+        self._cohorts = tuple(cohorts)
+        self._series: dict[str, Series] = {}
+        for end in ("", *(f"/{cohort}" for cohort in self._cohorts)):
+            for name, task in tasks.items():
+                self._series[name + end] = (
+                    BinarySeries(name + end)
+                    if task.type == "binary"
+                    else RegressionSeries(name + end, task)
+                )
+            if retrieval:
+                self._series[RETRIEVAL + end] = RetrievalSeries(ks, end)
         self._window: int | None = None
         self._open = {name: _Records(s.columns) for name, s in self._series.items()}
         self._closed = {name: _Records(s.columns) for name, s in self._series.items()}
@@ -93,6 +101,7 @@ class EvalAccumulator:
         labels: Mapping[str, Tensor],
         weights: Mapping[str, Tensor],
         user_id_P: Tensor,
+        cohorts: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Add predictions to the open window; nothing is waited for on a GPU.
 
@@ -101,18 +110,24 @@ class EvalAccumulator:
             labels: task -> (P,), 0 or 1; of a regression transformed, as in the batch.
             weights: task -> (P,); 0 leaves a prediction out.
             user_id_P: int64, for GAUC.
+            cohorts: (P,) bool of each cohort.
 
         Raises:
             ValueError: if no window is open, or a length differs.
         """
         self._require_window()
         for name in self._tasks:
-            self._open[name].append(
-                output=outputs[name], label=labels[name], weight=weights[name], user=user_id_P
-            )
+            for end, weight_P in self._weights(weights[name], cohorts):
+                self._open[name + end].append(
+                    output=outputs[name], label=labels[name], weight=weight_P, user=user_id_P
+                )
 
     def update_retrieval(
-        self, rank_R: Tensor, log_prob_R: Tensor, weight_R: Tensor | None = None
+        self,
+        rank_R: Tensor,
+        log_prob_R: Tensor,
+        weight_R: Tensor | None = None,
+        cohorts: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Add ranks to the open window.
 
@@ -120,6 +135,7 @@ class EvalAccumulator:
             rank_R: int64, 1 is best, see gr.retrieval_metrics.catalogue_ranks.
             log_prob_R: log probability of each target.
             weight_R: weights; None means 1.
+            cohorts: (R,) bool of each cohort.
 
         Raises:
             ValueError: if no window is open, or a length differs.
@@ -127,7 +143,15 @@ class EvalAccumulator:
         self._require_window()
         if weight_R is None:
             weight_R = torch.ones_like(log_prob_R)
-        self._open[RETRIEVAL].append(rank=rank_R, log_prob=log_prob_R, weight=weight_R)
+        for end, weight in self._weights(weight_R, cohorts):
+            self._open[RETRIEVAL + end].append(rank=rank_R, log_prob=log_prob_R, weight=weight)
+
+    def _weights(
+        self, weight_n: Tensor, cohorts: Mapping[str, Tensor] | None
+    ) -> list[tuple[str, Tensor]]:
+        """Return (end of the name, weights) of all predictions, and of each cohort."""
+        members = cohorts or {}
+        return [("", weight_n), *((f"/{c}", weight_n * members[c]) for c in self._cohorts)]
 
     def roll(self, window: int) -> list[WindowResult]:
         """Say which window the next updates belong to; return the last one if it has ended.

@@ -125,6 +125,7 @@ class RetrievalSeries(Series):
 
     Args:
         ks: cut-offs of hr and ndcg.
+        cohort: ends the names of the metrics, where only some predictions are counted.
 
     Raises:
         ValueError: if a cut-off is below 1.
@@ -136,8 +137,9 @@ class RetrievalSeries(Series):
         "weight": torch.float32,
     }
 
-    def __init__(self, ks: Iterable[int]) -> None:
-        super().__init__(RETRIEVAL)
+    def __init__(self, ks: Iterable[int], cohort: str = "") -> None:
+        super().__init__(RETRIEVAL + cohort)
+        self.cohort = cohort
         self.ks = tuple(ks)
         if any(k < 1 for k in self.ks):
             raise ValueError(
@@ -167,4 +169,5 @@ class RetrievalSeries(Series):
             values[f"ndcg@{k}"] = divide(gains, weight)
         values["mrr"] = divide(reciprocal, weight)
         values["log_pplx"] = divide(log_pplx, weight)
-        return values | {f"num_examples-{RETRIEVAL}": int(num)}
+        values[f"num_examples-{RETRIEVAL}"] = int(num)
+        return {f"{name}{self.cohort}": value for name, value in values.items()}

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from embeddings.collection import build_tables
 from gr.checkpoint import CheckpointManager
+from gr.cohorts import Cohorts
 from gr.cold_start import NAME, vectors_key
 from gr.config import TrainConfig
 from gr.ids import Catalogue, IdRows
@@ -115,11 +116,13 @@ class Trainer:
             self.model, world, config.optim, deterministic=config.deterministic
         )
         self.objective = Objective(config, self.item_table).to(world.device)
+        self.cohorts = Cohorts(config).to(world.device)
         self.evaluation = EvalAccumulator(
             config.data.tasks,
             retrieval=config.model.head.retrieval and config.eval.retrieval,
             ks=config.eval.ks,
             lifetime_auc=config.eval.lifetime_auc,
+            cohorts=self.cohorts.names,
         )
         with_vectors = [*config.model.pretrained, *([NAME] if config.model.cold_start.path else [])]
         vectors = (f"data/without_vector/{name}" for name in with_vectors)
@@ -393,13 +396,15 @@ class Trainer:
     @torch.no_grad()
     def _evaluate(self, scored: Scored) -> None:
         batch, ranking = scored.batch, scored.predictions.ranking
+        sequence_L = sequence_index(batch.offsets, batch.num_tokens)
         if ranking:
-            sequence_L = sequence_index(batch.offsets, batch.num_tokens)
             users_P = batch.user_id[sequence_L[batch.ranking_positions]]
-            self.evaluation.update_ranking(ranking, batch.labels, batch.weights, users_P)
+            cohorts = self.cohorts.of_ranking(batch, sequence_L)
+            self.evaluation.update_ranking(ranking, batch.labels, batch.weights, users_P, cohorts)
         if scored.ranks is not None and scored.log_probs is not None:
+            cohorts = self.cohorts.of_retrieval(batch, sequence_L)
             self.evaluation.update_retrieval(
-                scored.ranks, scored.log_probs, batch.retrieval_weights
+                scored.ranks, scored.log_probs, batch.retrieval_weights, cohorts
             )
 
     def _sum_weights(self, batch: SequenceBatch) -> Tensor:
