@@ -2,7 +2,8 @@
 
 The budget, in norm. (e4m3 has 4 digits: rounding one factor of a product is off by 2.6 %.)
 - What rounding to fp8 costs, by the reference against float64: 7 % of the layer's own part of Y and
-  13 % of a gradient, which is rounded on its way three times.
+  13 % of a gradient, which is rounded on its way three times; 30 % of a gradient of the small
+  layer, whose sums are over 22 tokens (8 to 25 % over 12 seeds on a CPU).
 - What the kernels add to that: half as much again, since a value near the middle of two steps may
   fall either way.
 """
@@ -51,7 +52,7 @@ cases = pytest.mark.parametrize(
 )
 
 
-def check(layer, dtype, device, impl):
+def check(layer, dtype, device, impl, gradient):
     with poisoned_memory(torch.device(device)):
         got = layer.run(dtype, device, impl=impl)
     rounded = layer.run(dtype, device, impl="reference")
@@ -68,7 +69,7 @@ def check(layer, dtype, device, impl):
         # magnifies any rounding: in 16 bits, too, these gradients are off ten times as much.
         if name == "y" or layer.norm == "layer":
             size = (expected - x if name == "y" else expected).norm()
-            assert rounding <= (0.07 if name == "y" else 0.13) * size, (name, rounding / size)
+            assert rounding <= (0.07 if name == "y" else gradient) * size, (name, rounding / size)
         added = (got[name].double() - rounded[name].double()).norm()
         allowed = 0.5 * rounding + 2 * torch.finfo(dtype).eps * expected.norm()
         assert added <= allowed, (name, added, allowed)
@@ -78,7 +79,7 @@ def check(layer, dtype, device, impl):
 @cases
 def test_error_of_fp8(options, device):
     layer = Layer([13, 0, 9], [5, 0, 9], [2, 0, 0], dim=48, **options)
-    check(layer, torch.float16, device, "triton")
+    check(layer, torch.float16, device, "triton", gradient=0.3)
 
 
 @pytest.mark.gpu
@@ -87,7 +88,7 @@ def test_error_of_fp8(options, device):
 def test_error_of_fp8_on_a_gpu(options, impl):
     shape = {"dim": 256, "num_heads": 4, "qk_dim": 64, "v_dim": 64}
     layer = Layer([300, 0, 517, 64, 1], [40, 0, 517, 5, 0], [20, 0, 100, 5, 0], **shape, **options)
-    check(layer, torch.bfloat16, "cuda", impl)
+    check(layer, torch.bfloat16, "cuda", impl, gradient=0.13)
 
 
 @pytest.mark.interpret
