@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gr.config import EncodingConfig
-from gr.sequence import SequenceInfo, sequence_index
+from gr.sequence import SequenceInfo, sequence_index, token_places
 from kernels.position_time import position_time
 
 LOG_BUCKET_WIDTH = 0.301
@@ -127,17 +127,17 @@ def position_index(info: SequenceInfo, sequence_L: Tensor, *, kind: str, buckets
             f"model.encoding.position_buckets must be at least 2 more than the {C} context tokens, "
             f"got {buckets}: raise it to {C + 2} or more"
         )
-    place_L = torch.arange(sequence_L.numel(), device=sequence_L.device)
-    place_L = place_L - info.offsets[sequence_L]
-    history_L = (info.offsets.diff() - info.num_candidates)[sequence_L]
-    shared_L = torch.minimum(place_L, history_L)
+    place_L = token_places(info, sequence_L)
+    behind_B: Tensor | int = 0 if info.before is None else info.before.num_tokens
     if kind == "from_start":
-        index_L = shared_L
+        index_L = place_L
     elif kind == "from_session":
         middle = (buckets - C) // 2
-        index_L = C + (middle + shared_L - info.session_start[sequence_L]).clamp(min=0)
+        start_L = (info.session_start + behind_B)[sequence_L]
+        index_L = C + (middle + place_L - start_L).clamp(min=0)
     else:
-        index_L = C + history_L - shared_L
+        history_B = info.offsets.diff() - info.num_candidates + behind_B
+        index_L = C + history_B[sequence_L] - place_L
     return torch.where(place_L < C, place_L, index_L).clamp(max=buckets - 1)
 
 
@@ -151,7 +151,8 @@ def session_time(info: SequenceInfo, sequence_L: Tensor) -> Tensor:
         info: structure and times of the batch.
         sequence_L: int64, the sequence of each token.
     """
-    first_B = info.offsets[:-1] + info.session_start
+    # Of a part of a sequence the session may begin before it, and so does not end before it.
+    first_B = info.offsets[:-1] + info.session_start.clamp(min=0)
     last_B = info.offsets[1:] - 1
     has_session_L = (first_B <= last_B)[sequence_L]
     token_L = torch.minimum(first_B, last_B)[sequence_L]
@@ -171,8 +172,15 @@ def time_before(info: SequenceInfo, sequence_L: Tensor) -> Tensor:
     first_L = info.offsets[sequence_L]
     history_L = info.offsets[sequence_L + 1] - info.num_candidates[sequence_L]
     before_L = torch.minimum(place_L, history_L) - 1
-    gap_L = info.timestamp - info.timestamp[before_L.clamp(min=0)]
-    return torch.where(before_L >= first_L, gap_L, 0)
+    time_L = info.timestamp[before_L.clamp(min=0)]
+    has_one_L = before_L >= first_L
+    if info.before is not None:
+        is_left_out_L = (before_L - first_L + 1 == info.num_context) & (
+            info.before.num_tokens[sequence_L] > 0
+        )
+        time_L = torch.where(is_left_out_L, info.before.last_time[sequence_L], time_L)
+        has_one_L = has_one_L | is_left_out_L
+    return torch.where(has_one_L, info.timestamp - time_L, 0)
 
 
 def sinusoids(rows: int, dim: int) -> Tensor:

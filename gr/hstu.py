@@ -15,7 +15,14 @@ from gr.rotary import rotations
 from gr.sequence import SequenceInfo, truncate
 from kernels.dispatch import Impl, resolve
 from kernels.hstu_attention import AttentionMask, RelativeBias
-from kernels.hstu_layer import Fp8Weights, LayerWeights, hstu_layer, quantize_weights
+from kernels.hstu_layer import (
+    Attend,
+    Fp8Weights,
+    LayerWeights,
+    hstu_layer,
+    hstu_layer_around,
+    quantize_weights,
+)
 from kernels.layer_norm import layer_norm
 from kernels.rotary import Rotation
 
@@ -57,8 +64,8 @@ class HSTUEncoder(nn.Module):
             x_LD: floating, the tokens of all sequences.
             info: structure of the batch; its tails say which rows are returned.
         """
-        device, is_reference = x_LD.device.type, self._is_reference(x_LD)
-        if torch.is_autocast_enabled(device) and not is_reference:
+        device = x_LD.device.type
+        if torch.is_autocast_enabled(device) and not self.is_reference(x_LD):
             x_LD = x_LD.to(torch.get_autocast_dtype(device))
         turned = None
         if self.config.rotary.angles != "none":
@@ -71,20 +78,25 @@ class HSTUEncoder(nn.Module):
             )
         for number, layer in enumerate(self.layers[:-1]):
             if number == self.first_truncated:
-                x_LD, info, turned = _truncated(x_LD, info, turned)
+                x_LD, info, turned = truncated(x_LD, info, turned)
             x_LD = layer(x_LD, info, rotations=turned)
         if len(self.layers) - 1 == self.first_truncated:
-            x_LD, info, turned = _truncated(x_LD, info, turned)
+            x_LD, info, turned = truncated(x_LD, info, turned)
         y_RD: Tensor = self.layers[-1](
             x_LD, info, tail_R=tail_if_shorter(info, x_LD), rotations=turned
         )
+        return self.normed(y_RD)
+
+    def normed(self, y_RD: Tensor) -> Tensor:
+        """Return rows of the last layer after the final norm, if there is one."""
         if self.final_norm is None:
             return y_RD
         weight, bias = self.final_norm.weight, self.final_norm.bias
-        impl = Impl.REFERENCE if is_reference else Impl.AUTO
+        impl = Impl.REFERENCE if self.is_reference(y_RD) else Impl.AUTO
         return layer_norm(y_RD, weight, bias, eps=NORM_EPS, impl=impl)
 
-    def _is_reference(self, x_LD: Tensor) -> bool:
+    def is_reference(self, x_LD: Tensor) -> bool:
+        """Return whether the layers run in plain torch where these rows are."""
         if self.impl == "composed":
             return True
         return resolve(self.impl, x_LD, not_hopper="") is Impl.REFERENCE
@@ -189,6 +201,46 @@ class HSTULayer(nn.Module):
             attention_impl=Impl.AUTO if is_composed else Impl.REFERENCE,
         )
 
+    def around(
+        self,
+        x_LD: Tensor,
+        attend: Attend,
+        *,
+        tail_R: Tensor | None,
+        rotations: tuple[Rotation, Rotation] | None,
+        weights: LayerWeights,
+        fp8: Fp8Weights | None,
+    ) -> Tensor:
+        """Return Y with the caller's attention, without gradient and dropout: for inference.
+
+        Args:
+            x_LD: floating.
+            attend: (q (R, H, K), k (L, H, K), v (L, H, V)) -> (R, H, V).
+            tail_R: as of `forward`.
+            rotations: of the queries (R rows) and of the keys.
+            weights: `weights()`, or inference_weights of them.
+            fp8: `fp8_weights` of them.
+        """
+        config = self.config
+        is_composed = config.impl == "composed"
+        return hstu_layer_around(
+            x_LD,
+            weights,
+            attend,
+            num_heads=config.num_heads,
+            qk_dim=config.qk_dim,
+            v_dim=config.v_dim,
+            activate=config.uvqk_activation,
+            norm=config.norm,
+            concat_ua=config.concat_ua,
+            rotations=rotations,
+            tail_R=tail_R,
+            eps=NORM_EPS,
+            fp8=fp8,
+            impl=Impl.REFERENCE if is_composed else config.impl,
+            attention_impl=Impl.AUTO if is_composed else Impl.REFERENCE,
+        )
+
     def weights(self) -> LayerWeights:
         """Return the parameters as the operator takes them."""
         return LayerWeights(
@@ -243,9 +295,10 @@ def kept_history(model: ModelConfig) -> int:
     return model.hstu.truncation.history if model.encoder == "hstu" else 0
 
 
-def _truncated(
+def truncated(
     x_LD: Tensor, info: SequenceInfo, rotations: tuple[Rotation, Rotation] | None
 ) -> tuple[Tensor, SequenceInfo, tuple[Rotation, Rotation] | None]:
+    """Return rows, structure and rotations of what attention truncation keeps."""
     index_T, info = truncate(info)
     if rotations is not None:
         rotations = rotations[0].rows(index_T), rotations[1].rows(index_T)

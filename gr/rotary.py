@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gr.config import RotaryConfig
-from gr.sequence import SequenceInfo, sequence_index
+from gr.sequence import SequenceInfo, sequence_index, token_places
 from kernels.rotary import Rotation
 
 BASE = 10_000.0
@@ -36,13 +36,16 @@ def rotations(
     num_tokens = info.timestamp.numel()
     sequence_L = sequence_index(info.offsets, num_tokens)
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    position_LP = position_angles(token_positions(info, sequence_L), head_dim)
+    position_LP = position_angles(token_places(info, sequence_L), head_dim)
     if config.angles == "position":
         shared = _rotation([position_LP], dtype)
         return shared, shared
     # Only differences count. Those to a time of the sequence's own keep their digits, and are the
     # same whenever the sequence happened.
-    first_L = info.timestamp[info.offsets[sequence_L]]
+    if info.before is None:
+        first_L = info.timestamp[info.offsets[sequence_L]]
+    else:
+        first_L = info.before.first_time[sequence_L]
     query, key = (
         _mixed(
             config, position_LP, time_angles(time_L - first_L, head_dim, config.periods), num_heads
@@ -79,18 +82,6 @@ def time_angles(time_L: Tensor, head_dim: int, periods: tuple[float, float]) -> 
     # Whole turns are left out in double, without rounding: float32 could not tell years of seconds
     # apart.
     return (2 * math.pi / period_P) * time_L.double()[:, None].remainder(period_P)
-
-
-def token_positions(info: SequenceInfo, sequence_L: Tensor) -> Tensor:
-    """Return (L,) int64: the index of each token in its sequence; all candidates share the first's.
-
-    Args:
-        info: structure of the batch.
-        sequence_L: int64, the sequence of each token.
-    """
-    index_L = torch.arange(sequence_L.numel(), device=sequence_L.device) - info.offsets[sequence_L]
-    history_B = info.offsets.diff() - info.num_candidates
-    return torch.minimum(index_L, history_B[sequence_L])
 
 
 def _mixed(

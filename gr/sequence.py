@@ -35,6 +35,33 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Before:
+    """What each sequence holds that is not among its tokens here, because it is cached.
+
+    The tokens left out follow the context tokens, which are here.
+    """
+
+    num_tokens: Tensor
+    """(B,) int64."""
+    first_time: Tensor
+    """(B,) int64 s: timestamp of the whole sequence's first token."""
+    last_time: Tensor
+    """(B,) int64 s: timestamp of the last token left out."""
+
+    def of(self, sequences: Tensor) -> "Before":
+        """Return what is left out of some sequences."""
+        return Before(
+            self.num_tokens[sequences], self.first_time[sequences], self.last_time[sequences]
+        )
+
+    def to(self, device: torch.device) -> "Before":
+        """Return the same on a device."""
+        return Before(
+            self.num_tokens.to(device), self.first_time.to(device), self.last_time.to(device)
+        )
+
+
+@dataclass(frozen=True)
 class SequenceInfo:
     """Structure of a jagged batch, without its contents.
 
@@ -55,7 +82,8 @@ class SequenceInfo:
     query_time: Tensor
     """(L,) int64 s: when the prediction read at the token is made."""
     session_start: Tensor
-    """(B,) int64: index within the sequence of the first token of the session."""
+    """(B,) int64: index within the sequence of the first token of the session; below 0 where
+    `before` leaves that out."""
     num_context: int
     """Context tokens at the head of every sequence."""
     num_candidates: Tensor
@@ -67,6 +95,8 @@ class SequenceInfo:
     """With attention truncation: what `truncate` will keep."""
     groups: tuple["GroupInfo", ...] = ()
     """With a mixture: what each of its stacks reads."""
+    before: Before | None = None
+    """Of a part of each sequence (gr/inference): positions count what it leaves out."""
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tell the allocator that what is not the batch's own is used on `stream`."""
@@ -261,6 +291,23 @@ def info_of_copy(
         num_candidates=batch.num_candidates,
         groups=tuple(copy_group(group) for group in info.groups),
     )
+
+
+def token_places(info: SequenceInfo, sequence_L: Tensor) -> Tensor:
+    """Return (L,) int64: the index of each token in its sequence; all candidates share the first's.
+
+    Args:
+        info: structure of the batch.
+        sequence_L: int64, the sequence of each token.
+    """
+    place_L = torch.arange(sequence_L.numel(), device=sequence_L.device)
+    place_L = place_L - info.offsets[sequence_L]
+    history_L = (info.offsets.diff() - info.num_candidates)[sequence_L]
+    shared_L = torch.minimum(place_L, history_L)
+    if info.before is None:
+        return shared_L
+    behind_L = info.before.num_tokens[sequence_L]
+    return torch.where(shared_L < info.num_context, shared_L, shared_L + behind_L)
 
 
 def sequence_index(offsets: Tensor, num_tokens: int) -> Tensor:

@@ -3,6 +3,8 @@
 Letters: L tokens, R rows of the result, D model dim, H heads, K = D / H.
 """
 
+from functools import partial
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -12,6 +14,7 @@ from gr.config import ModelConfig
 from gr.flops import transformer_ffn_dim
 from gr.hstu import tail_if_shorter
 from gr.sequence import SequenceInfo
+from kernels.hstu_layer import Attend
 
 
 class CrossAttentionEncoder(nn.Module):
@@ -45,6 +48,10 @@ class CrossAttentionEncoder(nn.Module):
         y_RD = x_LD if tail_R is None else x_LD.index_select(0, tail_R)
         for layer in self.layers:
             y_RD = layer(y_RD, normed_LD, info, of_tails=tail_R is not None)
+        return self.normed(y_RD)
+
+    def normed(self, y_RD: Tensor) -> Tensor:
+        """Return rows of the last layer after the final norm."""
         return self.final_norm(y_RD)  # type: ignore[no-any-return]
 
 
@@ -87,10 +94,16 @@ class CrossAttentionLayer(nn.Module):
             info: structure of the batch.
             of_tails: which of the two y_RD is.
         """
+        return self.around(
+            y_RD, normed_LD, partial(softmax_attention, info=info, of_tails=of_tails)
+        )
+
+    def around(self, y_RD: Tensor, normed_LD: Tensor, attend: Attend) -> Tensor:
+        """Return (R, D) with the caller's attention, (q_RHK, k_LHK, v_LHK) -> (R, H, K)."""
         k_LD, v_LD = self.key_value(normed_LD).chunk(2, dim=1)
         q_RD = self.query(self.attention_norm(y_RD))
         q_RHK, k_LHK, v_LHK = (x.unflatten(1, (self.num_heads, -1)) for x in (q_RD, k_LD, v_LD))
-        attended_RHK = softmax_attention(q_RHK, k_LHK, v_LHK, info, of_tails=of_tails)
+        attended_RHK = attend(q_RHK, k_LHK, v_LHK)
         z_RD = y_RD + self.dropout(self.output(attended_RHK.flatten(1)))
         gate_RF, value_RF = self.ffn_in(self.ffn_norm(z_RD)).chunk(2, dim=1)
         hidden_RF = functional.silu(gate_RF) * value_RF

@@ -3,6 +3,8 @@
 Letters: L tokens, R rows of the result, D model dim, H heads, K = D / H.
 """
 
+from functools import partial
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -10,6 +12,7 @@ from gr.baselines.attention import softmax_attention
 from gr.config import ModelConfig
 from gr.hstu import tail_if_shorter
 from gr.sequence import SequenceInfo
+from kernels.hstu_layer import Attend
 
 NORM_EPS = 1e-8
 
@@ -38,7 +41,11 @@ class SASRecEncoder(nn.Module):
         """
         for layer in self.layers[:-1]:
             x_LD = layer(x_LD, info)
-        return _norm(self.layers[-1](x_LD, info, tail_R=tail_if_shorter(info, x_LD)))
+        return self.normed(self.layers[-1](x_LD, info, tail_R=tail_if_shorter(info, x_LD)))
+
+    def normed(self, y_RD: Tensor) -> Tensor:
+        """Return rows of the last layer after the final norm."""
+        return _norm(y_RD)
 
 
 class SASRecLayer(nn.Module):
@@ -73,12 +80,18 @@ class SASRecLayer(nn.Module):
 
     def forward(self, x_LD: Tensor, info: SequenceInfo, tail_R: Tensor | None = None) -> Tensor:
         """Return Y: (L, D), or (R, D) for the tokens `tail_R` (gr.hstu.tail_index)."""
+        return self.around(
+            x_LD, partial(softmax_attention, info=info, of_tails=tail_R is not None), tail_R
+        )
+
+    def around(self, x_LD: Tensor, attend: Attend, tail_R: Tensor | None) -> Tensor:
+        """Return Y with the caller's attention, (q_RHK, k_LHK, v_LHK) -> (R, H, K)."""
         x_RD = x_LD if tail_R is None else x_LD.index_select(0, tail_R)
         normed_RD = _norm(x_RD)
         q_RHK = self.query(normed_RD).unflatten(1, (self.num_heads, -1))
         k_LD, v_LD = self.key_value(x_LD).chunk(2, dim=1)
         k_LHK, v_LHK = (x.unflatten(1, (self.num_heads, -1)) for x in (k_LD, v_LD))
-        attended_RHK = softmax_attention(q_RHK, k_LHK, v_LHK, info, of_tails=tail_R is not None)
+        attended_RHK = attend(q_RHK, k_LHK, v_LHK)
         z_RD = _norm(normed_RD + self.dropout(self.output(attended_RHK.flatten(1))))
         hidden_RF = self.dropout(functional.relu(self.ffn_in(z_RD)))
         return z_RD + self.dropout(self.ffn_out(hidden_RF))  # type: ignore[no-any-return]

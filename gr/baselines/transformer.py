@@ -3,6 +3,7 @@
 Letters: L tokens, R rows of the result, D model dim, H heads, K = D / H.
 """
 
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from gr.config import ModelConfig, RotaryConfig
 from gr.hstu import tail_if_shorter
 from gr.rotary import rotations
 from gr.sequence import SequenceInfo
+from kernels.hstu_layer import Attend as AttendRows
 from kernels.rotary import Rotation, rotary
 
 NORM_EPS = 1e-6
@@ -62,17 +64,25 @@ class TransformerEncoder(nn.Module):
             x_LD: floating, the tokens of all sequences.
             info: structure of the batch.
         """
-        rotation, _ = rotations(
+        rotation, _ = self.rotations(x_LD, info)
+        for layer in self.layers[:-1]:
+            x_LD = layer(x_LD, info, rotation)
+        y_RD: Tensor = self.layers[-1](x_LD, info, rotation, tail_R=tail_if_shorter(info, x_LD))
+        return self.normed(y_RD)
+
+    def normed(self, y_RD: Tensor) -> Tensor:
+        """Return rows of the last layer after the final norm."""
+        return self.final_norm(y_RD)  # type: ignore[no-any-return]
+
+    def rotations(self, x_LD: Tensor, info: SequenceInfo) -> tuple[Rotation, Rotation]:
+        """Return what the queries and the keys of all tokens are turned by."""
+        return rotations(
             RotaryConfig(angles="position"),
             info,
             num_heads=1,
             head_dim=self.head_dim,
             dtype=x_LD.dtype,
         )
-        for layer in self.layers[:-1]:
-            x_LD = layer(x_LD, info, rotation)
-        y_RD: Tensor = self.layers[-1](x_LD, info, rotation, tail_R=tail_if_shorter(info, x_LD))
-        return self.final_norm(y_RD)  # type: ignore[no-any-return]
 
 
 class TransformerLayer(nn.Module):
@@ -121,16 +131,35 @@ class TransformerLayer(nn.Module):
             rotation: angles of the tokens (gr/rotary.py).
             tail_R: tokens whose rows are wanted; None means all.
         """
+        attend = partial(self.attend, info=info, of_tails=tail_R is not None)
+        of_queries = rotation if tail_R is None else rotation.rows(tail_R)
+        return self.around(x_LD, attend, (of_queries, rotation), tail_R)
+
+    def around(
+        self,
+        x_LD: Tensor,
+        attend: AttendRows,
+        rotations: tuple[Rotation, Rotation],
+        tail_R: Tensor | None,
+    ) -> Tensor:
+        """Return Y with the caller's attention, (q_RHK, k_LHK, v_LHK) -> (R, H, K).
+
+        Args:
+            x_LD: floating.
+            attend: the attention.
+            rotations: angles of the queries (R rows) and of the keys.
+            tail_R: tokens whose rows are wanted; None means all.
+        """
+        of_queries, of_keys = rotations
         normed_LD = self.attention_norm(x_LD)
         k_LD, v_LD = self.key_value(normed_LD).chunk(2, dim=1)
         k_LHK, v_LHK = (x.unflatten(1, (self.num_heads, -1)) for x in (k_LD, v_LD))
-        k_LHK = rotary(k_LHK, rotation)
+        k_LHK = rotary(k_LHK, of_keys)
         x_RD = x_LD
         if tail_R is not None:
             x_RD, normed_LD = x_LD.index_select(0, tail_R), normed_LD.index_select(0, tail_R)
-            rotation = rotation.rows(tail_R)
-        q_RHK = rotary(self.query(normed_LD).unflatten(1, (self.num_heads, -1)), rotation)
-        attended_RHK = self.attend(q_RHK, k_LHK, v_LHK, info, of_tails=tail_R is not None)
+        q_RHK = rotary(self.query(normed_LD).unflatten(1, (self.num_heads, -1)), of_queries)
+        attended_RHK = attend(q_RHK, k_LHK, v_LHK)
         z_RD = x_RD + self.dropout(self.output(attended_RHK.flatten(1)))
         gate_RF, value_RF = self.ffn_in(self.ffn_norm(z_RD)).chunk(2, dim=1)
         hidden_RF = functional.silu(gate_RF) * value_RF

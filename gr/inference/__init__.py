@@ -1,1 +1,6 @@
-"""What a trained model is for: scores, recommendations, a server."""
+"""Scores and user vectors of a trained model, with cached histories (docs/inference.md)."""
+
+from gr.inference.mfalcon import Scorer, Scores
+from gr.inference.requests import Candidates, RequestEncoder, Requests
+
+__all__ = ["Candidates", "RequestEncoder", "Requests", "Scorer", "Scores"]

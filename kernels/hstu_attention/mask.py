@@ -15,8 +15,9 @@ from torch import Tensor
 class AttentionMask:
     """Visibility within a sequence.
 
-    A candidate sees context, history and itself, whatever the window; nothing else sees it. The
-    other rows are causal, but for the options below.
+    A candidate sees context, history and itself, whatever the window (but for
+    `windowed_candidates`); nothing else sees it. The other rows are causal, but for the options
+    below.
 
     Source: ULTRA-HSTU (arXiv 2602.16986) figure 3 for the window and its global rows; contextual
     prefix and candidates as in meta-recsys/generative-recommenders, where the contextual columns
@@ -34,6 +35,9 @@ class AttentionMask:
     """K2: so many history rows, the newest, see every key up to themselves despite the window."""
     global_columns: int = 0
     """K2 by columns: so many keys, the first after the context, stay visible despite the window."""
+    windowed_candidates: bool = False
+    """Whether a candidate sees what a row of history would at the place that all candidates share:
+    of inference on models whose sessions are history as they go on (hstu_attention_cached)."""
 
     def __post_init__(self) -> None:
         for name in ("num_context", "global_rows", "global_columns"):
@@ -60,6 +64,11 @@ class AttentionMask:
             raise ValueError(
                 "AttentionMask.global_rows and global_columns except something from local_window; "
                 f"got {self.global_rows} and {self.global_columns} with local_window=None"
+            )
+        if self.windowed_candidates and (self.local_window is None or self.global_rows):
+            raise ValueError(
+                "AttentionMask.windowed_candidates needs local_window, and no global_rows (it "
+                f"would be one of them); got {self.local_window} and {self.global_rows}"
             )
 
 
@@ -89,7 +98,12 @@ def visible(
         if mask.context == "prefix":
             seen = history.clamp(max=mask.num_context)
         sees = torch.where(row < mask.num_context, col < seen, sees)
-    candidate_sees = (col < history) | (col == row)
+    candidate_sees = col < history
+    if mask.windowed_candidates:
+        assert mask.local_window is not None
+        far = mask.num_context + mask.global_columns
+        candidate_sees &= (history - col <= mask.local_window) | (col < far)
+    candidate_sees = candidate_sees | (col == row)
     return inside & torch.where(row < history, sees, candidate_sees)
 
 
@@ -116,4 +130,10 @@ def num_visible(row: Tensor, length: Tensor, num_candidates: Tensor, mask: Atten
         if mask.context == "prefix":
             seen = history.clamp(max=mask.num_context)
         count = torch.where(row < mask.num_context, seen, count)
-    return torch.where(row < history, count, history + 1)
+    of_candidate = history + 1
+    if mask.windowed_candidates:
+        assert mask.local_window is not None
+        hidden = (history - mask.local_window).clamp(min=0)
+        far = hidden.clamp(max=mask.num_context + mask.global_columns)
+        of_candidate = of_candidate - hidden + far
+    return torch.where(row < history, count, of_candidate)

@@ -76,7 +76,16 @@ def structure_of(
     hopper: bool,
     deterministic: bool,
 ) -> Structure:
-    """Return the arguments of kernels.hstu_attention, which these are, as flat values."""
+    """Return the arguments of kernels.hstu_attention, which these are, as flat values.
+
+    Raises:
+        ValueError: for a mask that these kernels do not have.
+    """
+    if mask.windowed_candidates:
+        raise ValueError(
+            "AttentionMask.windowed_candidates is of hstu_attention_cached and of the reference: "
+            "call one of them"
+        )
     return Structure(
         offsets=offsets,
         q_offsets=q_offsets,

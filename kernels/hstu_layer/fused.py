@@ -11,6 +11,8 @@ Letters: L tokens, R rows of the result (the tails, or R = L), D model dim, H he
 queries and keys, V dim of values, C columns that the output projection reads.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,20 @@ def hstu_layer_fwd(inputs: Inputs) -> tuple[Tensor, Saved]:
         gate_mean,
         gate_rstd,
     )
+
+
+def hstu_layer_infer(inputs: Inputs, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """Return Y (R, D) with the caller's attention of (q, k, v); `inputs.structure` is not read."""
+    inputs = inputs._replace(x=_rows(inputs.x))
+    x, tail = inputs.x, inputs.tail
+    in_fp8 = inputs.fp8.uvqk is not None
+    normed, _, _ = _normed(inputs, plain=not in_fp8, fp8=in_fp8)
+    parts: dict[str, Tensor] = {}
+    for projection in projections(inputs):
+        parts |= projection.split(projection.forward(normed, False)[0])
+    attended = attend(*_heads(parts, inputs.options))
+    gated, _, _ = _gated(attended.flatten(1), parts["u"], inputs)
+    return Output(inputs).forward(gated, x if tail is None else x.index_select(0, tail))
 
 
 def hstu_layer_bwd(

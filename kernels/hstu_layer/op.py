@@ -21,6 +21,15 @@ from kernels.hstu_attention.bias import RelativeBias
 from kernels.hstu_attention.mask import AttentionMask
 from kernels.hstu_attention.structure import structure_of
 from kernels.hstu_layer import reference
+from kernels.hstu_layer.arguments import (
+    check_dropout,
+    check_fp8,
+    check_kernels,
+    check_options,
+    check_tail,
+    check_tensors,
+    folds,
+)
 from kernels.hstu_layer.autograd import apply
 from kernels.hstu_layer.structure import (
     PRODUCTS,
@@ -32,8 +41,7 @@ from kernels.hstu_layer.structure import (
     Rotations,
     Weights,
 )
-from kernels.linear import QuantizedWeight, faster_wgrad, quantize_weight
-from kernels.quantize.op import check_triton_rows
+from kernels.linear import quantize_weight
 from kernels.rotary import Rotation
 from kernels.rotary.op import check_rotation
 
@@ -137,17 +145,17 @@ def hstu_layer(
     Source: HSTU (arXiv 2402.17152) equations 1 to 3; which tensors to recompute: arXiv 2602.16986
         and the flags of DLRM-v3 in meta-recsys/generative-recommenders.
     """
-    _check_options(activate, norm, recompute)
-    _check_tensors(x_LD, weights, offsets, num_candidates, num_heads, qk_dim, v_dim, concat_ua)
-    _check_fp8(fp8, fp8_wgrad, weights)
+    check_options(activate, norm, recompute)
+    check_tensors(x_LD, weights, offsets, num_candidates, num_heads, qk_dim, v_dim, concat_ua)
+    check_fp8(fp8, fp8_wgrad, weights)
     check_scaling(attention, scaling_length)
-    _check_dropout(dropout, seed, x_LD)
+    check_dropout(dropout, seed, x_LD)
     if tail_R is None:
         if tail_offsets is not None or max_tail_len is not None:
             raise ValueError("tail_offsets and max_tail_len would be ignored: tail_R is None")
         q_offsets, max_q_len = offsets, max_len
     else:
-        q_offsets, max_q_len = _check_tail(tail_R, tail_offsets, max_tail_len, offsets)
+        q_offsets, max_q_len = check_tail(tail_R, tail_offsets, max_tail_len, offsets)
     num_rows = x_LD.shape[0] if tail_R is None else tail_R.shape[0]
     if bias is not None:
         check_bias(bias, x_LD if tail_R is None else tail_R, x_LD)
@@ -201,9 +209,7 @@ def hstu_layer(
         for rotation, rows in zip(rotations, (num_rows, x_LD.shape[0]), strict=True):
             check_rotation(rotation, (rows, num_heads, qk_dim), torch.float32, x_LD.device)
         turned = Rotations(*(part.detach().contiguous() for r in rotations for part in r))
-    _check_triton(x_LD, qk_dim, v_dim, num_heads, norm)
-    if fp8 is not None:
-        _check_fp8_triton(fp8, x_LD, qk_dim, v_dim, num_heads)
+    check_kernels(x_LD, qk_dim, v_dim, num_heads, norm, fp8)
     structure = structure_of(
         offsets,
         q_offsets,
@@ -235,8 +241,8 @@ def hstu_layer(
         keep_uvqk=learns and "uvqk" not in recompute,
         keep_gated=learns and "gated" not in recompute,
         hopper_products=impl != Impl.TRITON,
-        folds_uvqk=_folds(fp8_wgrad, fp8.uvqk, has_silu=True),
-        folds_output=_folds(fp8_wgrad, fp8.output, has_silu=False),
+        folds_uvqk=folds(fp8_wgrad, fp8.uvqk, has_silu=True),
+        folds_output=folds(fp8_wgrad, fp8.output, has_silu=False),
     )
     return apply(Inputs(x_LD, tail_R, seed, turned, flat, fp8, options, structure))
 
@@ -259,142 +265,3 @@ def quantize_weights(
         raise ValueError(f"products must hold names of {list(PRODUCTS)}, got {products!r}")
     by_output = {"uvqk": weights.uvqk.T, "output": weights.output}
     return Fp8Weights(**{name: quantize_weight(by_output[name], impl=impl) for name in products})
-
-
-def _check_options(activate: str, norm: str, recompute: Sequence[str]) -> None:
-    for name, value, known in (
-        ("activate", activate, ("all", "u_only")),
-        ("norm", norm, ("layer", "group")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
-    unknown = [name for name in recompute if name not in RECOMPUTABLE]
-    if isinstance(recompute, str) or unknown:
-        raise ValueError(f"recompute must hold names of {list(RECOMPUTABLE)}, got {recompute!r}")
-
-
-def _check_tensors(
-    x_LD: Tensor,
-    weights: LayerWeights,
-    offsets: Tensor,
-    num_candidates: Tensor | None,
-    num_heads: int,
-    qk_dim: int,
-    v_dim: int,
-    concat_ua: bool,
-) -> None:
-    if x_LD.dim() != 2 or x_LD.shape[1] == 0 or not x_LD.is_floating_point():
-        raise ValueError(f"x must be (L, D) floating with D > 0, got {_describe(x_LD)}")
-    for name, count in (("num_heads", num_heads), ("qk_dim", qk_dim), ("v_dim", v_dim)):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-    D, HK, HV = x_LD.shape[1], num_heads * qk_dim, num_heads * v_dim
-    shapes = {
-        "uvqk": (D, 2 * HV + 2 * HK),
-        "output": (D, HV * (3 if concat_ua else 1)),
-        "input_norm": (D,),
-        "input_norm_bias": (D,),
-        "uvqk_bias": (2 * HV + 2 * HK,),
-        "attention_norm": (HV,),
-        "attention_norm_bias": (HV,),
-        "output_bias": (D,),
-    }
-    for name, shape in shapes.items():
-        weight = getattr(weights, name)
-        if weight is None:
-            continue
-        if weight.shape != shape or not weight.is_floating_point() or weight.device != x_LD.device:
-            raise ValueError(
-                f"weights.{name} must be {shape}, floating, on {x_LD.device} as x is, "
-                f"got {_describe(weight)}"
-            )
-    for name, counts in (("offsets", offsets), ("num_candidates", num_candidates)):
-        if counts is not None:
-            _check_integers(name, counts, offsets.numel() - (name != "offsets"), x_LD.device)
-    if offsets.numel() < 1:
-        raise ValueError("offsets must hold B + 1 values, got none")
-
-
-def _check_tail(
-    tail_R: Tensor, tail_offsets: Tensor | None, max_tail_len: int | None, offsets: Tensor
-) -> tuple[Tensor, int]:
-    if tail_offsets is None or max_tail_len is None:
-        missing = "tail_offsets" if tail_offsets is None else "max_tail_len"
-        raise ValueError(f"tail_R needs tail_offsets and max_tail_len, got no {missing}")
-    _check_integers("tail_R", tail_R, tail_R.numel(), offsets.device)
-    _check_integers("tail_offsets", tail_offsets, offsets.numel(), offsets.device)
-    return tail_offsets, max_tail_len
-
-
-def _check_integers(name: str, x: Tensor, size: int, device: torch.device) -> None:
-    if x.dim() != 1 or x.numel() != size or x.dtype != torch.int64 or x.device != device:
-        raise ValueError(f"{name} must be ({size},) int64 on {device}, got {_describe(x)}")
-
-
-def _check_dropout(dropout: float, seed: Tensor | None, x_LD: Tensor) -> None:
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-    if dropout > 0 and (
-        seed is None or seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != x_LD.device
-    ):
-        found = "None" if seed is None else _describe(seed)
-        raise ValueError(f"dropout needs a seed: one int64 on {x_LD.device}, got {found}")
-
-
-def _folds(wgrad: str, weight: QuantizedWeight | None, *, has_silu: bool) -> bool:
-    """Return whether the gradient of this weight, if there is one, is computed in fp8."""
-    if wgrad == "auto" and weight is not None:
-        F, D = weight.rows.values.shape
-        wgrad = faster_wgrad(F, D, weight.rows.values.device, has_silu=has_silu)
-    return wgrad == "fold"
-
-
-def _check_fp8(fp8: Fp8Weights | None, wgrad: str, weights: LayerWeights) -> None:
-    if wgrad not in ("auto", "fold", "bf16"):
-        raise ValueError(f"fp8_wgrad must be auto, fold or bf16, got {wgrad!r}")
-    if fp8 is None:
-        return
-    shapes = {"uvqk": weights.uvqk.shape[::-1], "output": weights.output.shape}
-    for name, (F, D) in shapes.items():
-        weight: QuantizedWeight | None = getattr(fp8, name)
-        if weight is None:
-            continue
-        found = weight.rows.values.shape, weight.columns.values.shape
-        if found != ((F, D), (D, F)):
-            raise ValueError(
-                f"fp8.{name} must be of a weight of {F} outputs and {D} inputs, got "
-                f"{tuple(found[0])} and transposed {tuple(found[1])}: pass "
-                "quantize_weights(weights)"
-            )
-
-
-def _check_fp8_triton(
-    fp8: Fp8Weights, x_LD: Tensor, qk_dim: int, v_dim: int, num_heads: int
-) -> None:
-    if x_LD.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"fp8 needs float16 or bfloat16 tokens on impl='triton', got {x_LD.dtype}: cast x, "
-            "leave fp8 out, or pass impl='reference'"
-        )
-    check_triton_rows("x", x_LD, x_LD.shape[1])
-    if fp8.uvqk is not None:
-        HV, HK = num_heads * v_dim, num_heads * qk_dim
-        columns = 2 * sum(2 ** (width - 1).bit_length() for width in (HV, HK))
-        check_triton_rows("the UVQK projection in fp8", x_LD, columns)
-
-
-def _check_triton(x_LD: Tensor, qk_dim: int, v_dim: int, num_heads: int, norm: str) -> None:
-    from kernels._triton.rows import check_rows
-
-    for name, dim in (("qk_dim", qk_dim), ("v_dim", v_dim)):
-        if dim > 256:
-            raise ValueError(
-                f"the Triton kernels take {name} up to 256, got {dim}: use more heads, or pass "
-                "impl='reference'"
-            )
-    check_rows("x", x_LD.dtype, x_LD.shape[1])
-    check_rows("the attention output", x_LD.dtype, v_dim * (1 if norm == "group" else num_heads))
-
-
-def _describe(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {x.dtype} on {x.device}"

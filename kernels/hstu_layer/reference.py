@@ -4,6 +4,7 @@ Letters: L tokens, R rows of the result (the tails, or R = L), D model dim, H he
 queries and keys, V dim of values.
 """
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -51,6 +52,68 @@ def hstu_layer(
     attention_impl: Impl | str,
 ) -> Tensor:
     """Return (R, D): the layer of `kernels.hstu_layer`, whose arguments these are."""
+
+    def attend(q_RHK: Tensor, k_LHK: Tensor, v_LHV: Tensor) -> Tensor:
+        return hstu_attention(
+            q_RHK,
+            k_LHK,
+            v_LHV,
+            offsets,
+            max_len=max_len,
+            alpha=alpha,
+            scaling_length=scaling_length,
+            activation=attention,
+            mask=mask,
+            num_candidates=num_candidates,
+            q_offsets=q_offsets,
+            max_q_len=max_q_len,
+            bias=bias,
+            deterministic=deterministic,
+            impl=attention_impl,
+        )
+
+    return around_attention(
+        x_LD,
+        weights,
+        attend,
+        num_heads=num_heads,
+        qk_dim=qk_dim,
+        v_dim=v_dim,
+        activate=activate,
+        norm=norm,
+        concat_ua=concat_ua,
+        rotations=rotations,
+        tail_R=tail_R,
+        dropout=dropout,
+        seed=seed,
+        eps=eps,
+        fp8=fp8,
+        fp8_wgrad=fp8_wgrad,
+        attention_impl=attention_impl,
+    )
+
+
+def around_attention(
+    x_LD: Tensor,
+    weights: LayerWeights,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *,
+    num_heads: int,
+    qk_dim: int,
+    v_dim: int,
+    activate: str,
+    norm: str,
+    concat_ua: bool,
+    rotations: tuple[Rotation, Rotation] | None,
+    tail_R: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    eps: float,
+    fp8: Fp8Weights,
+    fp8_wgrad: Literal["auto", "fold", "bf16"],
+    attention_impl: Impl | str,
+) -> Tensor:
+    """Return the layer around an attention, (q_RHK, k_LHK, v_LHV) -> (R, H, V)."""
     weights = _cast(weights, x_LD.dtype)
     in_fp8 = fp8.uvqk, fp8_wgrad
     HK, HV = num_heads * qk_dim, num_heads * v_dim
@@ -71,23 +134,7 @@ def hstu_layer(
         of_queries, of_keys = rotations
         q_RHK = rotary(q_RHK, of_queries, impl=attention_impl)
         k_LHK = rotary(k_LHK, of_keys, impl=attention_impl)
-    attended_RHV = hstu_attention(
-        q_RHK,
-        k_LHK,
-        v.view(len(v), num_heads, v_dim),
-        offsets,
-        max_len=max_len,
-        alpha=alpha,
-        scaling_length=scaling_length,
-        activation=attention,
-        mask=mask,
-        num_candidates=num_candidates,
-        q_offsets=q_offsets,
-        max_q_len=max_q_len,
-        bias=bias,
-        deterministic=deterministic,
-        impl=attention_impl,
-    )
+    attended_RHV = attend(q_RHK, k_LHK, v.view(len(v), num_heads, v_dim))
     normed_shape = attended_RHV.shape[2:] if norm == "group" else attended_RHV.shape[1:]
     normed_RC = functional.layer_norm(attended_RHV, normed_shape, eps=eps).flatten(1)
     if weights.attention_norm is not None:

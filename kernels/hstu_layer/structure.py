@@ -186,7 +186,7 @@ class Inputs(NamedTuple):
     fp8: Fp8Weights
     options: Options
     structure: Structure
-    """Of the attention."""
+    """Of the attention; None where that is the caller's (inference)."""
 
     @property
     def reads_normed(self) -> Reads:

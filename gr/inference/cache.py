@@ -1,0 +1,103 @@
+"""Keys and values of histories in pages, and whose they are.
+
+Letters: C rows of the store, B sequences, G pages of a sequence at most, H heads, K and V dims.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.hstu_attention import CachedKeys
+from kernels.hstu_attention.cached import PAGE
+
+
+class LayerShape(NamedTuple):
+    """What a layer keeps of a token."""
+
+    num_heads: int
+    qk_dim: int
+    v_dim: int
+
+
+class KeyValueStore:
+    """Pages of keys and values of every layer, handed out and taken back.
+
+    Attention truncation lays tokens out anew in its layers: times are kept for either layout.
+
+    Args:
+        layers: of the stack, in order.
+        num_pages: pages of PAGE tokens.
+        dtype: of keys and values.
+        device: where they lie.
+        layouts: 2 with attention truncation, else 1.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerShape],
+        num_pages: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        layouts: int = 1,
+    ) -> None:
+        rows = num_pages * PAGE
+        self.num_pages = num_pages
+        # Zeros: a hidden key's weight is zero, and so must its product with whatever lies here be.
+        self.k = [
+            torch.zeros(rows, x.num_heads, x.qk_dim, dtype=dtype, device=device) for x in layers
+        ]
+        self.v = [
+            torch.zeros(rows, x.num_heads, x.v_dim, dtype=dtype, device=device) for x in layers
+        ]
+        self.time = [torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(layouts)]
+        self._free = list(range(num_pages - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        """Pages that nobody has."""
+        return len(self._free)
+
+    def allocate(self, num_pages: int) -> list[int]:
+        """Return pages; there must be as many."""
+        assert num_pages <= len(self._free)
+        return [self._free.pop() for _ in range(num_pages)]
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Take pages back."""
+        self._free.extend(pages)
+
+    def write(self, layer: int, rows_n: Tensor, k_nHK: Tensor, v_nHV: Tensor) -> None:
+        """Keep keys and values of a layer in these rows."""
+        self.k[layer].index_copy_(0, rows_n, k_nHK)
+        self.v[layer].index_copy_(0, rows_n, v_nHV)
+
+    def keys(
+        self, layer: int, layout: int, pages_BG: Tensor, lengths_B: Tensor, max_len: int
+    ) -> CachedKeys:
+        """Return what the attention of a layer reads."""
+        return CachedKeys(
+            self.k[layer], self.v[layer], self.time[layout], pages_BG, lengths_B, max_len
+        )
+
+
+def page_bytes(layers: Sequence[LayerShape], dtype: torch.dtype, layouts: int = 1) -> int:
+    """Return the bytes of one page over all layers."""
+    numbers = sum(x.num_heads * (x.qk_dim + x.v_dim) for x in layers)
+    return int(PAGE * (numbers * dtype.itemsize + 8 * layouts))
+
+
+def pages_for(num_tokens: int) -> int:
+    """Return how many pages so many tokens take."""
+    return -(-num_tokens // PAGE)
+
+
+def page_table(pages: Sequence[Sequence[int]]) -> Tensor:
+    """Return (B, G) int32 in host memory; short rows are filled with their own or page 0."""
+    longest = max((len(x) for x in pages), default=0)
+    table = torch.zeros(len(pages), max(1, longest), dtype=torch.int32)
+    for b, mine in enumerate(pages):
+        table[b, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
+    return table
