@@ -23,6 +23,9 @@ class SizeConfig:
 
     overrides: tuple[str, ...] = ()
     """key=value for every family."""
+    of: dict[str, list[str]] = field(default_factory=dict)
+    """Family -> key=value for it alone, after `overrides`: what families call by other names, or
+    what only one of them has."""
     seeds: tuple[int, ...] = ()
     """Other seeds than those of the study: large sizes may have fewer."""
     held_out: bool = False
@@ -104,6 +107,12 @@ class ScalingConfig:
                 raise ValueError(
                     "held_out_budget must be finite and at least 0 (0: none), got "
                     f"{self.held_out_budget}"
+                )
+        for name, size in self.sizes.items():
+            unknown = sorted(set(size.of) - set(self.families))
+            if unknown:
+                raise ValueError(
+                    f"sizes.{name}.of names {unknown}, but the families are {list(self.families)}"
                 )
         for name in (*self.families, *self.sizes):
             if not name or not all(c.isalnum() or c in "._" for c in name):

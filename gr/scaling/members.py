@@ -72,7 +72,7 @@ def write_sweeps(study: ScalingConfig, members: list[Member]) -> list[Path]:
         same = [member for member in members if member.name == name]
         first = same[0]
         family, size = study.families[first.family], study.sizes[first.size]
-        overrides = [*family.overrides, *size.overrides]
+        overrides = [*family.overrides, *size.overrides, *size.of.get(first.family, ())]
         if first.budget:
             overrides.append(f"max_flops={first.budget!r}")
         seeds = tuple(member.seed for member in same)

@@ -194,3 +194,28 @@ def test_a_run_stops_at_its_compute(tmp_path):
     assert rows[-1]["flops"] >= limit
     resumed = run(config, f"run_dir={stopped}", "resume=true", "log_every=1")
     assert read_lines(resumed / "metrics.jsonl")[-1]["flops"] == whole[-1]["flops"]
+
+
+def test_a_size_may_be_another_thing_in_another_family(study, tmp_path):
+    (tmp_path / "study.yaml").write_text(
+        f"base: {study.base}\n"
+        f"output: {study.output}\n"
+        "families: {hstu: {}, ultra: {overrides: [optim.lr=0.5]}}\n"
+        "sizes:\n"
+        "  a: {overrides: [model.num_layers=1, model.dim=16], of: {ultra: [model.num_layers=3]}}\n"
+        "  b: {overrides: [model.num_layers=2, model.dim=16]}\n"
+        "  c: {overrides: [model.num_layers=4, model.dim=16]}\n"
+    )
+    loaded, _ = load_config(ScalingConfig, tmp_path / "study.yaml")
+    (path,) = write_sweeps(loaded, expand(loaded))
+    sweep, _ = load_config(SweepConfig, path)
+    layers = {
+        m.label: load_config(TrainConfig, m.base, m.overrides)[0].model.num_layers
+        for m in expand_sweep(sweep)
+    }
+    one_two_four = {
+        f"{f}-{s}": n for f in ("hstu", "ultra") for s, n in zip("abc", (1, 2, 4), strict=True)
+    }
+    assert layers == one_two_four | {"ultra-a": 3}
+    with pytest.raises(ValueError, match=r"sizes.a.of names \['huge'\]"):
+        replace(study, sizes=study.sizes | {"a": SizeConfig(of={"huge": []})})
