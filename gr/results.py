@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import MISSING
 
@@ -20,12 +20,15 @@ from gr.config_io import load_config
 from gr.runlog import COMMIT, FACTS
 from gr.runs import Run, read_run
 
+if TYPE_CHECKING:
+    from gr.studies import StudyRecord
+
 HOLD_OUT = "data.leave_one_out.hold_out"
 METRICS = ("hr@10", "hr@50", "hr@200", "ndcg@10", "ndcg@50", "ndcg@200", "mrr")
 _RUN_NAME = re.compile(r"(?P<row>.+)_s\d+_[0-9a-f]+")
 """Of the folder of a sweep's run."""
 # What two runs of one record may differ in, and what says nothing about the result.
-_FREE = ("run_dir", "resume", HOLD_OUT, "data.log", "log_every", "timeout_minutes")
+FREE = ("run_dir", "resume", HOLD_OUT, "data.log", "log_every", "timeout_minutes")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +62,28 @@ class TableConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StudyConfig:
+    """A question that runs of one pass answer, each a row of its own (gr/studies.py)."""
+
+    title: str = MISSING
+    """The question."""
+    note: str = ""
+    """What was done, and what a reader must know, in Markdown."""
+    conclusion: str = ""
+    """What came of it, in plain words."""
+    sweep: str = MISSING
+    """File of the sweep that runs all rows."""
+    metrics: tuple[str, ...] = MISSING
+    """The first decides. train/tokens and train/flops are sums over the training."""
+    window: Literal["all", "last"] = "all"
+    """all: the pass, its beginning included; last: its latest window (hour, day)."""
+    baseline: str = ""
+    """Row that the others are compared with, seed by seed; empty means no comparison."""
+    rows: dict[str, RowConfig] = MISSING
+    """Name of a sweep's run -> row."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PageConfig:
     """A page of results (configs/published/results.yaml)."""
 
@@ -70,16 +95,24 @@ class PageConfig:
     """Metric whose best value chooses the epoch."""
     tables: dict[str, TableConfig] = MISSING
     """Name, of its plot too -> table."""
+    studies: dict[str, StudyConfig] = field(default_factory=dict)
+    """Name -> study; they stand below the tables."""
+
+    @property
+    def parts(self) -> "dict[str, TableConfig | StudyConfig]":
+        """Tables and studies."""
+        return {**self.tables, **self.studies}
 
     def __post_init__(self) -> None:
-        names = [name for table in self.tables.values() for name in table.rows]
+        parts = self.parts
+        names = [name for part in parts.values() for name in part.rows]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"row(s) {twice} stand in two tables: a run belongs to one row")
-        for name, table in self.tables.items():
+        for name, table in parts.items():
             if table.baseline and table.baseline not in table.rows:
                 raise ValueError(
-                    f"tables.{name}.baseline={table.baseline} is no row of it; there are "
+                    f"{name}: baseline={table.baseline} is no row of it; there are "
                     f"{sorted(table.rows)}"
                 )
 
@@ -126,17 +159,10 @@ def make_records(page: PageConfig, runs: Sequence[str | Path]) -> list[Record]:
         ValueError: if a directory is no finished run of a row, or one of the two runs of a row and
             seed is missing, or they differ in more than what is held out.
     """
-    rows = {name for table in page.tables.values() for name in table.rows}
     pairs: dict[tuple[str, int], dict[str, Run]] = {}
-    for argument in runs:
-        run = read_run(argument)
-        match = _RUN_NAME.fullmatch(run.path.name)
-        row = run.label or (match["row"] if match else run.path.name)
-        if row not in rows:
-            raise ValueError(
-                f"{run.path}: {row} is no row of the page; there are {sorted(rows)}. Name the row: "
-                "ROW=DIRECTORY"
-            )
+    for row, run in by_row(page, runs):
+        if any(row in study.rows for study in page.studies.values()):
+            continue
         held_out, seed = str(run.config.get(HOLD_OUT)), int(run.config["seed"])
         pair = pairs.setdefault((row, seed), {})
         if held_out in pair:
@@ -146,6 +172,27 @@ def make_records(page: PageConfig, runs: Sequence[str | Path]) -> list[Record]:
             )
         pair[held_out] = run
     return [_record(row, seed, pair, page.choose_by) for (row, seed), pair in sorted(pairs.items())]
+
+
+def by_row(page: PageConfig, runs: Sequence[str | Path]) -> list[tuple[str, Run]]:
+    """Return the runs, each with the row that it belongs to.
+
+    Raises:
+        ValueError: if a directory is no run of a row.
+    """
+    rows = {name for part in page.parts.values() for name in part.rows}
+    found = []
+    for argument in runs:
+        run = read_run(argument)
+        match = _RUN_NAME.fullmatch(run.path.name)
+        row = run.label or (match["row"] if match else run.path.name)
+        if row not in rows:
+            raise ValueError(
+                f"{run.path}: {row} is no row of the page; there are {sorted(rows)}. Name the row: "
+                "ROW=DIRECTORY"
+            )
+        found.append((row, run))
+    return found
 
 
 def _record(row: str, seed: int, pair: Mapping[str, Run], choose_by: str) -> Record:
@@ -158,10 +205,10 @@ def _record(row: str, seed: int, pair: Mapping[str, Run], choose_by: str) -> Rec
         )
     curves = {held_out: _epochs(run) for held_out, run in pair.items()}
     configs = {
-        held_out: {k: v for k, v in run.config.items() if k not in (*_FREE, "seed")}
+        held_out: {k: v for k, v in run.config.items() if k not in (*FREE, "seed")}
         for held_out, run in pair.items()
     }
-    facts = {held_out: _facts(run) for held_out, run in pair.items()}
+    facts = {held_out: run_facts(run) for held_out, run in pair.items()}
     epochs = sorted(curves["test"])
     differing = [k for k, v in configs["test"].items() if configs["validation"].get(k) != v]
     if facts["test"]["log"] != facts["validation"]["log"]:
@@ -188,7 +235,7 @@ def _record(row: str, seed: int, pair: Mapping[str, Run], choose_by: str) -> Rec
         epochs=epochs,
         config=configs["test"],
         log=facts["test"]["log"],
-        commit=_commit(pair["test"]),
+        commit=run_commit(pair["test"]),
         device=facts["test"]["device"],
         seconds={
             held_out: round(sum(s.get("perf/seconds", 0.0) for s in run.steps), 1)
@@ -214,7 +261,12 @@ def _epochs(run: Run) -> dict[int, dict[str, float]]:
     return found
 
 
-def _facts(run: Run) -> dict[str, Any]:
+def run_facts(run: Run) -> dict[str, Any]:
+    """Return what the run wrote of its device and its log.
+
+    Raises:
+        ValueError: if it wrote nothing.
+    """
     path = run.path / FACTS
     if not path.is_file():
         raise ValueError(f"{run.path} has no {FACTS}: it was written by an older version, run anew")
@@ -222,16 +274,17 @@ def _facts(run: Run) -> dict[str, Any]:
     return facts
 
 
-def _commit(run: Run) -> str:
+def run_commit(run: Run) -> str:
+    """Return the commit of a run, and whether files differed from it."""
     first, _, rest = (run.path / COMMIT).read_text(encoding="utf-8").partition("\n")
     return first if not rest.strip() else f"{first} and changes"
 
 
-def write_records(records: Iterable[Record], folder: Path) -> None:
+def write_records(records: "Iterable[Record | StudyRecord]", folder: Path) -> None:
     """Write each record as JSON into a folder; one of the same row and seed is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     for record in records:
-        content = {name: getattr(record, name) for name in Record.__dataclass_fields__}
+        content = {name: getattr(record, name) for name in type(record).__dataclass_fields__}
         # A line a field: curves and configurations stay short to look at, and differences readable.
         lines = [f"{json.dumps(k)}: {json.dumps(v, sort_keys=True)}" for k, v in content.items()]
         write_atomically(folder / record.file_name, "{" + ",\n ".join(lines) + "}\n")
@@ -267,14 +320,19 @@ def results(page: str | Path, runs: Sequence[str | Path], output: str | Path) ->
         ValueError: as `make_records` and `read_records`, or if there are no records.
     """
     from gr.results_page import write_page
+    from gr.studies import STUDIES, make_study_records, read_study_records
 
     config, _ = load_config(PageConfig, page)
     output = Path(output)
     folder = output.with_suffix("")
-    new = make_records(config, runs)
+    new, new_studies = make_records(config, runs), make_study_records(config, runs)
     write_records(new, folder)
-    records = read_records(folder)
-    if not records:
+    if new_studies:
+        write_records(new_studies, folder / STUDIES)
+    records, studies = read_records(folder), read_study_records(folder / STUDIES)
+    if not records and not studies:
         raise ValueError(f"{folder} holds no records: name run directories of a sweep")
-    files = write_page(config, records, output, command=f"gr results {page} RUNS --output {output}")
-    return f"{len(new)} records added, {len(records)} in all; wrote {', '.join(map(str, files))}"
+    command = f"gr results {page} RUNS --output {output}"
+    files = write_page(config, records, output, command=command, studies=studies)
+    added, total = len(new) + len(new_studies), len(records) + len(studies)
+    return f"{added} records added, {total} in all; wrote {', '.join(map(str, files))}"

@@ -11,16 +11,23 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from gr.atomic import write_atomically
+from gr.paired import compare
 from gr.report import markdown_table
 from gr.results import METRICS, PageConfig, Record, RowConfig, TableConfig
-from gr.runs import mean_interval, metric_name
+from gr.runs import metric_name
+from gr.studies import DIFFERENCES, StudyRecord, difference_cell, interval_cell, study_section
 
 TARGETS = ("hr@10", "ndcg@10")
 """Metrics that a target is about."""
 
 
 def write_page(
-    page: PageConfig, records: Sequence[Record], output: Path, *, command: str
+    page: PageConfig,
+    records: Sequence[Record],
+    output: Path,
+    *,
+    command: str,
+    studies: Sequence[StudyRecord] = (),
 ) -> list[Path]:
     """Write the page and its plots.
 
@@ -29,6 +36,7 @@ def write_page(
         records: of any rows of it; a row without one is left out.
         output: Markdown file; plots go into the folder of its name without suffix.
         command: what adds RUNS to the page, to be told to its readers.
+        studies: records of its studies.
 
     Returns:
         The files.
@@ -36,8 +44,9 @@ def write_page(
     Raises:
         ValueError: if a record belongs to no row of the page.
     """
-    rows = {name for table in page.tables.values() for name in table.rows}
-    unknown = sorted({record.file_name for record in records if record.row not in rows})
+    rows = {name for part in page.parts.values() for name in part.rows}
+    everything: list[Record | StudyRecord] = [*records, *studies]
+    unknown = sorted({record.file_name for record in everything if record.row not in rows})
     if unknown:
         raise ValueError(
             f"record(s) {unknown} belong to no row of the page, which has {sorted(rows)}: remove "
@@ -59,6 +68,11 @@ def write_page(
         _draw(page, table, groups, plot)
         files.append(plot)
         parts += _section(page, table, groups, f"{folder.name}/{plot.name}", command)
+    for study in page.studies.values():
+        section = study_section(study, studies, command)
+        parts += section
+        if not section:
+            empty.append(study.title)
     if empty:
         parts.append(f"## Not run yet\n\n{'; '.join(empty)}.\n")
     write_atomically(output, "\n".join(parts))
@@ -79,7 +93,7 @@ def _section(
     lines = []
     for row, records in groups.items():
         epochs = ", ".join(str(r.epoch) for r in records)
-        cells = [_interval([r.test[m] for r in records]) for m in METRICS]
+        cells = [interval_cell([r.test[m] for r in records]) for m in METRICS]
         lines.append([table.rows[row].title, *cells, epochs, str(len(records))])
         lines += _published(table.rows[row])
     parts.append(
@@ -96,7 +110,7 @@ def _section(
     head = ["model", *(metric_name(m) for m in METRICS), "epochs"]
     lines = []
     for row, records in groups.items():
-        cells = [_interval([r.best_test[m] for r in records]) for m in METRICS]
+        cells = [interval_cell([r.best_test[m] for r in records]) for m in METRICS]
         epochs = ", ".join(str(r.best_test_epoch) for r in records)
         lines.append([table.rows[row].title, *cells, epochs])
     parts.append(
@@ -138,27 +152,19 @@ def _targets(table: TableConfig, groups: dict[str, list[Record]]) -> list[str]:
 
 def _comparison(table: TableConfig, groups: dict[str, list[Record]]) -> list[str]:
     """Return the paired differences from the baseline; a seed is a pair."""
-    base = {r.seed: r for r in groups.get(table.baseline, [])}
-    lines = []
-    for name, records in groups.items():
-        pairs = [(r, base[r.seed]) for r in records if r.seed in base]
-        if name == table.baseline or len(pairs) < 2:
-            continue
-        cells = []
-        for metric in METRICS:
-            differences = [mine.test[metric] - other.test[metric] for mine, other in pairs]
-            found = mean_interval(differences)
-            assert found is not None
-            mean, half, _ = found
-            sure = "" if abs(mean) <= half else " *"
-            cells.append(f"{mean:+.4f} ± {half:.4f}{sure}")
-        lines.append([table.rows[name].title, *cells])
+    columns = []
+    for metric in METRICS:
+        values = {name: {r.seed: r.test[metric] for r in rs} for name, rs in groups.items()}
+        columns.append(compare(values, table.baseline))
+    lines = [
+        [table.rows[name].title, *(difference_cell(*column[name]) for column in columns)]
+        for name in columns[0]
+    ]
     if not lines:
         return []
     title = table.rows[table.baseline].title
     return [
-        f"Difference from {title} at the same seed, mean and 95 % interval (paired t); * where it "
-        "leaves 0 out:\n",
+        f"Difference from {title} at the same seed, {DIFFERENCES}:\n",
         markdown_table(["model", *(metric_name(m) for m in METRICS)], lines) + "\n",
     ]
 
@@ -182,13 +188,6 @@ def _origins(table: TableConfig, groups: dict[str, list[Record]], command: str) 
 
 def _all(values) -> str:  # type: ignore[no-untyped-def]
     return ", ".join(dict.fromkeys(values))
-
-
-def _interval(values: Sequence[float]) -> str:
-    found = mean_interval(values)
-    assert found is not None
-    mean, half, n = found
-    return f"{mean:.4f}" if n == 1 else f"{mean:.4f} ± {half:.4f}"
 
 
 def _draw(

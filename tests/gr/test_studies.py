@@ -1,0 +1,120 @@
+"""Studies of one pass: records and their part of the page, from run directories made by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from scipy import stats
+
+from gr.results import results
+
+PAGE = """
+title: Results
+tables: {}
+studies:
+  clock:
+    title: Does the clock help?
+    conclusion: It does.
+    sweep: sweeps/clock.yaml
+    metrics: [ne-click, hr@10/new_items, train/tokens]
+    baseline: none
+    rows:
+      none: {title: no time, config: base.yaml}
+      hour: {title: hour, config: base.yaml hour=true}
+      noise: {title: noise, config: base.yaml noise=true}
+      later: {title: later, config: base.yaml later=true}
+"""
+NE = {"none": [0.90, 0.91, 0.92], "hour": [0.80, 0.812, 0.821], "noise": [0.91, 0.90, 0.921]}
+
+
+def write_run(folder: Path, row: str, seed: int, ne: float, *, is_cut: bool = False) -> Path:
+    path = folder / f"{row}_s{seed}_00ff"
+    path.mkdir(parents=True)
+    config = {
+        "run_dir": str(path),
+        "seed": seed,
+        "model": {"dim": 4},
+        "log_every": 7,
+        "device": "auto",
+    }
+    (path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    early = {"window": "2022-05-01", "step": 3, "ne-click": 9.0, "hr@10/new_items": 0.1}
+    late = early | {"window": "2022-05-02", "step": 9, "ne-click": ne / 2}
+    whole = late | {"window": "all", "ne-click": ne, "hr@10/new_items": 0.5, "auc": None}
+    rows = [early, late] if is_cut else [early, late, whole]
+    (path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    steps = [{"step": i, "tokens": 1e6 * i, "flops": 1e15 * i, "perf/seconds": 2} for i in (1, 2)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in steps))
+    (path / "commit.txt").write_text("c0ffee" * 6 + "beef\n")
+    (path / "facts.json").write_text(json.dumps({"device": "CPU", "log": "a log"}))
+    return path
+
+
+@pytest.fixture
+def page(tmp_path):
+    (tmp_path / "page.yaml").write_text(PAGE)
+    return tmp_path / "page.yaml"
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return [
+        write_run(tmp_path / "runs", row, seed, ne)
+        for row, values in NE.items()
+        for seed, ne in enumerate(values)
+    ]
+
+
+def test_the_section_says_what_the_runs_say(tmp_path, page, runs):
+    output = tmp_path / "results.md"
+    assert "9 records added, 9 in all" in results(page, runs, output)
+    text = output.read_text()
+    assert "## Does the clock help?\n\nIt does.\n" in text
+    assert "| no time | 0.9100 ± 0.0248 | 0.5000 ± 0.0000 " in text
+    test = stats.ttest_rel(NE["hour"], NE["none"])
+    low, high = test.confidence_interval(0.95)
+    # Two rows are tested: the smaller of the two p-values counts twice.
+    assert 2 * test.pvalue < 0.05
+    assert f"| {(low + high) / 2:+.4f} ± {(high - low) / 2:.4f} * |" in text
+    assert "By NE click, against no time: better: hour; no difference seen: noise." in text
+    assert "HR@10, new items" in text
+    assert "Not run yet: later." in text
+    assert "- hour: `gr train base.yaml hour=true seed=SEED run_dir=RUN`" in text
+    assert "4 to 4 s a run" in text
+    record = json.loads((tmp_path / "results/studies/hour_seed1.json").read_text())
+    assert record["all"]["train/flops"] == 2e15
+    assert record["config"] == {"model.dim": 4}
+    results(page, [], output)
+    assert output.read_text() == text
+
+
+def test_the_last_window_alone(tmp_path, page, runs):
+    page.write_text(PAGE.replace("baseline: none", "baseline: none\n    window: last"))
+    results(page, runs, tmp_path / "results.md")
+    assert "| no time | 0.4550 ± 0.0124 | 0.1000 ± 0.0000 " in (tmp_path / "results.md").read_text()
+
+
+def test_lower_is_better_only_where_it_is(tmp_path, page, runs):
+    page.write_text(PAGE.replace("metrics: [ne-click,", "metrics: [auc,"))
+    for path in runs:
+        text = (path / "eval.jsonl").read_text().replace('"auc": null', '"auc": 0')
+        (path / "eval.jsonl").write_text(
+            text.replace('"auc": 0', '"x": 0').replace("ne-click", "auc")
+        )
+    results(page, runs, tmp_path / "results.md")
+    assert "against no time: worse: hour; no" in (tmp_path / "results.md").read_text()
+
+
+def test_what_is_no_record_is_refused(tmp_path, page, runs):
+    cut = write_run(tmp_path / "cut", "hour", 3, 0.8, is_cut=True)
+    with pytest.raises(ValueError, match="is not finished"):
+        results(page, [cut], tmp_path / "results.md")
+    twin = write_run(tmp_path / "twin", "hour", 0, 0.8)
+    with pytest.raises(ValueError, match="second run of hour, seed 0"):
+        results(page, [*runs, twin], tmp_path / "results.md")
+    folder = tmp_path / "results" / "studies"
+    folder.mkdir(parents=True)
+    (folder / "x_seed0.json").write_text('{"row": "hour"}')
+    with pytest.raises(ValueError, match="is no record of a study"):
+        results(page, runs, tmp_path / "results.md")
