@@ -18,6 +18,7 @@ from gr.checkpoint import CheckpointManager
 from gr.cohorts import Cohorts
 from gr.cold_start import NAME, vectors_key
 from gr.config import TrainConfig
+from gr.fp8_guard import Fp8Guard
 from gr.ids import Catalogue, IdRows
 from gr.metrics import EvalAccumulator
 from gr.mixture import mixture_groups
@@ -115,6 +116,7 @@ class Trainer:
         self.dense = DenseUpdates(
             self.model, world, config.optim, deterministic=config.deterministic
         )
+        self.guard = Fp8Guard(self.model, world)
         self.objective = Objective(config, self.item_table).to(world.device)
         self.cohorts = Cohorts(config).to(world.device)
         self.evaluation = EvalAccumulator(
@@ -186,25 +188,14 @@ class Trainer:
         global_weights = self._sum_weights(learnt)
         with self.dense.gradients_of(self.progress.step):
             predictions = self._predict(self.dense.module, batch, info, rows)
-            head = self.model.retrieval if isinstance(self.model, SequenceModel) else None
-            sums = self.objective(learnt, predictions, head, self.tables)
-            # Gradients are averaged over ranks, sums are not: hence world.size.
-            loss = sum(
-                factor * sums[name].total * (world.size / weight.clamp_min(1e-12))
-                for name, factor, weight in zip(
-                    self.objective.names,
-                    self.objective.factors,
-                    global_weights.float(),
-                    strict=True,
-                )
-            )
-            assert isinstance(loss, Tensor)
-            own = [sums[name].total.detach().double() for name in self.objective.names]
-            totals = world.sum(torch.stack(own))
+            loss, totals = self._loss(learnt, predictions, global_weights)
             # The device is at work on the forward pass: time that costs nothing.
             self.id_rows.observe(staged.seen, step=self.progress.step, time=staged.time)
             if ahead is not None:
                 ahead.fetch()
+            while self._overflowed_forward(totals, batch, info, rows):
+                predictions = self._predict(self.dense.module, batch, info, rows)
+                loss, totals = self._loss(learnt, predictions, global_weights)
             # All ranks decide alike, before backward, in which tables are updated.
             is_finite = self._check_loss(totals)
             if ahead is not None:
@@ -241,7 +232,11 @@ class Trainer:
         num_examples, num_tokens, flops, *skipped = world.sum(counts).tolist()
         num_bad_rows = skipped[NONFINITE_ROWS]
         is_good = is_finite and dense_is_finite and num_bad_rows == 0
-        skipped[NONFINITE_STEPS] = int(not is_good)
+        overflowed = is_finite and not is_good and self.guard.is_needed
+        excused = overflowed and self._overflowed_backward(
+            batch, info, rows, learnt, global_weights
+        )
+        skipped[NONFINITE_STEPS] = int(not (is_good or excused))
         self.progress.step += 1
         self.progress.examples += num_examples
         self.progress.tokens += num_tokens
@@ -253,7 +248,54 @@ class Trainer:
             "grad_norm": self.dense.grad_norm,
             "lr/dense": config.optim.lr * factor,
             "lr/embeddings": config.embeddings.optimizer.lr * factor,
+            **({"train/bf16_layers": len(bf16)} if (bf16 := self.guard.state()) else {}),
         }
+
+    def _loss(
+        self, learnt: SequenceBatch, predictions: Predictions, global_weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what backward starts from, and the sum of each loss over all ranks."""
+        head = self.model.retrieval if isinstance(self.model, SequenceModel) else None
+        sums = self.objective(learnt, predictions, head, self.tables)
+        # Gradients are averaged over ranks, sums are not: hence world.size.
+        loss = sum(
+            factor * sums[name].total * (self.world.size / weight.clamp_min(1e-12))
+            for name, factor, weight in zip(
+                self.objective.names,
+                self.objective.factors,
+                global_weights.float(),
+                strict=True,
+            )
+        )
+        assert isinstance(loss, Tensor)
+        own = [sums[name].total.detach().double() for name in self.objective.names]
+        return loss, self.world.sum(torch.stack(own))
+
+    def _overflowed_forward(
+        self, totals: Tensor, batch: SequenceBatch, info: SequenceInfo, rows: dict[str, Tensor]
+    ) -> bool:
+        """Return whether a layer in fp8 was to blame, and was turned to bf16: try again."""
+        if not self.guard.is_needed or bool(totals.isfinite().all()):
+            return False
+        with torch.autocast(self.world.device.type, torch.bfloat16):
+            return self.guard.after_forward(lambda: self.model(batch, info, rows))
+
+    def _overflowed_backward(
+        self,
+        batch: SequenceBatch,
+        info: SequenceInfo,
+        rows: dict[str, Tensor],
+        learnt: SequenceBatch,
+        global_weights: Tensor,
+    ) -> bool:
+        """Return whether a layer in fp8 was to blame for the gradients, and was turned to bf16."""
+        rows = {name: x.detach().requires_grad_() for name, x in rows.items()}
+
+        def loss() -> Tensor:
+            return self._loss(learnt, self.model(batch, info, rows), global_weights)[0]
+
+        with torch.autocast(self.world.device.type, torch.bfloat16):
+            return self.guard.after_backward(loss)
 
     def skipped_by_name(self) -> dict[str, int]:
         """Return what was left out so far, where anything was."""
@@ -476,6 +518,7 @@ class Trainer:
                 "segments": list(position.segments) if position else [],
                 "skipped": self.progress.skipped,
                 "loads": self.load_target.state() if self.load_target else [],
+                **({"bf16_layers": self.guard.state()} if self.guard.layers else {}),
             },
         }
 
@@ -527,6 +570,7 @@ class Trainer:
         self.id_rows.load_checkpoint_state(state["vocabulary"])
         self.objective.load_state_dict(state["objective"])
         self.loss_sums = state["loss_sums"]
+        self.guard.load_state(state["progress"].get("bf16_layers", ()))
         return state
 
 

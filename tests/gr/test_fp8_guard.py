@@ -1,0 +1,102 @@
+"""Layers in fp8 that overflow: found, turned to bf16, and kept so by a checkpoint."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gr.checkpoint import CheckpointManager
+from gr.config import EncodingConfig, HSTUConfig
+from gr.hstu import HSTULayer
+from gr.parallel import World
+from gr.trainer import EVALUATION, Trainer
+from tests.gr.batches import batches, data_config, random_log, train_config
+
+WORLD = World(0, 1, torch.device("cpu"))
+MODE = ("merged", "session", "session", "none")
+BF16 = ("uvqk",)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    return random_log(tmp_path_factory.mktemp("log") / "log")
+
+
+def make_trainer(log) -> Trainer:
+    hstu = HSTUConfig(num_heads=2, qk_dim=8, v_dim=8, precision="fp8")
+    config = train_config(
+        data_config(log, MODE), num_layers=3, encoding=EncodingConfig(position_buckets=32)
+    )
+    config = replace(config, precision="bf16", model=replace(config.model, hstu=hstu))
+    trainer = Trainer(config, WORLD, utc_offset=0, sequences_per_step=16)
+    trainer.evaluation.roll(0)
+    return trainer
+
+
+def break_scales(monkeypatch, trainer, number, part):
+    """Let the scales of one layer's weight be beyond what float32 holds: of rows or of columns."""
+    broken = trainer.model.encoder.layers[number]
+    honest = HSTULayer.fp8_weights
+
+    def fp8_weights(layer, weights, impl):
+        made = honest(layer, weights, impl)
+        if layer is not broken or made is None:
+            return made
+        of_part = getattr(made.uvqk, part)
+        scaled = of_part._replace(scale=torch.full_like(of_part.scale, math.inf))
+        return replace(made, uvqk=made.uvqk._replace(**{part: scaled}))
+
+    monkeypatch.setattr(HSTULayer, "fp8_weights", fp8_weights)
+
+
+def in_fp8(trainer):
+    return [layer.fp8_products for layer in trainer.model.encoder.layers]
+
+
+def test_a_forward_pass_that_overflows_is_made_again_in_bf16(log, monkeypatch, capsys, tmp_path):
+    trainer = make_trainer(log)
+    first, second, *_ = batches(trainer.config.data)
+    break_scales(monkeypatch, trainer, 1, "rows")
+    trainer.train_step(first)
+    # The batch is not lost, and the layers beside it stay as they are.
+    assert in_fp8(trainer) == [BF16, (), BF16]
+    assert trainer.progress.nonfinite_steps == 0
+    assert math.isfinite(trainer.take_losses()["train/loss"])
+    assert trainer.progress.step == 1
+    assert (
+        "fp8 overflowed in encoder.layers.1 (its result was not finite" in capsys.readouterr().err
+    )
+    assert trainer.train_step(second)["train/bf16_layers"] == 1
+    assert capsys.readouterr().err == ""
+
+    checkpoints = CheckpointManager(tmp_path, apart=(EVALUATION,))
+    checkpoints.save(2, trainer.state())
+    resumed = make_trainer(log)
+    resumed.load(checkpoints, 2)
+    assert in_fp8(resumed) == [BF16, (), BF16]
+
+
+def test_gradients_that_overflow_turn_the_layer_to_bf16(log, monkeypatch, capsys):
+    trainer = make_trainer(log)
+    first, second, *_ = batches(trainer.config.data)
+    break_scales(monkeypatch, trainer, 2, "columns")
+    before = [p.clone() for p in trainer.model.parameters()]
+    trainer.train_step(first)
+    assert in_fp8(trainer) == [BF16, BF16, ()]
+    assert "encoder.layers.2 (a gradient was not finite" in capsys.readouterr().err
+    # It changes no weight, and is not one of those that end the run.
+    assert trainer.progress.nonfinite_steps == 0
+    assert all(map(torch.equal, before, trainer.model.parameters()))
+    trainer.train_step(second)
+    assert not all(map(torch.equal, before, trainer.model.parameters()))
+
+
+def test_what_bf16_does_not_mend_is_not_blamed_on_fp8(log):
+    trainer = make_trainer(log)
+    first, *_ = batches(trainer.config.data)
+    with torch.no_grad():
+        trainer.model.encoder.layers[1].uvqk_weight[0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match="not finite at step 0"):
+        trainer.train_step(first)
+    assert in_fp8(trainer) == [BF16] * 3
