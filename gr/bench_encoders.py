@@ -15,10 +15,18 @@ from torch import Tensor, nn
 
 from gr.baselines.attention import softmax_attention
 from gr.baselines.transformer import TransformerEncoder
-from gr.config import HSTUConfig, ModelConfig, SemiLocalConfig, TransformerConfig, TruncationConfig
+from gr.config import (
+    GroupConfig,
+    HSTUConfig,
+    ModelConfig,
+    SemiLocalConfig,
+    TransformerConfig,
+    TruncationConfig,
+)
 from gr.flops import inference_flops
 from gr.hstu import HSTUEncoder, kept_history
-from gr.sequence import SequenceInfo, what_is_kept
+from gr.mixture import MixtureEncoder
+from gr.sequence import GroupInfo, SequenceInfo, what_is_kept
 
 GIB = 2**30
 
@@ -65,6 +73,12 @@ def truncation(layers: int, history: int) -> dict[str, object]:
     return {"truncation": TruncationConfig(layers=layers, history=history)}
 
 
+def mixture(model: ModelConfig, *histories: int) -> ModelConfig:
+    """Return a mixture of such stacks, which read so many tokens of history each."""
+    groups = {f"group_{i}": GroupConfig(history=n) for i, n in enumerate(histories)}
+    return replace(model, mixture=groups)
+
+
 def structure(
     lengths: Sequence[int], candidates: int, model: ModelConfig, device: str
 ) -> SequenceInfo:
@@ -85,7 +99,11 @@ def structure(
 
     total = int(length_B.sum())
     timestamp = torch.arange(total, device=device)
+    groups = tuple(
+        _spread(length_B, tail_B, group.history, model, device) for group in model.mixture.values()
+    )
     return SequenceInfo(
+        groups=groups,
         offsets=offsets(length_B),
         tail_offsets=offsets(tail_B),
         max_len=int(length_B.max()),
@@ -98,6 +116,21 @@ def structure(
         num_rows=int(tail_B.sum()),
         kept=kept,
     )
+
+
+def _spread(
+    length_B: Tensor, tail_B: Tensor, history: int, model: ModelConfig, device: str
+) -> GroupInfo:
+    """Return a group whose tokens lie evenly among those of the history."""
+    start, chosen, lengths = 0, [], []
+    for length, tail in zip(length_B.tolist(), tail_B.tolist(), strict=True):
+        count = min(history, length - tail)
+        of_history = torch.arange(count) * (length - tail) // max(1, count)
+        chosen.append(start + torch.cat([of_history, torch.arange(length - tail, length)]))
+        lengths.append(count + tail)
+        start += length
+    own = structure(lengths, int(tail_B.max()), replace(model, mixture={}), device)
+    return GroupInfo(torch.cat(chosen).to(device), own)
 
 
 class Stack:
@@ -120,6 +153,9 @@ class Stack:
         if model.encoder == "transformer":
             attend = flash_attention if flash else softmax_attention
             self.encoder = TransformerEncoder(model, attend).to(self.device)
+        elif model.mixture:
+            stacks = {name: HSTUEncoder(model) for name in model.mixture}
+            self.encoder = MixtureEncoder(stacks).to(self.device)
         else:
             self.encoder = HSTUEncoder(model).to(self.device)
         is_gpu = self.device.type == "cuda"
@@ -127,7 +163,8 @@ class Stack:
         dtype = torch.bfloat16 if is_gpu else torch.float32
         tokens = self.info.timestamp.numel()
         self.x_LD = torch.randn(tokens, model.dim, device=self.device, dtype=dtype)
-        self.dy_RD = torch.randn(self.info.num_rows, model.dim, device=self.device)
+        width = model.dim * max(1, len(model.mixture))
+        self.dy_RD = torch.randn(self.info.num_rows, width, device=self.device)
         self.flops = inference_flops(model, self.info)
 
     def without_candidates(self) -> "Stack":

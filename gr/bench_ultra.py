@@ -25,9 +25,11 @@ from gr.bench_encoders import (
     free,
     kept_bytes,
     median_ms,
+    mixture,
     semi_local,
     truncation,
 )
+from gr.config import ModelConfig
 from gr.memory import activation_bytes
 
 K1, K2 = 256, 256
@@ -232,8 +234,50 @@ def measure_transformer(shape: Shape) -> Figures:
     }
 
 
+def measure_components(shape: Shape) -> Figures:
+    """Each component alone and all together: four users of 8,192 events, 18 layers.
+
+    Without merged tokens an event is two. The mixture reads 10,240 and 3,072 tokens (merged half as
+    many); stochastic length cuts in training only. How an action is encoded costs the encoder
+    nothing.
+    """
+    longest, count = (16_384, 4) if shape.device == "cuda" else (128, 2)
+    local, layers = semi_local(K1, K2), shape.num_layers
+    cut = truncation(layers - max(1, layers // 6), KEPT)
+    plain, half = shape.hstu(longest), shape.hstu(longest, **local, **cut)
+    parts = longest * 5 // 8, longest * 3 // 16
+    both = [longest] * count
+    merged = [longest // 2] * count
+    variants: dict[str, tuple[ModelConfig, list[int], list[int]]] = {
+        "hstu": (plain, both, both),
+        "semi_local": (shape.hstu(longest, **local), both, both),
+        "truncation": (shape.hstu(longest, **cut), both, both),
+        "mixture": (mixture(plain, *parts), both, both),
+        "merged": (plain, merged, merged),
+        "stochastic_length": (plain, both, shortened(both, longest)),
+        "all": (mixture(half, *(n // 2 for n in parts)), merged, shortened(merged, longest // 2)),
+        "all_but_stochastic_length": (mixture(half, *(n // 2 for n in parts)), merged, merged),
+        "all_but_mixture": (half, merged, merged),
+    }
+    found: Figures = {}
+    for name, (model, served, trained) in variants.items():
+        free()
+        train = Stack(model, trained, shape)
+        found[f"train_ms_{name}"] = median_ms({"": train.train}, rounds=4)[""]
+        found[f"train_tflop_{name}"] = 3 * train.flops / 1e12
+        if shape.device == "cuda":
+            found[f"peak_gib_{name}"] = torch.cuda.max_memory_allocated() / GIB
+        del train
+        infer = Stack(model, served, shape)
+        found[f"infer_ms_{name}"] = median_ms({"": infer.infer}, rounds=5)[""]
+        found[f"infer_tflop_{name}"] = infer.flops / 1e12
+        del infer
+    return found
+
+
 MEASUREMENTS: dict[str, Callable[[Shape], Figures]] = {
     "step": measure_step,
+    "components": measure_components,
     "memory": measure_memory,
     "system": measure_system,
     "transformer": measure_transformer,

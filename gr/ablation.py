@@ -1,0 +1,151 @@
+"""Variants of a model against the first of them: quality by seed, and the encoder's arithmetic.
+
+    python -m gr.ablation SWEEP_FOLDER FIRST --metrics ne-click ... [--output FILE.json]
+
+Reads the runs that a sweep left. Differences are between runs of the same seed. FLOPs of training
+are those that the runs counted, of inference those of a forward pass over the same log with whole
+sequences (no stochastic length), for each sequence in the mean.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gr.atomic import write_atomically
+from gr.config import TrainConfig
+from gr.config_io import load_config
+from gr.flops import inference_flops, sequence_cost
+from gr.hstu import kept_history
+from gr.mixture import mixture_groups
+from gr.report import markdown_table
+from gr.runlog import CONFIG
+from gr.runs import ALL, Run, mean_interval, read_run
+from gr.sequence import sequence_info
+from pipelines.config import StochasticLengthConfig
+from pipelines.stream import SessionStream
+
+
+def read_variants(folder: str | Path) -> dict[str, dict[int, Run]]:
+    """Return variant -> seed -> run, of the finished runs of a sweep.
+
+    Raises:
+        ValueError: if there is none, or one of two configurations has the name and seed of another.
+    """
+    found: dict[str, dict[int, Run]] = {}
+    for path in sorted(Path(folder).glob(f"*_s*_*/{CONFIG}")):
+        run = read_run(path.parent)
+        if ALL not in run.windows:
+            continue
+        label, seed, _ = path.parent.name.rsplit("_", 2)
+        of_label = found.setdefault(label, {})
+        if int(seed[1:]) in of_label:
+            raise ValueError(
+                f"{folder} holds two runs of {label}, seed {seed[1:]}: "
+                f"{of_label[int(seed[1:])].path.name} and {path.parent.name}. Remove one"
+            )
+        of_label[int(seed[1:])] = run
+    if not found:
+        raise ValueError(f"{folder} holds no finished run of a sweep (LABEL_sSEED_ID)")
+    return found
+
+
+def ablation(folder: str | Path, first: str, metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """Return a record of each variant, the first one first.
+
+    Args:
+        folder: of the sweep.
+        first: the variant that the others are compared with.
+        metrics: columns of eval.jsonl, over the whole pass.
+
+    Raises:
+        ValueError: if there is no such variant, or a run lacks a metric.
+    """
+    variants = read_variants(folder)
+    if first not in variants:
+        raise ValueError(f"{folder} has no finished run of {first!r}, but of {list(variants)}")
+    order = [first, *(name for name in variants if name != first)]
+    return [_record(name, variants[name], variants[first], metrics) for name in order]
+
+
+def _record(
+    name: str, runs: dict[int, Run], against: dict[int, Run], metrics: Sequence[str]
+) -> dict[str, Any]:
+    record: dict[str, Any] = {"variant": name, "seeds": sorted(runs)}
+    for metric in metrics:
+        values = {seed: _value(run, metric) for seed, run in runs.items()}
+        shared = sorted(set(values) & set(against))
+        found = mean_interval(list(values.values()))
+        differences = mean_interval([values[s] - _value(against[s], metric) for s in shared])
+        assert found is not None
+        record[metric] = {"mean": found[0], "half_width_95": found[1]}
+        if runs is not against and differences is not None:
+            record[metric] |= {"difference": differences[0], "difference_95": differences[1]}
+    last = [run.steps[-1] for run in runs.values()]
+    record["train_flops"] = sum(x["flops"] for x in last) / sum(x["examples"] for x in last)
+    record["inference_flops"] = mean_inference_flops(next(iter(runs.values())).path)
+    return record
+
+
+def _value(run: Run, metric: str) -> float:
+    value = run.windows[ALL].get(metric)
+    if value is None:
+        raise ValueError(f"{run.path} has no {metric!r}, but {sorted(run.windows[ALL])}")
+    return float(value)
+
+
+def mean_inference_flops(run_dir: str | Path) -> float:
+    """Return the encoder's FLOPs of a forward pass, for a sequence in the mean over the run's log.
+
+    Args:
+        run_dir: its configuration is read, and the log that it names.
+    """
+    config, _ = load_config(TrainConfig, Path(run_dir) / CONFIG)
+    data = replace(config.data, stochastic_length=StochasticLengthConfig(), follow=False)
+    groups, keep = mixture_groups(config.model, data), kept_history(config.model)
+    flops = sequences = 0
+    for batch in SessionStream(data, seed=config.seed, cost=sequence_cost(config.model)):
+        info = sequence_info(batch, keep_history=keep, groups=groups)
+        flops += inference_flops(config.model, info)
+        sequences += batch.num_sequences
+    return flops / max(1, sequences)
+
+
+def table(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> str:
+    """Return the records in Markdown; compute as shares of the first's."""
+    rows = []
+    for record in records:
+        cells = [record["variant"]]
+        for metric in metrics:
+            of = record[metric]
+            cells.append(
+                f"{of['difference']:+.4f} +/- {of['difference_95']:.4f}"
+                if "difference" in of
+                else f"{of['mean']:.4f} +/- {of['half_width_95']:.4f}"
+            )
+        for kind in ("train_flops", "inference_flops"):
+            share = record[kind] / records[0][kind]
+            cells.append(f"{record[kind] / 1e6:.1f} ({share:.3f})")
+        rows.append(cells)
+    head = ["variant", *metrics, "training, MFLOP a sequence", "inference, MFLOP a sequence"]
+    return markdown_table(head, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table, and write the records."""
+    parser = argparse.ArgumentParser(prog="python -m gr.ablation")
+    parser.add_argument("folder", help="of the sweep")
+    parser.add_argument("first", help="variant that the others are compared with")
+    parser.add_argument("--metrics", nargs="+", required=True, help="columns of eval.jsonl")
+    parser.add_argument("--output", type=Path, help="JSON file of the records")
+    options = parser.parse_args(argv)
+    records = ablation(options.folder, options.first, options.metrics)
+    if options.output is not None:
+        write_atomically(options.output, json.dumps(records, indent=1) + "\n")
+    print(table(records, options.metrics))  # noqa: T201 (its result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Ablation of runs that a sweep left."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gr.ablation import ablation, main, mean_inference_flops
+from gr.config import TrainConfig
+from gr.config_io import load_config
+from gr.flops import training_flops
+from gr.runlog import read_lines
+from gr.sequence import sequence_info
+from launch.config import SweepConfig
+from launch.sweep import expand
+from pipelines.stream import SessionStream
+from tests.e2e.toy import run, write_config, write_log
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A sweep of two variants and two seeds, in this process."""
+    folder = tmp_path_factory.mktemp("ablation")
+    config = write_config(folder, write_log(folder, users=6, days=2))
+    runs = {
+        "plain": {"overrides": ["data.stochastic_length={selection: weighted, max_length: 12}"]},
+        "short": {"overrides": ["data.max_history_tokens=8"]},
+    }
+    overrides = ["log_every=100", "checkpoint.every_steps=0"]
+    sweep = {"base": str(config), "output": str(folder / "out"), "runs": runs, "seeds": [0, 1]}
+    (folder / "sweep.yaml").write_text(json.dumps(sweep | {"overrides": overrides}))
+    loaded, _ = load_config(SweepConfig, folder / "sweep.yaml")
+    for member in expand(loaded):
+        run(config, *member.overrides, f"run_dir={member.run_dir}")
+    return folder / "out"
+
+
+def test_variants_against_the_first_seed_by_seed(folder, tmp_path, capsys):
+    first, second = ablation(folder, "plain", ["ne-click"])
+    rows = {path.name[:8]: read_lines(path / "eval.jsonl")[-1] for path in folder.glob("*_s*_*")}
+    values = {name: row["ne-click"] for name, row in rows.items()}
+    differences = [values[f"short_s{s}"] - values[f"plain_s{s}"] for s in (0, 1)]
+    assert second["ne-click"]["difference"] == pytest.approx(sum(differences) / 2)
+    assert (first["variant"], first["seeds"], second["seeds"]) == ("plain", [0, 1], [0, 1])
+    # Stochastic length is for training only.
+    assert first["train_flops"] < 3 * first["inference_flops"]
+    assert second["train_flops"] == pytest.approx(3 * second["inference_flops"])
+    main([str(folder), "plain", "--metrics", "ne-click", "--output", str(tmp_path / "a.json")])
+    assert json.loads((tmp_path / "a.json").read_text()) == [first, second]
+    assert f"{second['inference_flops'] / first['inference_flops']:.3f}" in capsys.readouterr().out
+
+
+def test_flops_of_inference_are_a_third_of_training_on_whole_sequences(folder):
+    path = next(folder.glob("short_s0_*"))
+    config, _ = load_config(TrainConfig, path / "config.yaml")
+    batches = list(SessionStream(config.data, seed=0))
+    total = sum(training_flops(config.model, sequence_info(batch)) for batch in batches)
+    sequences = sum(batch.num_sequences for batch in batches)
+    assert mean_inference_flops(path) == pytest.approx(total / 3 / sequences)
+
+
+def test_what_cannot_be_compared_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"no finished run of 'huge', but of \['plain', 'short'\]"):
+        ablation(folder, "huge", ["ne-click"])
+    with pytest.raises(ValueError, match="has no 'ne-like'"):
+        ablation(folder, "plain", ["ne-like"])
+    with pytest.raises(ValueError, match="no finished run of a sweep"):
+        ablation(tmp_path, "plain", [])
