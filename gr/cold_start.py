@@ -30,8 +30,9 @@ class ContentTower(FrozenVectors):
 
         f(v) = W_n silu(... silu(W_1 norm(v) + b_1)),   norm(v) = (v - mean(v)) / std(v)
 
-    An item without a vector has a learned f of its own, the same for all such. Rows that start at
-    zero learn what content does not tell. In fp32, since users are compared with it.
+    Without `with_rows`, e = f(v). An item without a vector has a learned f of its own, the same for
+    all such. Rows that start at zero learn what content does not tell. In fp32, since users are
+    compared with it.
 
     Args:
         config: the file, and the hidden widths.
@@ -43,6 +44,7 @@ class ContentTower(FrozenVectors):
 
     def __init__(self, config: ColdStartConfig, dim: int) -> None:
         super().__init__("model.cold_start", config)
+        self.with_rows = config.with_rows
         # A copy on the device of the model, for rows whose ids only the device knows.
         self.ids_E: Tensor
         self.register_buffer("ids_E", self.sorted_ids.clone(), persistent=False)
@@ -77,5 +79,10 @@ class ContentTower(FrozenVectors):
         of_items = [name for name in ITEM_FEATURES if name in rows]
         found = [batch.vector_rows[vectors_key(name)] for name in of_items]
         parts = self(torch.cat(found)).split([len(x) for x in found])
-        whole = {n: rows[n] + part for n, part in zip(of_items, parts, strict=True)}
+        whole = {n: self.join(rows[n], part) for n, part in zip(of_items, parts, strict=True)}
         return {**rows, **whole}
+
+    def join(self, rows_nD: Tensor, content_nD: Tensor) -> Tensor:
+        """Return the embeddings of items, of their rows and what `forward` returned."""
+        # Rows that count nothing still get a gradient, of zeros, on every rank.
+        return rows_nD * float(self.with_rows) + content_nD

@@ -296,6 +296,8 @@ class ColdStartConfig(VectorFileConfig):
     """Vectors of items, as VectorFileConfig; empty: there is no such part."""
     hidden: tuple[int, ...] = (128,)
     """Widths of the hidden layers between a vector and the embedding; empty means linear."""
+    with_rows: bool = True
+    """false: content alone is an item's embedding, and its row counts nothing: for comparison."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -127,7 +127,7 @@ class SequenceModel(nn.Module):
         """
         assert self.retrieval is not None
         if self.content is not None:
-            rows = rows + self.content(self.content.find_on_device(ids))
+            rows = self.content.join(rows, self.content(self.content.find_on_device(ids)))
         return self.retrieval.item_vectors(rows)
 
 

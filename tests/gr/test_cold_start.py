@@ -46,7 +46,10 @@ def make_trainer(config) -> Trainer:
     return trainer
 
 
-def test_every_place_of_an_item_has_its_content(config, monkeypatch):
+@pytest.mark.parametrize("with_rows", [True, False])
+def test_every_place_of_an_item_has_its_content(config, monkeypatch, with_rows):
+    content = replace(config.model.cold_start, with_rows=with_rows)
+    config = replace(config, model=replace(config.model, cold_start=content))
     trainer = make_trainer(config)
     tower, weight = trainer.model.content, trainer.tables.weights["item"].detach().clone()
     batch = batches(config.data)[0]
@@ -73,7 +76,8 @@ def test_every_place_of_an_item_has_its_content(config, monkeypatch):
     trainer.train_step(batch)
 
     def expected(ids) -> torch.Tensor:
-        whole = [weight[x + 1].double().numpy() + by_hand(tower_before, x) for x in ids.tolist()]
+        rows = weight.double().numpy() * with_rows
+        whole = [rows[x + 1] + by_hand(tower_before, x) for x in ids.tolist()]
         return torch.tensor(np.array(whole)).float()
 
     # The step has moved the tower: compare with what it was.
@@ -88,6 +92,7 @@ def test_every_place_of_an_item_has_its_content(config, monkeypatch):
     torch.testing.assert_close(ranked["items"][0].detach(), catalogue)
     for after, before in zip(tower.parameters(), tower_before.parameters(), strict=True):
         assert not torch.equal(after, before)
+    assert torch.equal(trainer.tables.weights["item"].detach(), weight) != with_rows
 
 
 def test_items_without_content_are_counted(config):
