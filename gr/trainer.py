@@ -78,7 +78,8 @@ class Scored:
     """On the device, with rows of the tables in the place of raw ids."""
     predictions: Predictions
     ranks: Tensor | None
-    """(R,) int64 rank of each retrieval target in the catalogue; None without eval.retrieval."""
+    """(R,) int64 rank of each retrieval target in the catalogue; None without eval.retrieval.
+    0: not ranked, an event of history (data.supervise=all or sampled), which counts nothing."""
     log_probs: Tensor | None
     """(R,) log probability of each target, likewise."""
 
@@ -419,20 +420,26 @@ class Trainer:
             (first, model.item_vectors(chunk, catalogue.ids(_numbers(first, chunk))))
             for first, chunk in self.tables.all_rows(self.item_table)
         )
-        rules = self.config.eval
+        rules, rows_R = self.config.eval, batch.ids[TARGET_ITEM_ID].values()
+        chosen: Tensor | slice = slice(None)
+        is_new_R = self._of_session(batch, batch.retrieval_positions, sequence_L, ahead=1)
+        if is_new_R is not None:
+            chosen = is_new_R.nonzero()[:, 0]
+        seen = None
+        if rules.filter_seen:
+            seen = seen_items(batch, sequence_L, newest=rules.filter_newest, chosen=chosen)
         ranks, log_probs = catalogue_ranks(
-            predictions.user_vectors,
-            head.item_vectors(predictions.rows[TARGET_ITEM_ID]),
-            batch.ids[TARGET_ITEM_ID].values(),
+            predictions.user_vectors[chosen],
+            head.item_vectors(predictions.rows[TARGET_ITEM_ID][chosen]),
+            rows_R[chosen],
             chunks,
             temperature=self.config.loss.temperature,
-            seen=(
-                seen_items(batch, sequence_L, newest=rules.filter_newest)
-                if rules.filter_seen
-                else None
-            ),
+            seen=seen,
             is_item_E=catalogue.is_item,
         )
+        if isinstance(chosen, Tensor):
+            ranks = torch.zeros_like(rows_R).index_copy(0, chosen, ranks)
+            log_probs = log_probs.new_zeros(len(rows_R)).index_copy(0, chosen, log_probs)
         return Scored(batch, predictions, ranks, log_probs)
 
     @torch.no_grad()
@@ -440,14 +447,38 @@ class Trainer:
         batch, ranking = scored.batch, scored.predictions.ranking
         sequence_L = sequence_index(batch.offsets, batch.num_tokens)
         if ranking:
-            users_P = batch.user_id[sequence_L[batch.ranking_positions]]
+            positions, weights = batch.ranking_positions, batch.weights
+            is_new_P = self._of_session(batch, positions, sequence_L, ahead=0)
+            if is_new_P is not None:
+                weights = {task: weight * is_new_P for task, weight in weights.items()}
+            users_P = batch.user_id[sequence_L[positions]]
             cohorts = self.cohorts.of_ranking(batch, sequence_L)
-            self.evaluation.update_ranking(ranking, batch.labels, batch.weights, users_P, cohorts)
+            self.evaluation.update_ranking(ranking, batch.labels, weights, users_P, cohorts)
         if scored.ranks is not None and scored.log_probs is not None:
+            is_new_R = self._of_session(batch, batch.retrieval_positions, sequence_L, ahead=1)
+            weight_R = batch.retrieval_weights
+            weight_R = weight_R if is_new_R is None else weight_R * is_new_R
             cohorts = self.cohorts.of_retrieval(batch, sequence_L)
-            self.evaluation.update_retrieval(
-                scored.ranks, scored.log_probs, batch.retrieval_weights, cohorts
-            )
+            self.evaluation.update_retrieval(scored.ranks, scored.log_probs, weight_R, cohorts)
+
+    def _of_session(
+        self, batch: SequenceBatch, positions: Tensor, sequence_L: Tensor, *, ahead: int
+    ) -> Tensor | None:
+        """Return which positions predict events of the session; None where all do.
+
+        With supervise=all or sampled, positions of history train again on what a pass has learnt
+        and scored before: only the session's are scored.
+
+        Args:
+            batch: a batch.
+            positions: (n,) int64 tokens.
+            sequence_L: int64, the sequence of each token.
+            ahead: tokens from a position to the event that is predicted there.
+        """
+        if self.config.data.supervise == "session":
+            return None
+        sequence_n = sequence_L[positions]
+        return positions + ahead - batch.offsets[sequence_n] >= batch.session_start[sequence_n]
 
     def _sum_weights(self, batch: SequenceBatch) -> Tensor:
         """Return the weight of each loss over all ranks, and record the load of the step."""
@@ -579,7 +610,11 @@ def _numbers(first: int, rows: Tensor) -> Tensor:
 
 
 def seen_items(
-    batch: SequenceBatch, sequence_L: Tensor, *, newest: int = 0
+    batch: SequenceBatch,
+    sequence_L: Tensor,
+    *,
+    newest: int = 0,
+    chosen: Tensor | slice = slice(None),
 ) -> tuple[Tensor, Tensor]:
     """Return the items that stand before each retrieval position in its sequence.
 
@@ -587,12 +622,13 @@ def seen_items(
         batch: with rows of the item table as item ids.
         sequence_L: the sequence of each token.
         newest: only so many of them, the last; 0 means all.
+        chosen: index into the retrieval positions: of these only, which count from 0.
 
     Returns:
         (S,) int64 index into the retrieval positions; (S,) int64 row: one pair a position and item.
     """
     items_L1 = nn.functional.pad(carries_item(batch.token_kind).cumsum(0), (1, 0))
-    positions = batch.retrieval_positions
+    positions = batch.retrieval_positions[chosen]
     first_R = items_L1[batch.offsets[sequence_L[positions]]]
     count_R = items_L1[positions + 1] - first_R
     if newest:

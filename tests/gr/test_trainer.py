@@ -311,6 +311,26 @@ def test_losses_are_means_since_the_last_time(log):
     assert empty["train/loss/click"] != empty["train/loss/click"]
 
 
+@pytest.mark.parametrize("layout", ["interleaved", "merged"])
+@pytest.mark.parametrize("filter_seen", [False, True])
+def test_events_of_history_train_again_but_are_not_scored_again(log, layout, filter_seen):
+    """By the same weights, supervise=all scores what supervise=session does."""
+    found = {}
+    for supervise in ("session", "all"):
+        config = train_config(data_config(log, (layout, "event", supervise, "none")))
+        encoding = EncodingConfig(position="from_start", position_buckets=32)
+        model = replace(config.model, encoding=encoding)
+        rules = replace(config.eval, filter_seen=filter_seen)
+        trainer = make_trainer(replace(config, model=model, eval=rules))
+        for batch in batches(config.data):
+            trainer.score_step(batch)
+        found[supervise] = trainer.evaluation.finish()[0].metrics
+        assert found[supervise]["num_examples-retrieval"] > 0
+    assert set(found["all"]) == set(found["session"])
+    for name, value in found["session"].items():
+        assert found["all"][name] == pytest.approx(value, rel=1e-5), name
+
+
 @pytest.mark.parametrize("mode", MODES, ids="-".join)
 def test_seen_items_are_those_before_the_position(log, mode):
     config = train_config(data_config(log, mode))
