@@ -137,9 +137,14 @@ class HSTUConfig:
     fp8_products: tuple[Literal["uvqk", "output"], ...] = ()
     """Which products precision=fp8 means: the UVQK projection, the output projection. (): those
     that are faster so on one H100, uvqk, and from model.dim=2048 on output too."""
-    recompute: tuple[Literal["normed", "uvqk", "gated"], ...] = ("normed", "uvqk", "gated")
+    recompute: tuple[Literal["normed", "uvqk", "gated", "attended"], ...] = (
+        "normed",
+        "uvqk",
+        "gated",
+    )
     """What the kernels' backward pass computes again instead of keeping it (kernels/hstu_layer):
-    norm(X), the UVQK projection, what the output projection reads. The reference keeps all."""
+    norm(X), the UVQK projection, what the output projection reads; attended: A V, which halves what
+    is kept by default and costs the attention's forward pass. The reference keeps all."""
 
     def __post_init__(self) -> None:
         counts = ("num_heads", "qk_dim", "v_dim", "scaling_length", "bias_max_len")

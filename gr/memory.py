@@ -14,7 +14,7 @@ from gr.flops import num_truncated
 from gr.hstu import fp8_products
 from gr.sequence import SequenceInfo
 
-RECOMPUTABLE = ("normed", "uvqk", "gated")
+RECOMPUTABLE = ("normed", "uvqk", "gated", "attended")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +115,9 @@ def layer_bytes(hstu: HSTUConfig, dim: int, tokens: int, rows: int, *, itemsize:
     """Return the bytes that one fused layer keeps, its input X included.
 
         X                        L D                always
-        A V                      R H V              always, in front of the norm
+        A V, before its norm     R H V              unless recompute names attended
         statistics               16 bytes a token   two norms; R H 4 more with softmax
-        norm(X)                  L D                unless recompute names normed
+        norm(X)                  L D                unless normed
         Z, U V Q K before SiLU   2 L H (K + V)      unless uvqk; of tails (R + L) H (K + V)
         gated rows               R C                unless gated; C = H V, with concat_ua 3 H V
 
@@ -135,7 +135,8 @@ def layer_bytes(hstu: HSTUConfig, dim: int, tokens: int, rows: int, *, itemsize:
     columns = H * V * (3 if hstu.concat_ua else 1)
     groups = H if hstu.norm == "group" else 1
     kept = [name for name in RECOMPUTABLE if name not in hstu.recompute]
-    numbers = tokens * dim + rows * H * V
+    numbers = tokens * dim
+    numbers += rows * H * V * ("attended" in kept)
     numbers += tokens * dim * ("normed" in kept)
     numbers += (tokens + rows) * H * (K + V) * ("uvqk" in kept)
     numbers += rows * columns * ("gated" in kept)

@@ -2,11 +2,18 @@
 
 from kernels.hstu_layer.inference import Attend, hstu_layer_around, inference_weights
 from kernels.hstu_layer.op import hstu_layer, quantize_weights
-from kernels.hstu_layer.structure import PRODUCTS, RECOMPUTABLE, Fp8Weights, LayerWeights
+from kernels.hstu_layer.structure import (
+    PRODUCTS,
+    RECOMPUTABLE,
+    RECOMPUTED,
+    Fp8Weights,
+    LayerWeights,
+)
 
 __all__ = [
     "PRODUCTS",
     "RECOMPUTABLE",
+    "RECOMPUTED",
     "Attend",
     "Fp8Weights",
     "LayerWeights",

@@ -89,7 +89,7 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
             normed_scale=normed_scale,
             uvqk=kept(options.keep_uvqk, R, uvqk if tail is None else uq),
             vk=kept(options.keep_uvqk and tail is not None, L, uq),
-            attended=x.new_empty(R, H, options.v_dim),
+            attended=kept(options.keep_attended, R, H, options.v_dim),
             gated=kept(keeps_gated, R, weights.output.shape[1]),
             lse=float32(R, H) if structure.softmax else float32(0),
             mean=float32(L),

@@ -11,7 +11,7 @@ from torch.nn import functional
 from kernels.bench import Case, timed
 from kernels.dispatch import Impl
 from kernels.hstu_attention import hstu_attention
-from kernels.hstu_layer import RECOMPUTABLE, LayerWeights, hstu_layer, quantize_weights
+from kernels.hstu_layer import RECOMPUTED, LayerWeights, hstu_layer, quantize_weights
 from kernels.rotary import Rotation
 
 CASES = [
@@ -79,12 +79,12 @@ def variants(case, mode, device):
         return x + functional.linear(gated, output.to(x.dtype))
 
     found = {
-        "ours": ours(RECOMPUTABLE),
-        "ours, fp8": ours(RECOMPUTABLE, in_fp8=True),
+        "ours": ours(RECOMPUTED),
+        "ours, fp8": ours(RECOMPUTED, in_fp8=True),
     }
     if D // H % 2 == 0:  # pairs
-        found["ours, rotary"] = ours(RECOMPUTABLE, rotations=turned)
-        found["ours, fp8, rotary"] = ours(RECOMPUTABLE, in_fp8=True, rotations=turned)
+        found["ours, rotary"] = ours(RECOMPUTED, rotations=turned)
+        found["ours, fp8, rotary"] = ours(RECOMPUTED, in_fp8=True, rotations=turned)
     if mode == "both":
         found["ours, fp8, 14d kept"] = ours(("gated",), in_fp8=True)
         found |= {name: ours(recompute) for name, recompute in KEPT.items()}

@@ -50,7 +50,7 @@ def hstu_layer_fwd(inputs: Inputs) -> tuple[Tensor, Saved]:
         *of_normed,
         kept[0] if options.keep_uvqk else x.new_empty(0),
         kept[1] if options.keep_uvqk and tail is not None else x.new_empty(0),
-        attended,
+        attended if options.keep_attended else x.new_empty(0),
         gated.plain if gated.plain is not None and keeps_gated else x.new_empty(0),
         lse,
         mean,
@@ -104,6 +104,9 @@ def hstu_layer_bwd(
             parts |= projection.split(y)
             del y
     parts.pop("u", None)
+    attended = saved.attended
+    if not options.keep_attended:
+        attended = attention_fwd(*_heads(parts, options), *inputs.structure)[0]
     gradients = [projection.gradient_buffer(z) for projection, z in zip(used, kept, strict=True)]
 
     output = Output(inputs)
@@ -112,7 +115,7 @@ def hstu_layer_bwd(
     gated, written = _empty_gated(saved, dgated, inputs)
     dattended, dgate_weight, dgate_bias, du_sum = norm_gate_silu_bwd(
         dgated,
-        saved.attended.flatten(1),
+        attended.flatten(1),
         kept[0][:, : options.widths["u"]],
         _contiguous(weights.attention_norm),
         _contiguous(weights.attention_norm_bias),
@@ -132,8 +135,8 @@ def hstu_layer_bwd(
     doutput = output.wgrad(of_y, gated)
     del gated, written, of_y
     dq, dk, dv, dposition, dtime = attention_bwd(
-        dattended.view(saved.attended.shape),
-        saved.attended if inputs.structure.softmax else None,
+        dattended.view(attended.shape),
+        attended if inputs.structure.softmax else None,
         saved.lse,
         needs_bias_grad,
         *_heads(parts, options),

@@ -116,6 +116,7 @@ def hstu_layer_around(
             keep_normed=False,
             keep_uvqk=False,
             keep_gated=False,
+            keep_attended=False,
             hopper_products=impl != Impl.TRITON,
             folds_uvqk=False,
             folds_output=False,

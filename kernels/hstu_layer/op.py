@@ -33,7 +33,7 @@ from kernels.hstu_layer.arguments import (
 from kernels.hstu_layer.autograd import apply
 from kernels.hstu_layer.structure import (
     PRODUCTS,
-    RECOMPUTABLE,
+    RECOMPUTED,
     Fp8Weights,
     Inputs,
     LayerWeights,
@@ -71,7 +71,7 @@ def hstu_layer(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     eps: float = 1e-6,
-    recompute: Sequence[str] = RECOMPUTABLE,
+    recompute: Sequence[str] = RECOMPUTED,
     fp8: Fp8Weights | None = None,
     fp8_wgrad: Literal["auto", "fold", "bf16"] = "auto",
     deterministic: bool = False,
@@ -87,9 +87,11 @@ def hstu_layer(
 
     Triton: for the backward pass X, A V and a few float32 a token are kept, 4 D bytes a token in 16
     bits with H V = D, and what `recompute` does not name: 2 D for "normed", 4 H (K + V) for "uvqk"
-    (Z, of which both U, V, Q, K and the slope of SiLU are made), 2 C for "gated". What is computed
-    again has the same bits: gradients do not depend on `recompute`. Q and K are turned where the
-    projection is stored (in plain Triton a pass later), their gradients where SiLU's is made.
+    (Z, of which both U, V, Q, K and the slope of SiLU are made), 2 C for "gated". If it names
+    "attended", A V is not kept either (2 D bytes then) and the attention runs forward again. What
+    is computed again has the same bits: gradients do not depend on `recompute`. Q and K are turned
+    where the projection is stored (in plain Triton a pass later), their gradients where SiLU's is
+    made.
 
     In fp8 a product rounds what it reads, the weight, and the gradient of its result by rows to
     e4m3 (kernels/linear/fp8.py); the norms round what they write in the same pass, SiLU's gradient
@@ -240,6 +242,7 @@ def hstu_layer(
         keep_normed=learns and "normed" not in recompute,
         keep_uvqk=learns and "uvqk" not in recompute,
         keep_gated=learns and "gated" not in recompute,
+        keep_attended=learns and "attended" not in recompute,
         hopper_products=impl != Impl.TRITON,
         folds_uvqk=folds(fp8_wgrad, fp8.uvqk, has_silu=True),
         folds_output=folds(fp8_wgrad, fp8.output, has_silu=False),

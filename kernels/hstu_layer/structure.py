@@ -15,9 +15,11 @@ from kernels.linear import QuantizedWeight
 from kernels.quantize import QuantizedRows
 from kernels.rotary import Rotation
 
-RECOMPUTABLE = ("normed", "uvqk", "gated")
+RECOMPUTABLE = ("normed", "uvqk", "gated", "attended")
 """What the backward pass can compute again instead of reading it: norm(X); the projection that U,
-V, Q and K are made of; what the output projection reads."""
+V, Q and K are made of; what the output projection reads; A V, at the price of the attention."""
+RECOMPUTED = RECOMPUTABLE[:3]
+"""What it does compute again, unless it is told otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +122,7 @@ class Options(NamedTuple):
     keep_normed: bool
     keep_uvqk: bool
     keep_gated: bool
+    keep_attended: bool
     hopper_products: bool
     """Whether the products may run on the Hopper kernels."""
     folds_uvqk: bool
@@ -152,7 +155,7 @@ class Options(NamedTuple):
 OPTIONS_SCHEMA = (
     "SymInt num_heads, SymInt qk_dim, SymInt v_dim, bool activate_all, SymInt norm_groups, "
     "bool concat_ua, float dropout, float eps, bool keep_normed, bool keep_uvqk, bool keep_gated, "
-    "bool hopper_products, bool folds_uvqk, bool folds_output"
+    "bool keep_attended, bool hopper_products, bool folds_uvqk, bool folds_output"
 )
 
 
@@ -260,7 +263,7 @@ class Saved(NamedTuple):
     vk: Tensor
     """With tails (L, H (K + V)) before SiLU, V and K."""
     attended: Tensor
-    """(R, H, V)."""
+    """(R, H, V), before the norm."""
     gated: Tensor
     """(R, C)."""
     lse: Tensor

@@ -17,6 +17,7 @@ MODELS = {
     "all kept": replace(SMALL, recompute=()),
     "some kept": replace(SMALL, recompute=("normed", "gated"), concat_ua=True, norm="group"),
     "softmax": replace(SMALL, recompute=("uvqk",), attention="softmax"),
+    "input alone": replace(SMALL, recompute=("normed", "uvqk", "gated", "attended")),
     "ultra": replace(
         SMALL,
         semi_local=SemiLocalConfig(window=3, global_rows=2),
@@ -55,7 +56,11 @@ def test_activations_are_what_autograd_keeps(name, device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
-@pytest.mark.parametrize("recompute", [("normed", "uvqk", "gated"), ("gated",), ()], ids=str)
+@pytest.mark.parametrize(
+    "recompute",
+    [("normed", "uvqk", "gated"), ("gated",), (), ("normed", "uvqk", "gated", "attended")],
+    ids=str,
+)
 def test_activations_are_what_the_allocator_gives(precision, recompute):
     hstu = HSTUConfig(
         num_heads=4,

@@ -7,7 +7,7 @@ from itertools import combinations, product
 import torch
 
 from kernels.hstu_attention import AttentionMask, RelativeBias
-from kernels.hstu_layer import RECOMPUTABLE, LayerWeights, hstu_layer, quantize_weights
+from kernels.hstu_layer import RECOMPUTABLE, RECOMPUTED, LayerWeights, hstu_layer, quantize_weights
 from kernels.rotary import Rotation
 
 OPTIONS = {
@@ -22,7 +22,7 @@ OPTIONS = {
     "has_tail": (False, True),
     "uvqk_bias": (True, False),
     "norm_affine": (True, False),
-    "recompute": ((), RECOMPUTABLE, ("normed", "gated"), ("uvqk",)),
+    "recompute": ((), RECOMPUTED, RECOMPUTABLE, ("normed", "gated"), ("uvqk",)),
 }
 
 
@@ -76,7 +76,7 @@ class Layer:
     has_tail: bool = False
     uvqk_bias: bool = True
     norm_affine: bool = True
-    recompute: tuple = RECOMPUTABLE
+    recompute: tuple = RECOMPUTED
     fp8: tuple = ()
     fp8_wgrad: str = "auto"
     tensors: dict = field(default_factory=dict)

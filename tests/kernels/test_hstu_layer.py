@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.hstu_attention import AttentionMask
-from kernels.hstu_layer import RECOMPUTABLE, LayerWeights, hstu_layer
+from kernels.hstu_layer import RECOMPUTABLE, RECOMPUTED, LayerWeights, hstu_layer
 from tests.checks import assert_within_reference_error
 from tests.kernels.evaluate import poisoned_memory
 from tests.kernels.hstu_layer_cases import OPTIONS, Layer, make_layer, pairwise
@@ -101,7 +101,7 @@ def test_what_is_recomputed_has_the_same_bits(activate, has_tail, dtype, angles,
     layer = Layer([17, 5], [3, 5], [2, 0], bias="position", num_heads=1, **options)
     found = [
         layer.run(dtype, device, impl="triton", recompute=recompute)
-        for recompute in ((), ("uvqk",), RECOMPUTABLE)
+        for recompute in ((), ("uvqk",), RECOMPUTED, RECOMPUTABLE, ("attended",))
     ]
     for other in found[1:]:
         for name, expected in found[0].items():
@@ -141,7 +141,7 @@ def saved_bytes(layer, dtype, **options):
 @pytest.mark.interpret
 @pytest.mark.parametrize(
     ("recompute", "multiple"),
-    [((), 16), (("gated",), 14), (("normed", "gated"), 12), (RECOMPUTABLE, 4)],
+    [((), 16), (("gated",), 14), (("normed", "gated"), 12), (RECOMPUTED, 4), (RECOMPUTABLE, 2)],
     ids=str,
 )
 def test_bytes_that_are_kept(recompute, multiple):
