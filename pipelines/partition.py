@@ -60,6 +60,11 @@ class PartitionReader:
                 self._load_history(segment.histories[self.partition])
         self._num_begun = max(self._num_begun, num_begun)
 
+    @property
+    def histories(self) -> HistoryStore:
+        """The users' histories, as they stand."""
+        return self._store
+
     def replay(self, num_sessions: int) -> None:
         """Append the next sessions to the histories, without giving them."""
         for span in self.take(num_sessions):
