@@ -8,6 +8,7 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 
 from gr.atomic import CheckpointError
 from gr.config_io import load_config
+from gr.serve_config import ServeConfig
 from gr.versions import check_versions
 
 FAILED = 1
@@ -109,6 +111,18 @@ def _parser() -> argparse.ArgumentParser:
     child.add_argument(
         "--steps-per-file", type=int, default=128, help="global batches of one file (128)"
     )
+    child.add_argument("--traceback", action="store_true", help="show it also for user errors")
+
+    child = command("serve", _serve, "Recommendations over HTTP, with a checkpoint.")
+    child.add_argument("run_dir", metavar="RUN", help="run directory")
+    child.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="override of the run, as data.log=OTHER"
+    )
+    child.add_argument("--step", type=int, help="of the checkpoint; the newest if not given")
+    for field in fields(ServeConfig):
+        flag = "--" + field.name.replace("_", "-")
+        text = f"see docs/inference.md ({field.default!r})"
+        child.add_argument(flag, type=field.type, default=field.default, metavar="X", help=text)
     child.add_argument("--traceback", action="store_true", help="show it also for user errors")
 
     child = command("dataset", _dataset, "Turn a public dataset into an event log.")
@@ -230,6 +244,16 @@ def _recommend(arguments: argparse.Namespace) -> None:
         overrides=arguments.overrides,
         steps_per_file=arguments.steps_per_file,
     )
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    check_versions()
+    chosen = {field.name: getattr(arguments, field.name) for field in fields(ServeConfig)}
+    serve_config = ServeConfig(**chosen)
+    config = _config_of_run(arguments)
+    from gr.inference.server import serve
+
+    serve(config, arguments.run_dir, serve_config, step=arguments.step)
 
 
 def _config_of_run(arguments: argparse.Namespace) -> Any:

@@ -49,7 +49,7 @@ class UserStore:
         codes: (E, S + 1) uint8.
         contexts: (U, X) int64.
         items: (n, I) int64, ascending item ids: the newest event of each item.
-        max_events: newest events of a user that are kept.
+        keep: newest events of a user that are kept.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class UserStore:
         codes: NDArray[np.uint8],
         contexts: Ints,
         items: Ints,
-        max_events: int,
+        keep: int,
     ) -> None:
-        self.encoder, self.max_events = encoder, max_events
+        self.encoder, self.keep = encoder, keep
         self._user_id, self._offsets = user_id, offsets
         self._ints, self._codes, self._contexts = ints, codes, contexts
         self._items = items
@@ -117,7 +117,7 @@ class UserStore:
             context = before.context if context is None else context
         if context is None:
             context = np.full(self.encoder.num_context, UNKNOWN_ID)
-        order = np.argsort(ints[:, TIMESTAMP], kind="stable")[-self.max_events :]
+        order = np.argsort(ints[:, TIMESTAMP], kind="stable")[-self.keep :]
         self._changed[user_id] = UserHistory(ints[order], codes[order], context)
         return len(order)
 
@@ -184,14 +184,14 @@ def read_users(data: DataConfig) -> UserStore:
         codes=all_codes[event],
         contexts=np.concatenate(contexts)[order],
         items=items,
-        max_events=rules.max_events,
+        keep=rules.keep,
     )
 
 
 def _packed(
     store: HistoryStore, encoder: EventEncoder
 ) -> tuple[Ints, Ints, Ints, NDArray[np.uint8]]:
-    """Return users, lengths, ints and codes of the newest events that a sequence can hold."""
+    """Return users, lengths, ints and codes of the newest events, rules.keep a user at most."""
     rules, num_users = store.rules, store.num_users
     room = max(ROOM, rules.keep)
     out = EventRows(
@@ -205,12 +205,10 @@ def _packed(
         offsets = np.zeros(num_users - slot + 1, np.int32)
         after = store.pack(slot, out, offsets)
         ends = offsets[: after - slot + 1].astype(np.int64)
-        kept = np.minimum(np.diff(ends), rules.max_events)
-        shift = ends[1:] - np.cumsum(kept)
-        event = np.repeat(shift, kept) + np.arange(int(kept.sum()))
-        lengths.append(kept)
-        ints.append(out.ints.reshape(-1, rules.num_ints)[event])
-        codes.append(out.codes.reshape(-1, rules.num_codes)[event])
+        num_events = int(ends[-1])
+        lengths.append(np.diff(ends))
+        ints.append(out.ints.reshape(-1, rules.num_ints)[:num_events].copy())
+        codes.append(out.codes.reshape(-1, rules.num_codes)[:num_events].copy())
         slot = after
     return (
         store.arena.user_id[:num_users].copy(),

@@ -13,8 +13,9 @@ from tests.e2e.toy import events, write_config, write_log
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("users")
     path = write_config(folder, write_log(folder, users=12, days=5))
-    # 16 events of history of 40 a user; some users in partitions of their own.
-    return load_config(TrainConfig, path, ["data.max_history_tokens=32"])[0].data
+    # 8 events of history and 8 beside them are kept, of 40 a user.
+    changes = ["data.max_history_tokens=16", "data.overlap_slack=8"]
+    return load_config(TrainConfig, path, changes)[0].data
 
 
 @pytest.fixture

@@ -1,0 +1,335 @@
+"""From questions to recommendations: encode histories, retrieve, rank, with one checkpoint.
+
+Letters: B questions, n results, m candidates, I and S columns of an encoded event, X of a context.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gr.checkpoint import CheckpointManager
+from gr.config import TrainConfig
+from gr.evaluate import find_step
+from gr.inference.catalogue import ItemCatalogue, catalogue_of
+from gr.inference.mfalcon import Scorer, trainer_lookup
+from gr.inference.requests import Candidates, Requests, hide
+from gr.inference.retrieval import ExactIndex, FaissIndex
+from gr.inference.score_tables import RETRIEVAL, prediction
+from gr.inference.user_store import UserHistory, UserStore, read_users
+from gr.logs import open_log
+from gr.model import SequenceModel
+from gr.parallel import World
+from gr.runlog import RunDir
+from gr.trainer import EVALUATION, Trainer
+from pipelines.history import TIMESTAMP, Ints
+
+Scores = NDArray[np.float32]
+_NONE = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked about one user at one time."""
+
+    user_id: int
+    time: int
+    """s: when the prediction is made; later events are not read."""
+    history: UserHistory
+    """Events before the time, the newest `Recommender.max_events` at most."""
+    candidates: Ints | None = None
+    """(m, I) encoded items to score (`Recommender.item_rows`); None: `retrieve` finds them."""
+    retrieve: int = 0
+    """How many items to find in the catalogue."""
+    exclude: Ints = field(default_factory=lambda: _NONE)
+    """Ids that must not be found."""
+    allow: Ints | None = None
+    """The only ids that may be found; None: all."""
+    rank_by: Mapping[str, float] | None = None
+    """Task, or retrieval -> weight in the sum by which results are ordered; None: the first task,
+    or retrieval where the model ranks nothing."""
+    top: int | None = None
+    """Results to return; None: all."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """Items, best first; of equal order by id."""
+
+    item_ids: Ints
+    """(n,) int64."""
+    order: NDArray[np.float64]
+    """(n,): the weighted sum."""
+    scores: dict[str, Scores]
+    """Task -> (n,): probability, or value in the unit of the log; retrieval -> (n,) dot products
+    with the user's vector, where the items were retrieved."""
+    num_history: int
+    """Events that the model read."""
+
+
+class Recommender:
+    """Answers questions with one checkpoint.
+
+    Args:
+        scorer: encodes histories and scores candidates.
+        index: of the catalogue; None if the model has no retrieval head.
+        store: users and items that are known.
+        step: of the checkpoint.
+    """
+
+    def __init__(
+        self, scorer: Scorer, index: ExactIndex | None, store: UserStore, *, step: int = 0
+    ) -> None:
+        self.scorer, self.index, self.store, self.step = scorer, index, store, step
+        self.tasks = scorer.config.data.tasks if scorer.model.ranking is not None else {}
+        self.encoder = scorer.encoder
+        self.max_events = scorer.encoder.max_events
+
+    @property
+    def catalogue(self) -> ItemCatalogue | None:
+        """The items that can be found; None without retrieval."""
+        return None if self.index is None else self.index.catalogue
+
+    def item_rows(self, ids: Ints, *, time: int, context: Ints) -> Ints:
+        """Return (m, I) encoded candidates, with the features that their newest event had.
+
+        Counters, which hold at the time of an event only, are unknown.
+
+        Args:
+            ids: (m,) int64.
+            time: of the prediction, s.
+            context: (X,) int64, of the user.
+        """
+        rows, is_known = self.store.item_rows(ids)
+        encoder = self.encoder.encoder
+        for slot in encoder.item_slots:
+            if slot.feature.is_counter:
+                hide(rows, slot)
+            else:
+                unknown = rows[~is_known]
+                hide(unknown, slot)
+                rows[~is_known] = unknown
+        rows[:, 0], rows[:, TIMESTAMP] = ids, time
+        if encoder.merges_context:
+            rows[:, encoder.num_ints - encoder.num_context :] = context
+        return rows
+
+    def check_items(self, ids: Ints) -> None:
+        """Refuse items that the model does not know.
+
+        Raises:
+            ValueError: naming the first.
+        """
+        if self.catalogue is not None:
+            self.catalogue.check(ids)
+
+    def check(self, question: Question) -> None:
+        """Refuse a question that has no answer.
+
+        Raises:
+            ValueError: saying what it lacks.
+        """
+        if (question.candidates is None) == (question.retrieve == 0):
+            raise ValueError(
+                "expected candidates, or retrieve: how many to find in the catalogue; got "
+                f"{'neither' if question.candidates is None else 'both'}"
+            )
+        if question.retrieve:
+            if self.index is None:
+                raise ValueError("the model has no retrieval head: give candidates")
+            if not len(question.history.ints):
+                raise ValueError(
+                    "the history is empty before the time of the request, so there is nothing to "
+                    "retrieve by: give candidates, or a history"
+                )
+        if question.candidates is not None and not self.tasks and self.index is None:
+            raise ValueError("the model has neither a ranking nor a retrieval head")
+        known = {*self.tasks, *([RETRIEVAL] if self._compares(question) else [])}
+        unknown = sorted({*(question.rank_by or {})} - known)
+        if unknown:
+            raise ValueError(f"rank_by names {unknown}: expected some of {sorted(known)}")
+
+    @torch.no_grad()
+    def answer(self, questions: Sequence[Question]) -> list[Recommendation]:
+        """Answer questions together; each as if it were alone.
+
+        Raises:
+            ValueError: if one has no answer, or an id is outside a static table.
+        """
+        for question in questions:
+            self.check(question)
+        requests = requests_of(questions)
+        encoded = self.scorer.encode_history(requests)
+        ids, rows, retrieval = self._candidates(questions, encoded.user_vectors)
+        counts = np.array([len(x) for x in ids], np.int64)
+        scores: list[dict[str, Scores]] = [{} for _ in questions]
+        if self.tasks:
+            num_items = int(counts.sum())
+            floats = np.full((num_items, self.encoder.encoder.num_floats), np.nan, np.float32)
+            candidates = Candidates(counts, np.concatenate([*rows, *_no_rows(self)]), floats)
+            ranking = self.scorer.score(encoded, candidates).ranking
+            ends = np.cumsum(counts)
+            for name, task in self.tasks.items():
+                values = prediction(ranking[name].float().cpu(), task).float().numpy()
+                for b, part in enumerate(np.split(values, ends[:-1])):
+                    scores[b][name] = part
+        for b, found in enumerate(retrieval):
+            if found is not None:
+                scores[b][RETRIEVAL] = found
+        return [
+            _ordered(question, ids[b], scores[b], tuple(self.tasks))
+            for b, question in enumerate(questions)
+        ]
+
+    def _compares(self, question: Question) -> bool:
+        """Return whether a question's items are compared with the user's vector."""
+        return self.index is not None and (question.retrieve > 0 or not self.tasks)
+
+    def _candidates(
+        self, questions: Sequence[Question], vectors: torch.Tensor | None
+    ) -> tuple[list[Ints], list[Ints], list[Scores | None]]:
+        """Return of each question the ids, the rows, and the scores of what was retrieved."""
+        found = self._retrieve(questions, vectors)
+        ids: list[Ints] = []
+        rows: list[Ints] = []
+        scores: list[Scores | None] = []
+        for b, question in enumerate(questions):
+            if b in found:
+                chosen, score = found[b]
+                of_user = question.history.context
+                rows.append(self.item_rows(chosen, time=question.time, context=of_user))
+            else:
+                assert question.candidates is not None
+                chosen, score = question.candidates[:, 0], None
+                rows.append(question.candidates)
+            ids.append(chosen)
+            scores.append(score)
+        return ids, rows, scores
+
+    def _retrieve(
+        self, questions: Sequence[Question], vectors: torch.Tensor | None
+    ) -> dict[int, tuple[Ints, Scores]]:
+        """Return ids and scores by number of the question, of those compared with the user."""
+        compared = [b for b, question in enumerate(questions) if self._compares(question)]
+        if not compared:
+            return {}
+        assert self.index is not None
+        assert vectors is not None
+        k, allow = [], []
+        for b in compared:
+            own = questions[b].candidates
+            k.append(questions[b].retrieve if own is None else len(own))
+            allow.append(questions[b].allow if own is None else own[:, 0])
+        best = self.index.search(
+            vectors[compared],
+            max(1, *k),
+            exclude=[questions[b].exclude for b in compared],
+            allow=allow,
+        )
+        found = {}
+        for place, b in enumerate(compared):
+            is_there = best.scores[place, : k[place]] > -np.inf
+            chosen = best.ids[place, : k[place]][is_there]
+            found[b] = chosen, best.scores[place, : k[place]][is_there]
+        return found
+
+
+def requests_of(questions: Sequence[Question]) -> Requests:
+    """Return the histories of questions, as a Scorer takes them."""
+    histories = [question.history for question in questions]
+    return Requests(
+        user_id=np.array([question.user_id for question in questions], np.int64),
+        time=np.array([question.time for question in questions], np.int64),
+        context=np.stack([history.context for history in histories]),
+        counts=np.array([len(history.ints) for history in histories], np.int64),
+        ints=np.concatenate([history.ints for history in histories]),
+        codes=np.concatenate([history.codes for history in histories]),
+    )
+
+
+def before(history: UserHistory, time: int, max_events: int) -> UserHistory:
+    """Return the newest events of a history strictly before a time."""
+    end = int(np.searchsorted(history.ints[:, TIMESTAMP], time, side="left"))
+    chosen = slice(max(0, end - max_events), end)
+    return UserHistory(history.ints[chosen], history.codes[chosen], history.context)
+
+
+def load_recommender(
+    config: TrainConfig,
+    run_dir: str,
+    *,
+    device: torch.device,
+    step: int | None = None,
+    faiss: str = "",
+) -> Recommender:
+    """Return what answers questions with a checkpoint, knowing the users of the run's log.
+
+    Args:
+        config: `gr.evaluate.run_config` of the run.
+        run_dir: the run directory.
+        device: where the model goes.
+        step: of the checkpoint; None means the newest.
+        faiss: description of a FAISS index in the place of the exact one; empty: exact.
+
+    Raises:
+        ValueError: if there is no such checkpoint, it is of another model, or the log cannot be
+            used.
+    """
+    if config.data.window == "epoch":
+        raise ValueError(
+            "data.window=epoch numbers the users and items of an event log anew, so answers could "
+            "not name them: serve a run over a session-end log"
+        )
+    checkpoints = CheckpointManager(RunDir(run_dir).checkpoints, apart=(EVALUATION,))
+    step = find_step(checkpoints, step)
+    source = open_log(config.data)
+    trainer = Trainer(
+        config,
+        World(0, 1, device),
+        utc_offset=source.utc_offset,
+        sequences_per_step=source.sequences_per_step,
+    )
+    trainer.load_learnt(checkpoints, step)
+    if not isinstance(trainer.model, SequenceModel):
+        raise ValueError(
+            "model.encoder=dlrm scores events with counters that only a log holds: use gr recommend"
+        )
+    scorer = Scorer(config, trainer.model, trainer_lookup(trainer), device)
+    index: ExactIndex | None = None
+    if trainer.model.retrieval is not None:
+        catalogue = catalogue_of(trainer)
+        index = FaissIndex(catalogue, faiss) if faiss else ExactIndex(catalogue)
+    elif faiss:
+        raise ValueError("a FAISS index needs a model with a retrieval head (model.head.retrieval)")
+    return Recommender(scorer, index, read_users(scorer.encoder.data), step=step)
+
+
+def _ordered(
+    question: Question, ids: Ints, scores: dict[str, Scores], tasks: tuple[str, ...]
+) -> Recommendation:
+    weights = question.rank_by or {(tasks[0] if tasks else RETRIEVAL): 1.0}
+    for name, values in scores.items():
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"the score {name} of item {int(ids[~np.isfinite(values)][0])} is not finite: look "
+                "for absurd values among the features of the request"
+            )
+    total = np.zeros(len(ids))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for name, weight in weights.items():
+            total += weight * scores[name].astype(np.float64)
+    if not np.isfinite(total).all():
+        raise ValueError(f"rank_by has weights that are too large: {dict(weights)}")
+    best = np.lexsort((ids, -total))[: question.top]
+    return Recommendation(
+        item_ids=ids[best],
+        order=total[best],
+        scores={name: values[best] for name, values in scores.items()},
+        num_history=len(question.history.ints),
+    )
+
+
+def _no_rows(recommender: Recommender) -> list[Ints]:
+    return [np.empty((0, recommender.encoder.encoder.num_ints), np.int64)]

@@ -1,0 +1,48 @@
+"""Configuration of the server. Free of torch, so that the command line can read it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """How `gr serve` takes requests."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0: all."""
+    port: int = 8000
+    """0: any that is free."""
+    window_ms: float = 2.0
+    """How long the first request of a batch waits for others."""
+    max_batch: int = 64
+    """Requests of one batch."""
+    max_queue: int = 256
+    """Requests that may wait; one more is refused with 429."""
+    timeout_s: float = 10.0
+    """How long a request may take; then it is answered with 504."""
+    max_candidates: int = 20_000
+    """Of one request, also of what is retrieved; more are refused with 422."""
+    max_history: int = 20_000
+    """Events of one request."""
+    max_body_mb: float = 8.0
+    """Of one request, MB (10^6 bytes); more are refused with 413."""
+    faiss: str = ""
+    """Description of a FAISS index in the place of the exact search; empty: exact."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("port", 0),
+            ("window_ms", 0),
+            ("max_batch", 1),
+            ("max_queue", 1),
+            ("max_candidates", 1),
+            ("max_history", 0),
+        ):
+            if getattr(self, name) < least:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} must be at least {least}, got {getattr(self, name)}")
+        if self.port > 65_535:
+            raise ValueError(f"--port must be at most 65535, got {self.port}")
+        for name in ("timeout_s", "max_body_mb"):
+            if not 0 < getattr(self, name) < float("inf"):
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} must be positive, got {getattr(self, name)}")
