@@ -73,7 +73,7 @@ def test_the_scores_are_those_that_evaluation_adds_up(run_dir, scores):
     trainer.evaluation.update_ranking = lambda found, *_: [
         outputs[name].append(x) for name, x in found.items()
     ]
-    trainer.evaluation.update_retrieval = lambda rank, log_prob, _: (
+    trainer.evaluation.update_retrieval = lambda rank, log_prob, *_: (
         ranks.append(rank),
         log_probs.append(log_prob),
     )
