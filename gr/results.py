@@ -77,8 +77,8 @@ class StudyConfig:
     """The first decides. train/tokens and train/flops are sums over the training."""
     window: Literal["all", "last"] = "all"
     """all: the pass, its beginning included; last: its latest window (hour, day)."""
-    baseline: str = ""
-    """Row that the others are compared with, seed by seed; empty means no comparison."""
+    baselines: tuple[str, ...] = ()
+    """Rows with each of which the others are compared, seed by seed."""
     rows: dict[str, RowConfig] = MISSING
     """Name of a sweep's run -> row."""
 
@@ -109,12 +109,14 @@ class PageConfig:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"row(s) {twice} stand in two tables: a run belongs to one row")
-        for name, table in parts.items():
-            if table.baseline and table.baseline not in table.rows:
-                raise ValueError(
-                    f"{name}: baseline={table.baseline} is no row of it; there are "
-                    f"{sorted(table.rows)}"
-                )
+        for name, part in parts.items():
+            named = part.baselines if isinstance(part, StudyConfig) else (part.baseline,)
+            for baseline in filter(None, named):
+                if baseline not in part.rows:
+                    raise ValueError(
+                        f"{name}: baseline={baseline} is no row of it; there are "
+                        f"{sorted(part.rows)}"
+                    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,18 +151,19 @@ def study_section(study: StudyConfig, records: Sequence[StudyRecord], command: s
         for name, found in groups.items()
     ]
     parts.append(markdown_table(["", *names, "seeds"], lines) + "\n")
-    parts += _comparison(study, groups)
+    for baseline in study.baselines:
+        parts += _comparison(study, groups, baseline)
     lacking = [row.title for name, row in study.rows.items() if name not in groups]
     if lacking:
         parts.append(f"Not run yet: {', '.join(lacking)}.\n")
     return [*parts, _origins(study, groups, command)]
 
 
-def _comparison(study: StudyConfig, groups: dict[str, list[StudyRecord]]) -> list[str]:
+def _comparison(
+    study: StudyConfig, groups: dict[str, list[StudyRecord]], baseline: str
+) -> list[str]:
     metrics = [metric for metric in study.metrics if metric not in TRAINING]
-    columns = {
-        metric: compare(_values(study, groups, metric), study.baseline) for metric in metrics
-    }
+    columns = {metric: compare(_values(study, groups, metric), baseline) for metric in metrics}
     compared = [name for name in groups if any(name in column for column in columns.values())]
     if not compared:
         return []
@@ -173,7 +174,7 @@ def _comparison(study: StudyConfig, groups: dict[str, list[StudyRecord]]) -> lis
         ]
         for name in compared
     ]
-    title = study.rows[study.baseline].title
+    title = study.rows[baseline].title
     first = metrics[0]
     return [
         f"Difference from {title} at the same seed, {DIFFERENCES}:\n",

@@ -159,18 +159,37 @@ def test_what_is_no_pair_is_refused(tmp_path, runs, capsys):
     assert "baseline=nobody is no row" in fails(page="twice.yaml")
 
 
-@pytest.mark.parametrize("name", ["published", "published_small", "published_amazon"])
+def rows_of(page) -> dict[str, str]:
+    return {name: row.config for part in page.parts.values() for name, row in part.rows.items()}
+
+
+@pytest.mark.parametrize(
+    "name", ["published", "published_small", "published_amazon", "latest_small_time"]
+)
 def test_the_sweeps_make_the_rows_of_the_page(name):
     """The command that the page gives for a row is what the sweep runs."""
     page, _ = load_config(PageConfig, "configs/published/results.yaml")
-    rows = {name: row.config for table in page.tables.values() for name, row in table.rows.items()}
     sweep, _ = load_config(SweepConfig, f"configs/sweeps/{name}.yaml", ["seeds=[0]"])
     members = expand(replace(sweep, grid={HOLD_OUT: ["test"]}))
     assert len(members) == len(sweep.runs)
     for member in members:
         *mine, last, seed = member.overrides
         assert (last, seed) == (f'{HOLD_OUT}="test"', "seed=0")
-        assert " ".join([member.base, *mine]) == rows[member.label.split()[0]]
+        assert " ".join([member.base, *mine]) == rows_of(page)[member.label.split()[0]]
+
+
+def test_the_sweeps_make_the_rows_of_the_studies():
+    page, _ = load_config(PageConfig, "configs/published/results.yaml")
+    found = set()
+    for study in page.studies.values():
+        sweep, _ = load_config(SweepConfig, study.sweep, ["seeds=[0]"])
+        members = {member.label: member for member in expand(sweep)}
+        for name, row in study.rows.items():
+            *mine, seed = members[name].overrides
+            assert seed == "seed=0"
+            assert " ".join([members[name].base, *mine]) == row.config
+            found.add(name)
+    assert len(found) == sum(len(study.rows) for study in page.studies.values()) > 30
 
 
 def test_the_page_in_docs_is_that_of_its_records(tmp_path):

@@ -18,7 +18,7 @@ studies:
     conclusion: It does.
     sweep: sweeps/clock.yaml
     metrics: [ne-click, hr@10/new_items, train/tokens]
-    baseline: none
+    baselines: [none]
     rows:
       none: {title: no time, config: base.yaml}
       hour: {title: hour, config: base.yaml hour=true}
@@ -90,9 +90,20 @@ def test_the_section_says_what_the_runs_say(tmp_path, page, runs):
 
 
 def test_the_last_window_alone(tmp_path, page, runs):
-    page.write_text(PAGE.replace("baseline: none", "baseline: none\n    window: last"))
+    page.write_text(PAGE.replace("baselines: [none]", "baselines: [none]\n    window: last"))
     results(page, runs, tmp_path / "results.md")
     assert "| no time | 0.4550 ± 0.0124 | 0.1000 ± 0.0000 " in (tmp_path / "results.md").read_text()
+
+
+def test_a_row_may_be_held_against_several(tmp_path, page, runs):
+    page.write_text(PAGE.replace("baselines: [none]", "baselines: [none, hour]"))
+    results(page, runs, tmp_path / "results.md")
+    text = (tmp_path / "results.md").read_text()
+    assert "against no time: better: hour" in text
+    assert "against hour: worse: no time, noise." in text
+    page.write_text(PAGE.replace("baselines: [none]", "baselines: [nobody]"))
+    with pytest.raises(ValueError, match="clock: baseline=nobody is no row of it"):
+        results(page, [], tmp_path / "results.md")
 
 
 def test_lower_is_better_only_where_it_is(tmp_path, page, runs):
