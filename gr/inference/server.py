@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -30,16 +30,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gr.config import TrainConfig
 from gr.inference.batching import Batcher, ClosingError, QueueFullError
+from gr.inference.beam import FoundSequence, SequenceQuestion, beam_search
 from gr.inference.engine import Question, Recommendation, Recommender, load_recommender
-from gr.inference.wire import (
-    Added,
-    Answer,
-    Health,
-    Problem,
-    Translator,
-    UnknownUserError,
-    UserState,
-)
+from gr.inference.schemas import Added, Answer, Health, Problem, SequencesAnswer, UserState
+from gr.inference.wire import Translator, UnknownUserError
 from gr.serve_config import ServeConfig
 from pipelines.history import TIMESTAMP
 
@@ -134,8 +128,8 @@ def build_app(recommender: Recommender, config: ServeConfig) -> FastAPI:
         config: bounds.
     """
     translator = Translator(recommender, config)
-    batcher: Batcher[Question, Recommendation] = Batcher(
-        recommender.answer,
+    batcher: Batcher[Any, Any] = Batcher(
+        lambda questions: answers(recommender, questions),
         window_s=config.window_ms / 1000,
         max_batch=config.max_batch,
         max_queue=config.max_queue,
@@ -173,6 +167,7 @@ def build_app(recommender: Recommender, config: ServeConfig) -> FastAPI:
         return response
 
     question_model, events_model = translator.schemas.question, translator.schemas.events
+    sequences_model = translator.schemas.sequences
 
     @app.post("/recommend", response_model=Answer, responses=PROBLEMS)
     async def recommend(body: question_model) -> Answer:  # type: ignore[valid-type]
@@ -181,6 +176,14 @@ def build_app(recommender: Recommender, config: ServeConfig) -> FastAPI:
         found = await batcher.ask(question)
         meters.items.inc(len(found.item_ids))
         return translator.answer(question, found)
+
+    @app.post("/sequences", response_model=SequencesAnswer, responses=PROBLEMS)
+    async def sequences(body: sequences_model) -> SequencesAnswer:  # type: ignore[valid-type]
+        """Say which items come next, several steps ahead, by beam search."""
+        question = translator.sequence_question(body, int(time.time()))
+        found = await batcher.ask(question)
+        meters.items.inc(sum(len(x.item_ids) for x in found))
+        return translator.sequences_answer(question, found)
 
     @app.post("/events", response_model=Added, responses=PROBLEMS)
     async def events(body: events_model) -> Added:  # type: ignore[valid-type]
@@ -222,6 +225,18 @@ def build_app(recommender: Recommender, config: ServeConfig) -> FastAPI:
         return Response(generate_latest(meters.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
+
+
+def answers(
+    recommender: Recommender, questions: Sequence[Question | SequenceQuestion]
+) -> list[Recommendation | list[FoundSequence]]:
+    """Answer questions of both kinds: those for items together, those for sequences in turn."""
+    plain = [x for x in questions if isinstance(x, Question)]
+    found = iter(recommender.answer(plain) if plain else [])
+    return [
+        beam_search(recommender, x) if isinstance(x, SequenceQuestion) else next(found)
+        for x in questions
+    ]
 
 
 def _add_handlers(app: FastAPI, config: ServeConfig) -> None:

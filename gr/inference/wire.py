@@ -1,16 +1,24 @@
-"""Requests and answers as JSON: their schema, made of the run's columns, and what they mean.
+"""From JSON to questions and from recommendations to JSON.
 
 Letters: n events, m candidates.
 """
 
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from gr.inference.beam import PREDICTED, FoundSequence, SequenceQuestion, check
 from gr.inference.engine import Question, Recommendation, Recommender, before
 from gr.inference.requests import Requests
+from gr.inference.schemas import (
+    Added,
+    Answer,
+    Item,
+    NextItems,
+    SequencesAnswer,
+    attribute,
+    request_schemas,
+)
 from gr.inference.score_tables import RETRIEVAL
 from gr.inference.user_store import UserHistory
 from gr.serve_config import ServeConfig
@@ -21,79 +29,9 @@ from pipelines.history import Ints
 from pipelines.reader import END_OF_TIME
 from pipelines.schema import EVENT_ITEM_ID, EVENT_TIMESTAMP
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Time = Field(ge=0, lt=END_OF_TIME, description="seconds since 1970 UTC")
-_TYPES: dict[str, Any] = {
-    "integer": bool | Int64,
-    "number": bool | Int64 | float,
-    "integers": list[Int64],
-    "numbers": list[float],
-}
-
 
 class UnknownUserError(ValueError):
     """There is no history of the user."""
-
-
-class Problem(BaseModel):
-    """Why a request was not answered."""
-
-    error: str = Field(description="what was expected, what was found, what to do")
-
-
-class Item(BaseModel):
-    """A recommended item."""
-
-    item_id: int
-    order: float = Field(description="weighted sum by which the items are ordered")
-    scores: dict[str, float] = Field(
-        description="task: probability, or value in the unit of the log; retrieval: likeness"
-    )
-
-
-class Answer(BaseModel):
-    """Items, best first; of equal order by id."""
-
-    user_id: int
-    time: int
-    items: list[Item]
-    history_events: int = Field(description="events that the model read")
-    checkpoint_step: int
-
-
-class Added(BaseModel):
-    """What became of events."""
-
-    user_id: int
-    history_events: int = Field(description="events kept of this user")
-
-
-class UserState(BaseModel):
-    """What is known of a user."""
-
-    user_id: int
-    history_events: int
-    newest_timestamp: int | None
-
-
-class Health(BaseModel):
-    """That the server answers."""
-
-    status: str
-    checkpoint_step: int
-    users: int
-    items: int
-    tasks: list[str]
-    waiting: int
-
-
-@dataclass(frozen=True)
-class Schemas:
-    """Pydantic models of the requests, whose fields are the columns that the run reads."""
-
-    question: type[BaseModel]
-    events: type[BaseModel]
 
 
 class Translator:
@@ -121,7 +59,14 @@ class Translator:
         }
         self.feature_columns = [x for x in self.event_columns if x.name in of_items]
         self.merges_context = encoder.merges_context
-        self.schemas = self._schemas()
+        self.schemas = request_schemas(
+            config,
+            event_columns=self.event_columns,
+            feature_columns=self.feature_columns,
+            context_columns=self.context_columns,
+            merges_context=self.merges_context,
+            scores=[*recommender.tasks, RETRIEVAL],
+        )
 
     def question(self, body: Any, now: int) -> Question:
         """Return what a request asks.
@@ -134,9 +79,7 @@ class Translator:
             UnknownUserError: if it relies on a history that is not there.
             ValueError: if it asks for what there is not.
         """
-        time = now if body.time is None else body.time
-        user_id = -1 if body.user_id is None else body.user_id
-        history = self._history(body, user_id, time)
+        user_id, time, history = self._whose(body, now)
         recommender = self.recommender
         candidates = None
         if body.candidates is not None:
@@ -146,12 +89,7 @@ class Translator:
             raise ValueError(
                 f"retrieve must be at most {self.config.max_candidates}, got {retrieve}"
             )
-        exclude = np.array(body.exclude or [], np.int64)
-        if body.exclude_seen:
-            exclude = np.concatenate([exclude, history.ints[:, 0]])
-        allow = None if body.allow is None else np.array(body.allow, np.int64)
-        if allow is not None:
-            recommender.check_items(allow)
+        exclude, allow = self._filters(body, history)
         if not retrieve and (len(exclude) or allow is not None):
             raise ValueError(
                 "exclude, exclude_seen and allow say what may be retrieved: with candidates leave "
@@ -170,6 +108,47 @@ class Translator:
         )
         recommender.check(question)
         return question
+
+    def sequence_question(self, body: Any, now: int) -> SequenceQuestion:
+        """Return what a request for sequences asks; as `question` does.
+
+        Args:
+            body: a `schemas.sequences`.
+            now: time of a request that names none, s.
+        """
+        user_id, time, history = self._whose(body, now)
+        exclude, allow = self._filters(body, history)
+        question = SequenceQuestion(
+            user_id=user_id,
+            time=time,
+            history=history,
+            steps=body.steps,
+            min_steps=body.min_steps,
+            width=body.width,
+            results=body.results,
+            actions=PREDICTED if body.actions is None else body.actions,
+            seconds=body.seconds,
+            repeats=body.repeats,
+            length_power=body.length_power,
+            exclude=exclude,
+            allow=allow,
+        )
+        check(self.recommender, question)
+        return question
+
+    def sequences_answer(
+        self, question: SequenceQuestion, found: list[FoundSequence]
+    ) -> SequencesAnswer:
+        """Return the answer to a question for sequences."""
+        return SequencesAnswer(
+            user_id=question.user_id,
+            time=question.time,
+            sequences=[
+                NextItems(item_ids=list(x.item_ids), log_prob=x.log_prob, score=x.score)
+                for x in found
+            ],
+            checkpoint_step=self.recommender.step,
+        )
 
     def answer(self, question: Question, found: Recommendation) -> Answer:
         """Return the answer to a question."""
@@ -202,6 +181,22 @@ class Translator:
             body.user_id, events.ints, events.codes, None if context is None else events.context[0]
         )
         return Added(user_id=body.user_id, history_events=kept)
+
+    def _whose(self, body: Any, now: int) -> tuple[int, int, UserHistory]:
+        """Return user, time and history of a request."""
+        time = now if body.time is None else body.time
+        user_id = -1 if body.user_id is None else body.user_id
+        return user_id, time, self._history(body, user_id, time)
+
+    def _filters(self, body: Any, history: UserHistory) -> tuple[Ints, Ints | None]:
+        """Return what must not be found, and the only items that may be."""
+        exclude = np.array(body.exclude or [], np.int64)
+        if body.exclude_seen:
+            exclude = np.concatenate([exclude, history.ints[:, 0]])
+        allow = None if body.allow is None else np.array(body.allow, np.int64)
+        if allow is not None:
+            self.recommender.check_items(allow)
+        return exclude, allow
 
     def _history(self, body: Any, user_id: int, time: int) -> UserHistory:
         most = self.recommender.max_events
@@ -284,7 +279,7 @@ class Translator:
         places = np.array([n for n, _ in described])
         for slot in recommender.encoder.encoder.item_slots:
             name = slot.feature.column or slot.name
-            is_given = np.array([_attribute(name) in x.model_fields_set for x in bodies])
+            is_given = np.array([attribute(name) in x.model_fields_set for x in bodies])
             chosen = slice(slot.first, slot.first + slot.width)
             if not slot.feature.is_counter:
                 rows[places[is_given], chosen] = encoded[is_given, chosen]
@@ -296,72 +291,13 @@ class Translator:
     def _check_items(self, ids: Ints) -> None:
         self.recommender.check_items(ids[ids != UNKNOWN_ID])
 
-    def _schemas(self) -> Schemas:
-        config = self.config
-        context = _model("Context", self.context_columns)
-        of_event = [*self.event_columns, *(self.context_columns if self.merges_context else [])]
-        ids = (Int64, ...)
-        event = _model("Event", of_event, item_id=ids, timestamp=(int, Time))
-        candidate = _model("Candidate", self.feature_columns, item_id=ids)
-        an_id = Field(None, description="whose history is read")
-        tasks = [*self.recommender.tasks, RETRIEVAL]
-        question: dict[str, Any] = {
-            "user_id": (Int64 | None, an_id),
-            "time": (
-                int | None,
-                Field(None, ge=0, lt=END_OF_TIME, description="s; now if not given"),
-            ),
-            "history": (
-                list[event] | None,  # type: ignore[valid-type]
-                Field(
-                    None,
-                    max_length=config.max_history,
-                    description="in the place of the stored one; what is not before the time is "
-                    "not read",
-                ),
-            ),
-            "context": (context | None, Field(None, description="in the place of the stored one")),
-            "candidates": (
-                list[Int64 | candidate] | None,  # type: ignore[valid-type]
-                Field(None, description="items to score: ids, or ids with features"),
-            ),
-            "retrieve": (int | None, Field(None, ge=1, description="find so many items")),
-            "exclude": (list[Int64] | None, Field(None, description="items not to find")),
-            "exclude_seen": (bool, Field(False, description="nor those of the history")),
-            "allow": (list[Int64] | None, Field(None, description="the only items to find")),
-            "rank_by": (
-                dict[str, float] | None,
-                Field(None, description=f"weights of some of {', '.join(tasks)}"),
-            ),
-            "top": (int | None, Field(None, ge=1, description="items to return; all if not given")),
-        }
-        events: dict[str, Any] = {
-            "user_id": ids,
-            "events": (
-                list[event],  # type: ignore[valid-type]
-                Field(min_length=1, max_length=config.max_history),
-            ),
-            "context": (context | None, Field(None, description="of the session; else as before")),
-        }
-        return Schemas(
-            create_model("Question", __config__=STRICT, **question),
-            create_model("Events", __config__=STRICT, **events),
-        )
-
-
-def _model(name: str, columns: list[Column], **required: Any) -> type[BaseModel]:
-    """Return a model with a field a column, which is unknown where it is left out."""
-    fields: dict[str, Any] = dict(required)
-    for column in columns:
-        # An alias, because a column may be called what a model may not.
-        field = Field(None, alias=column.name, description=column.wanted_by)
-        fields.setdefault(_attribute(column.name), (_TYPES[column.kind] | None, field))
-    return create_model(name, __config__=STRICT, **fields)
-
-
-def _attribute(name: str) -> str:
-    return f"column_{name.encode().hex()}"
-
 
 def _columns(columns: list[Column], bodies: list[Any]) -> dict[str, list[Any]]:
-    return {x.name: [getattr(b, _attribute(x.name)) for b in bodies] for x in columns}
+    """Return column -> a value of each; Arrow takes no lists of flags and numbers."""
+    kinds: dict[str, Any] = {"integer": int, "number": float}
+    found = {}
+    for column in columns:
+        as_kind = kinds.get(column.kind, list)
+        values = [getattr(body, attribute(column.name)) for body in bodies]
+        found[column.name] = [None if x is None else as_kind(x) for x in values]
+    return found

@@ -10,6 +10,8 @@ import pytest
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 
+from gr.inference.beam import SequenceQuestion, beam_search
+from gr.inference.engine import before
 from gr.inference.server import build_app
 from gr.serve_config import ServeConfig
 from tests.gr.inference.served import toy_recommender, toy_run
@@ -89,6 +91,8 @@ def test_a_history_in_the_request_is_a_stored_one(client, recommender):
     given = recommend(client, history=events, candidates=[1, 2, 3])
     assert scores(stored) == pytest.approx(scores(given), abs=1e-6)
     assert given["user_id"] == -1
+    mixed = [e | {"click": int(e["click"])} if n % 2 else e for n, e in enumerate(events)]
+    assert scores(recommend(client, history=mixed, candidates=[1, 2, 3])) == scores(given)
     # Later events are not read.
     early = recommend(
         client, history=events[::-1], candidates=[1, 2, 3], time=events[3]["timestamp"]
@@ -132,6 +136,29 @@ def test_added_events_count_from_the_next_request_on(fresh_client):
     state = client.get("/users/777").json()
     assert state == {"user_id": 777, "history_events": 6, "newest_timestamp": TIME - 95}
     assert recommend(client, user_id=777, candidates=[1])["history_events"] == 6
+
+
+def test_sequences_are_those_of_the_beam_search(client, recommender):
+    body = {"user_id": 3, "time": TIME, "steps": 3, "width": 4, "results": 2, "exclude": [2]}
+    response = client.post("/sequences", json=body)
+    assert response.status_code == 200, response.text
+    history = before(recommender.store.history(3), TIME, recommender.max_events)
+    asked = SequenceQuestion(
+        user_id=3, time=TIME, history=history, steps=3, width=4, results=2, exclude=np.array([2])
+    )
+    wanted = beam_search(recommender, asked)
+    found = response.json()["sequences"]
+    assert [tuple(x["item_ids"]) for x in found] == [x.item_ids for x in wanted]
+    assert [x["score"] for x in found] == pytest.approx([x.score for x in wanted], abs=1e-5)
+    for change, message in [
+        ({"steps": 21}, "steps"),
+        ({"min_steps": 4}, "min_steps must be within"),
+        ({"actions": {"like": 1}}, "actions names"),
+        ({"user_id": None, "history": []}, "the history is empty"),
+    ]:
+        response = client.post("/sequences", json=body | change)
+        assert response.status_code == 422
+        assert message in response.json()["error"]
 
 
 WRONG = [
@@ -249,6 +276,7 @@ def test_health_metrics_and_description(fresh_client):
     fields = description["components"]["schemas"]["Event"]["properties"]
     assert set(fields) == {"item_id", "timestamp", "click", "watch_ms", "price"}
     assert set(description["paths"]) == {
+        "/sequences",
         "/recommend",
         "/events",
         "/users/{user_id}",

@@ -53,7 +53,7 @@ def schema(recommender):
 
 @pytest.mark.parametrize("mode", ["positive", "negative"])
 @pytest.mark.parametrize("num_requests", [8, pytest.param(400, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("path", ["/recommend", "/events", "/users/{user_id}"])
+@pytest.mark.parametrize("path", ["/recommend", "/sequences", "/events", "/users/{user_id}"])
 def test_every_answer_is_as_described(schema, path, num_requests, mode):
     method = "GET" if "{" in path else "POST"
     cases = schema[path][method].as_strategy(generation_mode=schemathesis.GenerationMode(mode))
