@@ -1,6 +1,6 @@
 """Variants of a model against the first of them: quality by seed, and the encoder's arithmetic.
 
-    python -m gr.ablation SWEEP_FOLDER FIRST --metrics ne-click ... [--output FILE.json]
+    python -m gr.ablation SWEEP_FOLDER FIRST --metrics ne-click ... [--output JSON] [--plot PNG]
 
 Reads the runs that a sweep left. Differences are between runs of the same seed. FLOPs of training
 are those that the runs counted, of inference those of a forward pass over the same log with whole
@@ -13,6 +13,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
 
 from gr.atomic import write_atomically
 from gr.config import TrainConfig
@@ -133,6 +139,38 @@ def table(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> str:
     return markdown_table(head, rows)
 
 
+def draw(records: Sequence[dict[str, Any]], metric: str, path: Path) -> None:
+    """Draw the difference of a metric to the first variant against FLOPs, of training and not.
+
+    Args:
+        records: of `ablation`.
+        metric: one of theirs.
+        path: PNG file.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, kind in zip(axes, ("train_flops", "inference_flops"), strict=True):
+        axis.axhline(0.0, color="0.7", linewidth=0.8)
+        for i, record in enumerate(records):
+            of = record[metric]
+            axis.errorbar(
+                record[kind] / records[0][kind],
+                of.get("difference", 0.0),
+                yerr=of.get("difference_95", 0.0),
+                fmt="os^Dv<>Ph*"[i % 10],
+                capsize=3,
+                label=record["variant"],
+            )
+        name = kind.split("_")[0]
+        axis.set_xlabel(
+            f"FLOPs of {name.replace('train', 'training')}, share of {records[0]['variant']}"
+        )
+        axis.set_xlim(left=0)
+    axes[0].set_ylabel(f"{metric}, difference (95 %)")
+    axes[1].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table, and write the records."""
     parser = argparse.ArgumentParser(prog="python -m gr.ablation")
@@ -140,10 +178,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("first", help="variant that the others are compared with")
     parser.add_argument("--metrics", nargs="+", required=True, help="columns of eval.jsonl")
     parser.add_argument("--output", type=Path, help="JSON file of the records")
+    parser.add_argument("--plot", type=Path, help="PNG file, of the first metric")
     options = parser.parse_args(argv)
     records = ablation(options.folder, options.first, options.metrics)
     if options.output is not None:
         write_atomically(options.output, json.dumps(records, indent=1) + "\n")
+    if options.plot is not None:
+        draw(records, options.metrics[0], options.plot)
     print(table(records, options.metrics))  # noqa: T201 (its result)
 
 

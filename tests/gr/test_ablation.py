@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib import image
 
 from gr.ablation import ablation, main, mean_inference_flops
 from gr.config import TrainConfig
@@ -45,7 +46,9 @@ def test_variants_against_the_first_seed_by_seed(folder, tmp_path, capsys):
     # Stochastic length is for training only.
     assert first["train_flops"] < 3 * first["inference_flops"]
     assert second["train_flops"] == pytest.approx(3 * second["inference_flops"])
-    main([str(folder), "plain", "--metrics", "ne-click", "--output", str(tmp_path / "a.json")])
+    files = ["--output", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
+    main([str(folder), "plain", "--metrics", "ne-click", *files])
+    assert image.imread(tmp_path / "a.png").std() > 0
     assert json.loads((tmp_path / "a.json").read_text()) == [first, second]
     assert f"{second['inference_flops'] / first['inference_flops']:.3f}" in capsys.readouterr().out
 

@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gr import parallel
 from gr.checkpoint import CheckpointManager
 from gr.config import EncodingConfig, HSTUConfig
 from gr.hstu import HSTULayer
 from gr.parallel import World
 from gr.trainer import EVALUATION, Trainer
+from tests.dist import run_distributed
 from tests.gr.batches import batches, data_config, random_log, train_config
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -23,13 +25,13 @@ def log(tmp_path_factory):
     return random_log(tmp_path_factory.mktemp("log") / "log")
 
 
-def make_trainer(log) -> Trainer:
+def make_trainer(log, world=WORLD) -> Trainer:
     hstu = HSTUConfig(num_heads=2, qk_dim=8, v_dim=8, precision="fp8")
     config = train_config(
         data_config(log, MODE), num_layers=3, encoding=EncodingConfig(position_buckets=32)
     )
     config = replace(config, precision="bf16", model=replace(config.model, hstu=hstu))
-    trainer = Trainer(config, WORLD, utc_offset=0, sequences_per_step=16)
+    trainer = Trainer(config, world, utc_offset=0, sequences_per_step=16)
     trainer.evaluation.roll(0)
     return trainer
 
@@ -100,3 +102,23 @@ def test_what_bf16_does_not_mend_is_not_blamed_on_fp8(log):
     with pytest.raises(FloatingPointError, match="not finite at step 0"):
         trainer.train_step(first)
     assert in_fp8(trainer) == [BF16] * 3
+
+
+def on_one_of_two_ranks(folder):
+    """Overflow on rank 1 alone, in the forward pass and in the backward pass of another layer."""
+    world = parallel.start("cpu", needs_group=False, timeout_minutes=1)
+    trainer = make_trainer(folder, world)
+    first, *_ = batches(trainer.config.data, rank=world.rank, world_size=2)
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == 1:
+            break_scales(patch, trainer, 0, "rows")
+        trainer.train_step(first)
+    return in_fp8(trainer), trainer.progress.nonfinite_steps, trainer.dense.grad_norm
+
+
+@pytest.mark.slow
+def test_ranks_decide_together(log):
+    of_rank_0, of_rank_1 = run_distributed(on_one_of_two_ranks, 2, log)
+    assert of_rank_0 == of_rank_1
+    assert of_rank_0[:2] == ([(), BF16, BF16], 0)
+    assert math.isfinite(of_rank_0[2])
