@@ -43,8 +43,8 @@ Figures = dict[str, float]
 
 
 def measure_step(shape: Shape) -> Figures:
-    """Four sequences of 16,384: a training step and a forward pass, ULTRA against plain HSTU."""
-    longest, count = (16_384, 4) if shape.device == "cuda" else (128, 2)
+    """Eight sequences of 16,384: a training step and a forward pass, ULTRA against plain HSTU."""
+    longest, count = (16_384, 8) if shape.device == "cuda" else (128, 2)
     local, layers = semi_local(K1, K2), shape.num_layers
     few, more = max(1, layers // 6), max(1, layers // 3)
     models = {
@@ -59,7 +59,7 @@ def measure_step(shape: Shape) -> Figures:
     if shape.device != "cuda":
         models.pop("ultra_fp8")
     stacks = {name: Stack(model, [longest] * count, shape) for name, model in models.items()}
-    train = median_ms({name: stack.train for name, stack in stacks.items()}, rounds=5)
+    train = median_ms({name: stack.train for name, stack in stacks.items()}, rounds=4)
     infer = median_ms({name: stack.infer for name, stack in stacks.items()}, rounds=7)
     alone = {name: Stack(models[name], [longest], shape) for name in ("plain", "ultra")}
     train_alone = median_ms({name: stack.train for name, stack in alone.items()}, rounds=5)
