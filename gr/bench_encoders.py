@@ -29,6 +29,8 @@ from gr.mixture import MixtureEncoder
 from gr.sequence import GroupInfo, SequenceInfo, what_is_kept
 
 GIB = 2**30
+ALPHA = 1.6
+"""Of stochastic length, as published at 8192."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,23 @@ def _spread(
     return GroupInfo(torch.cat(chosen).to(device), own)
 
 
+def jagged_lengths(count: int, longest: int) -> list[int]:
+    """Return lengths uniform in [1, longest], of a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(1, longest + 1, (count,), generator=generator).tolist()  # type: ignore[no-any-return]
+
+
+def shortened(lengths: list[int], longest: int) -> list[int]:
+    """Return what stochastic length makes of them: see data.stochastic_length."""
+    generator = torch.Generator().manual_seed(1)
+    cut = round(longest ** (ALPHA / 2))
+    draws = torch.rand(len(lengths), generator=generator).tolist()
+    return [
+        n if n <= cut or draw < longest**ALPHA / n**2 else cut
+        for n, draw in zip(lengths, draws, strict=True)
+    ]
+
+
 class Stack:
     """An encoder with its optimizer and a batch: what a step of it is.
 
@@ -184,6 +203,18 @@ class Stack:
         """Make a forward pass that keeps nothing."""
         with torch.no_grad():
             self.forward()
+
+    def replay(self) -> Callable[[], None]:
+        """Return the forward pass as a CUDA graph: launches cost next to nothing then."""
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.infer()  # compiles
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.infer()
+        return graph.replay
 
     def train(self) -> None:
         """Make a step: forward, backward down to the tokens, AdamW on the encoder."""

@@ -23,10 +23,12 @@ from gr.bench_encoders import (
     Shape,
     Stack,
     free,
+    jagged_lengths,
     kept_bytes,
     median_ms,
     mixture,
     semi_local,
+    shortened,
     truncation,
 )
 from gr.config import ModelConfig
@@ -36,8 +38,6 @@ from kernels.hstu_layer import RECOMPUTABLE, RECOMPUTED
 K1, K2 = 256, 256
 KEPT = 2048
 """L' of truncation."""
-ALPHA = 1.6
-"""Of stochastic length, as published at 8192."""
 LIMIT_GIB = 78
 Figures = dict[str, float]
 
@@ -74,6 +74,27 @@ def measure_step(shape: Shape) -> Figures:
             found[f"flop_ratio_{name}"] = stacks["plain"].flops / stack.flops
     found["train_speedup_one_sequence"] = train_alone["plain"] / train_alone["ultra"]
     found["infer_speedup_one_sequence"] = infer_alone["plain"] / infer_alone["ultra"]
+    return found
+
+
+def measure_replay(shape: Shape) -> Figures:
+    """The forward passes of `step` as CUDA graphs, in which launches cost next to nothing."""
+    longest, local, layers = 16_384, semi_local(K1, K2), shape.num_layers
+    cut = truncation(layers - max(1, layers // 6), KEPT)
+    found: Figures = {}
+    for count in (1, 8):
+        models = {
+            "plain": shape.hstu(longest),
+            "ultra": shape.hstu(longest, **local, **cut),
+            "ultra_fp8": shape.hstu(longest, precision="fp8", **local, **cut),
+        }
+        graphs = {
+            name: Stack(model, [longest] * count, shape).replay() for name, model in models.items()
+        }
+        times = median_ms(graphs, rounds=7)
+        found |= {f"ms_{name}_{count}": value for name, value in times.items()}
+        for name in ("ultra", "ultra_fp8"):
+            found[f"speedup_{name}_{count}"] = times["plain"] / times[name]
     return found
 
 
@@ -191,23 +212,6 @@ def measure_system(shape: Shape) -> Figures:
     return found
 
 
-def jagged_lengths(count: int, longest: int) -> list[int]:
-    """Return lengths uniform in [1, longest], of a fixed seed."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(1, longest + 1, (count,), generator=generator).tolist()  # type: ignore[no-any-return]
-
-
-def shortened(lengths: list[int], longest: int) -> list[int]:
-    """Return what stochastic length makes of them: see data.stochastic_length."""
-    generator = torch.Generator().manual_seed(1)
-    cut = round(longest ** (ALPHA / 2))
-    draws = torch.rand(len(lengths), generator=generator).tolist()
-    return [
-        n if n <= cut or draw < longest**ALPHA / n**2 else cut
-        for n, draw in zip(lengths, draws, strict=True)
-    ]
-
-
 def measure_transformer(shape: Shape) -> Figures:
     """Lengths of 1 to 8192, against Transformer++ with FlashAttention-2 of torch."""
     longest, count = 8192, 32
@@ -287,6 +291,7 @@ def measure_components(shape: Shape) -> Figures:
 MEASUREMENTS: dict[str, Callable[[Shape], Figures]] = {
     "step": measure_step,
     "components": measure_components,
+    "replay": measure_replay,
     "memory": measure_memory,
     "system": measure_system,
     "transformer": measure_transformer,
@@ -307,6 +312,7 @@ def table(found: dict[str, Figures]) -> list[str]:
 
     row("training step, 18 layers x 16,384", "3x", "5x", "step", times("train_speedup_ultra"))
     row("inference, the same", "5x", "12x", "step", times("infer_speedup_ultra"))
+    row("inference, as CUDA graphs", "5x", "12x", "replay", times("speedup_ultra_8"))
     row(
         "longest sequence trained",
         "1,048,576",

@@ -4,8 +4,16 @@ import pytest
 import torch
 
 import gr.bench_ultra
-from gr.bench_encoders import Shape, Stack, semi_local, structure, truncation
-from gr.bench_ultra import jagged_lengths, measure_step, shortened, table
+from gr.bench_encoders import (
+    Shape,
+    Stack,
+    jagged_lengths,
+    semi_local,
+    shortened,
+    structure,
+    truncation,
+)
+from gr.bench_ultra import measure_step, table
 from tests.gr.hstu_oracle import make_info, make_sequences
 
 SMALL = Shape(dim=16, num_heads=2, num_layers=6, candidates=4, device="cpu")
