@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import Impl, resolve
-from kernels.hstu_attention.arguments import check_bias, check_scaling, check_tensors
+from kernels.hstu_attention.arguments import (
+    check_bias,
+    check_scaling,
+    check_supported,
+    check_tensors,
+)
 from kernels.hstu_attention.bias import RelativeBias
 from kernels.hstu_attention.mask import AttentionMask
 from kernels.hstu_attention.op import hstu_attention
@@ -55,7 +60,7 @@ def hstu_attention_cached(
     """Return what hstu_attention gives for the new tokens of sequences of cached and new ones.
 
     No gradient. Mask and bias see a sequence whole: its cached tokens, then its new ones, the last
-    of which may be candidates.
+    of which may be candidates. Contextual tokens are cached, or nothing of their sequence is.
 
     Args:
         q: (R, H, K) floating, of the new tokens.
@@ -87,8 +92,27 @@ def hstu_attention_cached(
         check_bias(bias, q, k)
         if bias.time_table is not None and cached.time is None:
             raise ValueError("bias.time_table needs cached.time, got None")
-    resolve(impl, q)
+    implementation = resolve(impl, q)
     with torch.no_grad():
+        if implementation is not Impl.REFERENCE:
+            from kernels.hstu_attention._triton.cached import hstu_attention_cached as run
+
+            check_supported(q, v)
+            return run(
+                q,
+                k,
+                v,
+                offsets,
+                cached,
+                max_len=max_len,
+                alpha=alpha,
+                scaling_length=scaling_length,
+                softmax=activation == "softmax",
+                mask=mask,
+                num_candidates=num_candidates,
+                bias=bias,
+                page=PAGE,
+            )
         return _gathered(
             q,
             k,

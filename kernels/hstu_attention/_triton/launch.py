@@ -114,10 +114,10 @@ def time_threshold_tensor(structure: Structure) -> Tensor | None:
     """Return the smallest difference of each time bucket, or None without a time table."""
     if structure.time_table is None:
         return None
-    return _thresholds(structure.time_table.numel() - 1, structure.offsets.device)
+    return time_thresholds_on(structure.time_table.numel() - 1, structure.offsets.device)
 
 
 @functools.cache
-def _thresholds(num_buckets: int, device: torch.device) -> Tensor:
+def time_thresholds_on(num_buckets: int, device: torch.device) -> Tensor:
     """Return (max(T, 1),) int64 on the device, copied there once: a copy waits for the GPU."""
     return torch.tensor(time_thresholds(num_buckets) or [0], dtype=torch.int64, device=device)
