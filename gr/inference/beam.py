@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gr.inference.encoded import EncodedHistory
 from gr.inference.engine import Question, Recommender, before, requests_of
-from gr.inference.mfalcon import EncodedHistory
 from gr.inference.requests import Candidates
 from gr.inference.score_tables import prediction
 from gr.inference.user_store import UserHistory

@@ -28,7 +28,7 @@ class KeyValueStore:
 
     Args:
         layers: of the stack, in order.
-        num_pages: pages of PAGE tokens.
+        num_pages: pages of PAGE tokens; one of them, page 0, is handed out to nobody.
         dtype: of keys and values.
         device: where they lie.
         layouts: 2 with attention truncation, else 1.
@@ -53,7 +53,8 @@ class KeyValueStore:
             torch.zeros(rows, x.num_heads, x.v_dim, dtype=dtype, device=device) for x in layers
         ]
         self.time = [torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(layouts)]
-        self._free = list(range(num_pages - 1, -1, -1))
+        # Page 0 is nobody's: graphs write there what is not to be kept.
+        self._free = list(range(num_pages - 1, 0, -1))
 
     @property
     def num_free(self) -> int:
@@ -64,6 +65,10 @@ class KeyValueStore:
         """Return pages; there must be as many."""
         assert num_pages <= len(self._free)
         return [self._free.pop() for _ in range(num_pages)]
+
+    def allocate_for(self, num_tokens: int) -> list[int]:
+        """Return pages for so many tokens; there must be as many."""
+        return self.allocate(pages_for(num_tokens))
 
     def release(self, pages: Sequence[int]) -> None:
         """Take pages back."""

@@ -15,9 +15,10 @@ from gr.config import TrainConfig
 from gr.evaluate import find_step
 from gr.inference.catalogue import ItemCatalogue, catalogue_of
 from gr.inference.mfalcon import Scorer, trainer_lookup
-from gr.inference.requests import Candidates, Requests, hide
+from gr.inference.requests import Candidates, Requests
 from gr.inference.retrieval import ExactIndex, FaissIndex
 from gr.inference.score_tables import RETRIEVAL, prediction
+from gr.inference.series import hide
 from gr.inference.user_store import UserHistory, UserStore, read_users
 from gr.logs import open_log
 from gr.model import SequenceModel

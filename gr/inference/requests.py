@@ -8,7 +8,7 @@ Letters: B requests, E events of history of all, M candidates of all, I and S co
 event, X columns of an encoded context.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +16,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from gr.inference.series import hide, hide_repeated, last_known, nothing_known
 from pipelines.assemble import assemble
 from pipelines.batch import SequenceBatch, StreamPosition
 from pipelines.config import DataConfig, LeaveOneOutConfig, StochasticLengthConfig
-from pipelines.feature_columns import MISSING_NUMBER, UNKNOWN_ID, Slot
+from pipelines.feature_columns import UNKNOWN_ID
 from pipelines.features import Column, EventEncoder
 from pipelines.gather import Gathered
 from pipelines.history import FIRST_CONTEXT, TIMESTAMP, Ints
@@ -61,6 +62,22 @@ class Requests:
         """B."""
         return len(self.user_id)
 
+    def of(self, chosen: Ints) -> "Requests":
+        """Return some of the requests, (n,) int64."""
+        starts = np.cumsum(self.counts) - self.counts
+        rows = np.concatenate(
+            [np.arange(starts[b], starts[b] + self.counts[b]) for b in chosen]
+            or [np.empty(0, np.int64)]
+        )
+        return Requests(
+            user_id=self.user_id[chosen],
+            time=self.time[chosen],
+            context=self.context[chosen],
+            counts=self.counts[chosen],
+            ints=self.ints[rows],
+            codes=self.codes[rows],
+        )
+
     def without_events(self, chosen: Ints) -> "Requests":
         """Return some of the requests, (n,) int64, with nothing in their histories."""
         return Requests(
@@ -97,6 +114,8 @@ class RequestEncoder:
         self.encoder = EventEncoder(self.data)
         self.max_events = data.max_history_tokens // token_counts(data).per_history_event
         """Newest events of a history that are read."""
+        self.num_context = token_counts(self.data).context
+        """Context tokens at the head of every sequence."""
 
     def requests(
         self,
@@ -201,6 +220,52 @@ class RequestEncoder:
             ints[:, encoder.num_ints - encoder.num_context :] = requests.context
         floats = np.full((num_requests, encoder.num_floats), np.nan, np.float32)
         return Candidates(np.ones(num_requests, np.int64), ints, floats)
+
+    def after(
+        self, requests: Requests, first: Ints, known: Sequence[Ints]
+    ) -> tuple[Requests, Candidates]:
+        """Return what follows the first events of each history, and an unknown item behind it.
+
+        Args:
+            requests: of them all.
+            first: (B,) int64: so many events of each are left out.
+            known: of each, a row of an event with the series' values known last in those.
+        """
+        ends = np.cumsum(requests.counts)
+        starts = ends - requests.counts + first
+        items = self.no_item(requests)
+        rows, ints = [], []
+        for b, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            rows.append(np.arange(start, end))
+            both = np.concatenate([requests.ints[start:end], items.ints[b : b + 1]])
+            if self.encoder.merges_context:
+                hide_repeated(both, self.encoder.series_slots, known[b])
+            items.ints[b] = both[-1]
+            ints.append(both[:-1])
+        suffix = replace(
+            requests,
+            counts=requests.counts - first,
+            ints=np.concatenate(ints),
+            codes=requests.codes[np.concatenate(rows)],
+        )
+        return suffix, items
+
+    def known_before_last(self, requests: Requests, b: int) -> Ints:
+        """Return a row of an event with what the series' values were before the newest event."""
+        encoder = self.encoder
+        slots = encoder.series_slots if encoder.merges_context else ()
+        known = nothing_known(slots, encoder.num_ints)
+        if not slots:
+            return known
+        end = int(requests.counts[: b + 1].sum())
+        rows = requests.ints[end - int(requests.counts[b]) : end - 1]
+        return last_known(rows, slots, known)
+
+    def most_tokens(self, num_events: int) -> int:
+        """Return the tokens, at most, of context, so many events and what stands behind them."""
+        counts = token_counts(self.data)
+        series = len(self.encoder.series_slots) * self.encoder.merges_context
+        return counts.context + num_events * (counts.per_history_event + series) + series
 
     def batch(self, requests: Requests, candidates: Candidates) -> SequenceBatch:
         """Return the sequences, history, then candidates: raw ids, in host memory."""
@@ -337,15 +402,6 @@ def request_data(data: DataConfig) -> DataConfig:
         num_negatives=0,
         follow=False,
     )
-
-
-def hide(ints: Ints, slot: Slot) -> None:
-    """Make a feature unknown in rows of events, in place."""
-    if slot.feature.is_bag:
-        ints[:, slot.first : slot.first + slot.width] = 0
-        ints[:, slot.first], ints[:, slot.first + 1] = 1, UNKNOWN_ID
-    else:
-        ints[:, slot.first] = MISSING_NUMBER if slot.feature.is_number else UNKNOWN_ID
 
 
 def _integers(name: str, values: Any) -> Ints:

@@ -39,11 +39,20 @@ class Layout:
     lengths: Tensor
     """(B,) int64: cached tokens of each sequence."""
     max_len: int
-    """The most of them; 0: none are, of any."""
-    keep: Tensor | None = None
-    """(n,) int64: new tokens whose keys and values are kept; None: none."""
+    """At least the most of them; 0: none are, of any."""
     rows: Tensor | None = None
-    """(n,) int64: rows of the store that they go to."""
+    """(n,) int64: rows of the store that keys and values go to; None: they are not kept."""
+    keep: Tensor | None = None
+    """(n,) int64: the new tokens that go there; None: all, in order."""
+
+    def to(self, device: torch.device) -> "Layout":
+        """Return the same on a device."""
+        return replace(
+            self,
+            lengths=self.lengths.to(device),
+            rows=None if self.rows is None else self.rows.to(device),
+            keep=None if self.keep is None else self.keep.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -51,18 +60,33 @@ class Pass:
     """New tokens, and what is cached in front of them."""
 
     info: SequenceInfo
-    """Of the new tokens; its candidates are at their end, its tails are the rows wanted."""
-    rotations: Rotations | None
-    """Of the new tokens, where the encoder turns queries and keys."""
+    """Of the new tokens, whose `before` is all that is cached, context included. Candidates are at
+    their end; its tails are the rows wanted."""
     pages: Tensor
     """(B, G) int32."""
     layouts: tuple[Layout, ...]
     """One, or two with attention truncation."""
-    tail: Tensor | None = None
-    """(r,) int64: new tokens whose rows are wanted of the last layer (`info.tail_offsets`); None:
-    all."""
+    of_tails: bool = False
+    """Whether the last layer makes the rows of the tails only: where nothing is cached."""
     windowed_candidates: bool = False
     """Whether a window applies to candidates."""
+
+    def to(self, device: torch.device) -> "Pass":
+        """Return the same on a device."""
+        info, before = self.info, self.info.before
+        info = replace(
+            info,
+            offsets=info.offsets.to(device),
+            tail_offsets=info.tail_offsets.to(device),
+            timestamp=info.timestamp.to(device),
+            query_time=info.query_time.to(device),
+            session_start=info.session_start.to(device),
+            num_candidates=info.num_candidates.to(device),
+            before=None if before is None else before.to(device),
+            groups=(),
+        )
+        layouts = tuple(layout.to(device) for layout in self.layouts)
+        return replace(self, info=info, pages=self.pages.to(device), layouts=layouts)
 
 
 class Stack:
@@ -104,8 +128,10 @@ class Stack:
             self._weights.append((kept, fp8))
 
     def rotations(self, x_LD: Tensor, info: SequenceInfo) -> Rotations | None:
-        """Return what queries and keys of whole sequences, or of parts of them, are turned by."""
+        """Return what queries and keys of new tokens are turned by."""
         encoder = self.encoder
+        if info.before is not None:
+            info = replace(info, num_context=0)  # the context is behind them
         if isinstance(encoder, TransformerEncoder):
             return encoder.rotations(x_LD, info)
         if not isinstance(encoder, HSTUEncoder) or encoder.config.rotary.angles == "none":
@@ -119,25 +145,32 @@ class Stack:
         )
 
     def run(self, x_RD: Tensor, given: Pass, store: KeyValueStore) -> Tensor:
-        """Return the encoder's rows of the tail, or of all new tokens, and keep keys and values."""
+        """Return the encoder's rows of the tails, or of all new tokens; keep keys and values.
+
+        Args:
+            x_RD: the new tokens.
+            given: what else there is to know of them, on their device.
+            store: holds what is cached, and what is kept.
+        """
         encoder = self.encoder
         if isinstance(encoder, HSTUEncoder) and not encoder.is_reference(x_RD):
             x_RD = x_RD.to(self.dtype)
         self._write_times(given, store)
+        rotated = self.rotations(x_RD, given.info)
+        tail = tail_index(given.info) if given.of_tails else None
         if isinstance(encoder, CrossAttentionEncoder):
-            return self._run_cross(encoder, x_RD, given, store)
+            return self._run_cross(encoder, x_RD, given, store, tail)
         number = 0
         for index, layer in enumerate(encoder.layers):
             if index == self.first_truncated:
                 number = 1
                 if given.info.kept is not None:
-                    x_RD, info, turned = truncated(x_RD, given.info, given.rotations)
-                    given = replace(given, info=info, rotations=turned)
-                    if given.tail is not None:
-                        given = replace(given, tail=tail_index(info))
+                    x_RD, info, rotated = truncated(x_RD, given.info, rotated)
+                    given = replace(given, info=info)
+                    tail = tail_index(info) if given.of_tails else None
             is_last = index == len(encoder.layers) - 1
-            tail_R = given.tail if is_last else None
-            turned = given.rotations
+            tail_R = tail if is_last else None
+            turned = rotated
             if turned is not None and tail_R is not None:
                 turned = turned[0].rows(tail_R), turned[1]
             attend = self._attend(index, given, given.layouts[number], store, tail_R)
@@ -155,10 +188,14 @@ class Stack:
         return encoder.normed(x_RD)
 
     def _run_cross(
-        self, encoder: CrossAttentionEncoder, x_RD: Tensor, given: Pass, store: KeyValueStore
+        self,
+        encoder: CrossAttentionEncoder,
+        x_RD: Tensor,
+        given: Pass,
+        store: KeyValueStore,
+        tail_R: Tensor | None,
     ) -> Tensor:
         """Return as `run` does: only the rows wanted go through the layers."""
-        tail_R = given.tail
         normed_RD = encoder.token_norm(x_RD)
         y_RD = x_RD if tail_R is None else x_RD.index_select(0, tail_R)
         for index, layer in enumerate(encoder.layers):
@@ -169,12 +206,13 @@ class Stack:
 
     def _write_times(self, given: Pass, store: KeyValueStore) -> None:
         for layout in given.layouts:
-            if layout.keep is None or layout.rows is None:
+            if layout.rows is None:
                 continue
             time_R = given.info.timestamp
             if layout.number == 1 and given.info.kept is not None:
                 time_R = truncated(time_R[:, None], given.info, None)[1].timestamp
-            store.time[layout.number].index_copy_(0, layout.rows, time_R[layout.keep])
+            kept = time_R if layout.keep is None else time_R[layout.keep]
+            store.time[layout.number].index_copy_(0, layout.rows, kept)
 
     def _attend(
         self,
@@ -202,8 +240,9 @@ class Stack:
             mask = replace(mask, windowed_candidates=True)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if layout.keep is not None and layout.rows is not None:
-                store.write(index, layout.rows, k[layout.keep], v[layout.keep])
+            if layout.rows is not None:
+                kept = (k, v) if layout.keep is None else (k[layout.keep], v[layout.keep])
+                store.write(index, layout.rows, *kept)
             # As in training, where the baselines' operator chooses its precision.
             enabled = isinstance(layer, HSTULayer) and torch.is_autocast_enabled(q.device.type)
             with torch.autocast(q.device.type, self.dtype, enabled=enabled):

@@ -20,6 +20,7 @@ from gr.config import (
 )
 from gr.hstu import kept_history
 from gr.inference import RequestEncoder, Scorer
+from gr.inference.cache import page_bytes
 from gr.mixture import mixture_groups
 from gr.model import dense_model, feature_dims
 from gr.sequence import sequence_info
@@ -27,7 +28,7 @@ from pipelines.assemble import assemble
 from pipelines.batch import StreamPosition
 from pipelines.features import EventEncoder
 from pipelines.gather import Gathered
-from pipelines.history import FIRST_CONTEXT, TIMESTAMP
+from pipelines.history import FIRST_CONTEXT
 from tests.gr.batches import NUM_ITEMS, data_config, make_tables, train_config
 from tests.pipelines.logs import MERGED_MODES, MODES, RICH
 
@@ -253,5 +254,17 @@ def alone(config, model, lookup, requests, candidates):
     return {n: torch.stack([x[n] for x in ranking]) for n in names}, torch.stack(vectors)
 
 
-def columns_of(requests):
-    return requests.ints[:, TIMESTAMP]
+def page_of(config):
+    """Return the bytes of a page of all stacks."""
+    scorer = make_scorer(config)
+    return sum(page_bytes(x.shapes, scorer.dtype, x.layouts) for x in scorer.stacks)
+
+
+def pages_in_use(scorer):
+    """Return how many pages are neither free nor those of a cached user, nor the one of nobody."""
+    users = scorer.users._users.values()
+    assert not any(user.is_pinned for user in users)
+    return sum(
+        store.num_pages - 1 - store.num_free - sum(len(user.pages[index]) for user in users)
+        for index, store in enumerate(scorer.users.stores)
+    )

@@ -5,7 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.gr.inference.drawn import World, alone, make_lookup, make_model, make_scorer, runs
+from tests.gr.inference.drawn import (
+    World,
+    alone,
+    make_lookup,
+    make_model,
+    make_scorer,
+    page_of,
+    pages_in_use,
+    runs,
+)
 
 COUNTS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4)), min_size=1, max_size=3)
 
@@ -15,7 +24,7 @@ def assert_same(got, expected, tolerance=1e-10):
     torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=20)
 @given(runs(), COUNTS, st.integers(1, 5), st.integers(0, 99))
 def test_microbatches_equal_a_pass_of_each_candidate(config, counts, microbatch, seed):
     history, items = zip(*counts, strict=True)
@@ -42,3 +51,34 @@ def test_microbatches_equal_a_pass_of_each_candidate(config, counts, microbatch,
         assert x.shape == (sum(items),)
         if len(x):
             assert_same(x, ranking[name])
+
+
+@settings(deadline=None, max_examples=8)
+@given(
+    runs(stable=True),
+    st.lists(st.integers(0, 4), min_size=2, max_size=3),
+    st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=4),
+    st.sampled_from([5, 30]),
+    st.integers(0, 99),
+)
+def test_requests_of_users_who_go_on_equal_those_without_a_cache(
+    config, lengths, growth, pages, seed
+):
+    world = World(config, seed, lengths)
+    scorer = make_scorer(config, cache_bytes=pages * page_of(config))
+    model, lookup = make_model(config), make_lookup(config)
+    for counts in growth:
+        requests = world.requests()
+        candidates = world.candidates(requests, [2] * len(lengths))
+        encoded = scorer.encode_history(requests)
+        ranking, vectors = alone(config, model, lookup, requests, candidates)
+        assert_same(encoded.user_vectors, vectors[::2])
+        if config.data.tasks:
+            found = scorer.score(encoded, candidates, microbatch=1)
+            for name, x in found.ranking.items():
+                assert_same(x, ranking[name])
+        for reused, reason in zip(encoded.reused, encoded.reasons, strict=True):
+            assert (reused > 0) == (reason == "")
+        del encoded
+        assert pages_in_use(scorer) == 0
+        world.grow(counts[: len(lengths)])
