@@ -249,7 +249,7 @@ def flash_attention(
 
 
 def median_ms(
-    variants: Mapping[str, Callable[[], None]], *, rounds: int = 5, warm_up: int = 2
+    variants: Mapping[str, Callable[[], object]], *, rounds: int = 5, warm_up: int = 2
 ) -> dict[str, float]:
     """Return the median time of each variant in ms; they take turns, each waited for.
 

@@ -35,6 +35,7 @@ from gr.inference.encoded import (
     part_of,
     read_structure,
 )
+from gr.inference.graphs import PassGraphs
 from gr.inference.plan import Plan
 from gr.inference.prefix import why_unstable
 from gr.inference.requests import Candidates, RequestEncoder, Requests
@@ -76,6 +77,8 @@ class Scorer:
         cache_bytes: memory for keys and values of users from one request to the next, all taken at
             once. 0: histories are encoded anew for each request, as they are in any case where
             `prefix_stable` does not hold; EncodedHistory.reasons says so.
+        graphs: on a GPU with cache_bytes, requests that come one at a time run as CUDA graphs, each
+            captured when passes of its size come for the first time.
 
     Raises:
         ValueError: if the model does not read sequences (model.encoder=dlrm), or the memory holds
@@ -90,6 +93,7 @@ class Scorer:
         device: torch.device,
         *,
         cache_bytes: int = 0,
+        graphs: bool = True,
     ) -> None:
         if not isinstance(model, SequenceModel):
             raise ValueError(
@@ -114,11 +118,19 @@ class Scorer:
             self.users = UserCache(
                 self._stores_within(cache_bytes), has_context=config.data.context == "prefix"
             )
+        self._graphs: list[PassGraphs] = []
+        if self.users is not None and graphs and device.type == "cuda":
+            self._graphs = [
+                PassGraphs(stack, store)
+                for stack, store in zip(self.stacks, self.users.stores, strict=True)
+            ]
 
     def refresh(self) -> None:
         """Read the weights anew and forget cached users; to be called when they have changed."""
         for stack in self.stacks:
             stack.refresh()
+        for graphs in self._graphs:
+            graphs.clear()
         if self.users is not None:
             self.users.clear()
 
@@ -285,9 +297,15 @@ class Scorer:
             yield rows_R - shift_R, torch.cat(y_RD, 1)
 
     def _run(self, stack: Stack, x_RD: Tensor, given: Pass, store: KeyValueStore) -> Tensor:
+        graphs = next((x for x in self._graphs if x.store is store), None)
+        if graphs is not None and graphs.takes(given):
+            return graphs.run(x_RD, given)
         return stack.run(x_RD, given.to(self.device), store)
 
     def _rows(self, x_LD: Tensor, rows: Tensor) -> Tensor:
+        first, count = int(rows[0]) if len(rows) else 0, len(rows)
+        if count and int(rows[-1]) - first + 1 == count:  # they ascend: no index has to travel
+            return x_LD[first : first + count]
         return x_LD.index_select(0, rows.to(self.device))
 
     def _tokens(self, batch: SequenceBatch, host: SequenceInfo) -> Tensor:

@@ -1,0 +1,339 @@
+"""What inference costs on one GPU, against what it does without caches.
+
+    python -m gr.inference.bench [MEASUREMENT ...] [--records FILE]
+
+candidates: 16,384 candidates behind 8,192 tokens, 6 layers of d=512, microbatches of 1,024, against
+a pass of its own for each candidate, and against encoding the history again for each microbatch.
+requests: a user's second request, 32 new events and 64 candidates, against the first; everything
+from encoded events to scores. forward: 5 layers of d=512 over about 99k jagged tokens.
+attention: the kernel of cached keys by itself.
+
+Times are medians of calls in turn, within one process; ratios are of the same process.
+"""
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gr.bench_encoders import Shape, free, median_ms, structure
+from gr.bench_ultra import describe
+from gr.config import ModelConfig
+from gr.flops import inference_flops, layer_flops
+from gr.hstu import HSTUEncoder
+from gr.inference.bench_requests import measure_requests
+from gr.inference.cache import KeyValueStore, pages_for
+from gr.inference.encoded import (
+    NewTokens,
+    StackCache,
+    candidate_pass,
+    history_pass,
+    part_of,
+)
+from gr.inference.graphs import PassGraphs
+from gr.inference.stack import Layout, Pass, Stack
+from gr.sequence import SequenceInfo
+from kernels.hstu_attention import CachedKeys, hstu_attention, hstu_attention_cached
+from kernels.hstu_attention.cached import PAGE
+
+Figures = dict[str, float]
+PUBLISHED_TOKENS_PER_S = 10.63e6
+"""Meta's Triton inference on one H100 (generative-recommenders issue 530)."""
+
+
+class Decoder:
+    """A stack of layers with one history in its cache.
+
+    Args:
+        model: of the stack.
+        history: tokens.
+        device: where.
+        graphs: whether passes are CUDA graphs.
+    """
+
+    def __init__(self, model: ModelConfig, history: int, device: str, *, graphs: bool) -> None:
+        torch.manual_seed(0)
+        self.model, self.history, self.device = model, history, torch.device(device)
+        self.encoder = HSTUEncoder(model).to(device).eval()
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.stack = Stack(self.encoder, self.dtype)
+        pages = 2 + pages_for(history + 1024)
+        self.store = KeyValueStore(self.stack.shapes, pages, dtype=self.dtype, device=self.device)
+        self.pages = [self.store.allocate(pages - 1)]
+        is_gpu = self.device.type == "cuda"
+        self.graphs = PassGraphs(self.stack, self.store) if graphs and is_gpu else None
+        self.x_LD = torch.randn(history + 1, model.dim, device=device, dtype=self.dtype)
+        whole = structure([history + 1], 2, model, "cpu")
+        self.info = replace(whole, num_candidates=torch.ones(1, dtype=torch.int64))
+        self.cache: StackCache | None = None
+
+    def run(self, x_RD: Tensor, given: Pass) -> Tensor:
+        is_gpu = self.device.type == "cuda"
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, is_gpu):
+            if self.graphs is not None and self.graphs.takes(given):
+                return self.graphs.run(x_RD, given)
+            return self.stack.run(x_RD, given.to(self.device), self.store)
+
+    def encode(self) -> Tensor:
+        new = NewTokens(
+            self.info, torch.arange(self.history + 1), torch.zeros(1, dtype=torch.int64),
+            self.info.timestamp[:1],
+        )  # fmt: skip
+        given, self.cache, _ = history_pass(new, self.store, self.pages, 1)
+        return self.run(self.x_LD, given)
+
+    def score(self, x_MD: Tensor, microbatch: int) -> Tensor:
+        assert self.cache is not None
+        count = len(x_MD)
+        info = structure([count], count, self.model, "cpu")
+        found = []
+        for begin in range(0, count, microbatch):
+            first = torch.tensor([begin])
+            size = torch.tensor([min(microbatch, count - begin)])
+            _, part = part_of(info, first, size)
+            the_one = torch.zeros(1, dtype=torch.int64)
+            given = candidate_pass(part, self.cache, the_one, windowed=False)
+            found.append(self.run(x_MD[begin : begin + int(size)], given))
+        return torch.cat(found)
+
+
+def measure_candidates(shape: Shape) -> Figures:
+    """Rows 1 to 3 of the targets."""
+    on_gpu = shape.device == "cuda"
+    history, most, microbatch = (8192, 16_384, 1024) if on_gpu else (96, 64, 16)
+    model = shape.hstu(history)
+    decoder = Decoder(model, history, shape.device, graphs=True)
+    eager = Decoder(model, history, shape.device, graphs=False)
+    eager.encoder.load_state_dict(decoder.encoder.state_dict())
+    eager.stack.refresh()
+    eager.x_LD = decoder.x_LD
+    x_MD = torch.randn(most, model.dim, device=shape.device, dtype=decoder.dtype)
+
+    together = 8  # passes of one candidate that share a batch, so that the GPU is busy
+    alone_info = structure([history + 1] * together, 1, model, shape.device)
+    past = decoder.x_LD[:history]
+    alone_x = torch.cat([x for i in range(together) for x in (past, x_MD[i : i + 1])])
+    again_info = structure([history + microbatch], microbatch, model, shape.device)
+    again_x = torch.cat([past, x_MD[:microbatch]])
+
+    def forward(x: Tensor, info: SequenceInfo) -> Tensor:
+        with torch.no_grad(), torch.autocast(shape.device, torch.bfloat16, on_gpu):
+            y: Tensor = decoder.encoder(x, info)
+        return y
+
+    decoder.encode()
+    expected = forward(alone_x, alone_info).float()
+    got = decoder.score(x_MD[:together], microbatch).float()
+    error = ((got - expected).norm() / expected.norm()).item()
+    if not error < 2e-2:
+        raise ValueError(f"cached rows differ from passes of their own by {error:.1%}: not timed")
+
+    sizes = [microbatch * 2**i for i in range(5) if microbatch * 2**i <= most]
+    times = median_ms(
+        {
+            "history": decoder.encode,
+            "history_eager": eager.encode,
+            **{f"score_{m}": partial(decoder.score, x_MD[:m], microbatch) for m in sizes},
+            "alone": partial(forward, alone_x, alone_info),
+            "again": partial(forward, again_x, again_info),
+        },
+        rounds=5,
+    )
+    eager.encode()
+    times |= median_ms({"score_eager": partial(eager.score, x_MD, microbatch)}, rounds=3)
+    per_key, per_query, per_pair = layer_flops(model)
+    of_candidate = model.num_layers * (per_key + per_query + (history + 1) * per_pair)
+    flops_history = inference_flops(model, decoder.info)
+    flops_alone = inference_flops(model, structure([history + 1], 1, model, "cpu"))
+    flops_again = inference_flops(
+        model, structure([history + microbatch], microbatch, model, "cpu")
+    )
+    ours = flops_history + most * of_candidate
+    total = times["history"] + times[f"score_{sizes[-1]}"]
+    alone = times["alone"] / together * most
+    again = times["again"] * (most / microbatch)
+    figures = {
+        "error": error,
+        "ms_history": times["history"],
+        "ms_history_eager": times["history_eager"],
+        "ms_total": total,
+        "ms_total_eager": times["history_eager"] + times["score_eager"],
+        "ms_alone_each": times["alone"] / together,
+        "tflops_ours": ours / total / 1e9,
+        "tflops_alone": flops_alone * together / times["alone"] / 1e9,
+        "tflops_history": flops_history / times["history"] / 1e9,
+        "flop_ratio_alone": most * flops_alone / ours,
+        "speedup_alone": alone / total,
+        "share_alone": (alone / total) / (most * flops_alone / ours),
+        "flop_ratio_again": most / microbatch * flops_again / ours,
+        "speedup_again": again / total,
+    }
+    for m in sizes:
+        figures[f"us_each_{m}"] = 1e3 * (times["history"] + times[f"score_{m}"]) / m
+    return figures
+
+
+def measure_forward(shape: Shape) -> Figures:
+    """Row 5: forward passes over 32 sequences of 99k tokens, 5 layers."""
+    on_gpu = shape.device == "cuda"
+    longest = 4096 if on_gpu else 64
+    lengths = np.random.default_rng(0).integers(longest // 2, longest, 32)
+    lengths = (lengths * (99_000 / lengths.sum())).astype(int) if on_gpu else lengths
+    shape = replace(shape, num_layers=5)
+    figures: Figures = {}
+    variants: dict[str, Callable[[], None]] = {}
+    flops = 0
+    for name, changes in (("bf16", {}), ("fp8", {"precision": "fp8"})):
+        if not on_gpu and name == "fp8":
+            continue
+        model = shape.hstu(longest, **changes)
+        encoder = HSTUEncoder(model).to(shape.device).eval()
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+        stack = Stack(encoder, dtype)
+        # Every row is wanted, as published.
+        host = structure(lengths.tolist(), longest, model, "cpu")
+        info = replace(host, num_candidates=torch.zeros_like(host.num_candidates))
+        flops = inference_flops(model, info)
+        x_LD = torch.randn(int(lengths.sum()), model.dim, device=shape.device, dtype=dtype)
+        given = _whole_pass(info).to(torch.device(shape.device))
+        store = KeyValueStore(stack.shapes, 1, dtype=dtype, device=torch.device(shape.device))
+
+        def call(stack=stack, x=x_LD, given=given, store=store):  # type: ignore[no-untyped-def]
+            with torch.no_grad(), torch.autocast(shape.device, torch.bfloat16, on_gpu):
+                stack.run(x, given, store)
+
+        def module(encoder=encoder, x=x_LD, info=given.info):  # type: ignore[no-untyped-def]
+            with torch.no_grad(), torch.autocast(shape.device, torch.bfloat16, on_gpu):
+                encoder(x, info)
+
+        variants |= {name: call, f"{name}_module": module}
+    times = median_ms(variants, rounds=9, warm_up=3)
+    total = int(lengths.sum())
+    for name, ms in times.items():
+        figures[f"ms_{name}"] = ms
+        figures[f"mtokens_per_s_{name}"] = total / ms / 1e3
+        figures[f"against_published_{name}"] = total / ms * 1e3 / PUBLISHED_TOKENS_PER_S
+        figures[f"tflops_{name}"] = flops / ms / 1e9
+    figures["tokens"] = total
+    return figures
+
+
+def measure_attention(shape: Shape) -> Figures:
+    """The kernel of cached keys: 1,024 and 64 queries over 8,192 keys, against causal attention."""
+    on_gpu = shape.device == "cuda"
+    H, K = shape.num_heads, shape.dim // shape.num_heads
+    cached = 8192 if on_gpu else 256
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    device = shape.device
+
+    def rows(n: int) -> Tensor:
+        return torch.randn(n, H, K, device=device, dtype=dtype)
+
+    keys = CachedKeys(
+        rows(cached), rows(cached), None,
+        torch.arange(cached // PAGE, device=device, dtype=torch.int32)[None],
+        torch.tensor([cached], device=device), cached,
+    )  # fmt: skip
+    variants: dict[str, Callable[[], None]] = {}
+    flops: Figures = {}
+    repeats = 20 if on_gpu else 1
+
+    def repeated(call: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(repeats):
+                call()
+
+        if not on_gpu:
+            return run
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
+
+    for queries in (1024, 128, 64) if on_gpu else (16,):
+        q, k, v = rows(queries), rows(queries), rows(queries)
+        offsets = torch.tensor([0, queries], device=device)
+        counts = torch.tensor([queries], device=device)
+
+        def call(q=q, k=k, v=v, offsets=offsets, counts=counts):  # type: ignore[no-untyped-def]
+            return hstu_attention_cached(
+                q, k, v, offsets, keys, max_len=len(q), alpha=0.1, scaling_length=8192.0,
+                num_candidates=counts,
+            )  # fmt: skip
+
+        variants[f"cached_{queries}"] = repeated(call)
+        flops[f"cached_{queries}"] = queries * (cached + 1) * 4.0 * H * K
+    x = [rows(cached) for _ in range(3)]
+    whole = torch.tensor([0, cached], device=device)
+    variants["causal"] = repeated(
+        lambda: hstu_attention(
+            x[0], x[1], x[2], whole, max_len=cached, alpha=0.1, scaling_length=8192.0
+        )
+    )
+    flops["causal"] = cached * (cached + 1) / 2 * 4.0 * H * K
+    with torch.no_grad():
+        times = median_ms(variants, rounds=9, warm_up=3)
+    figures: Figures = {}
+    for name, ms in times.items():
+        figures[f"us_{name}"] = 1e3 * ms / repeats
+        figures[f"tflops_{name}"] = flops[name] * repeats / ms / 1e9
+    return figures
+
+
+def _whole_pass(info: SequenceInfo) -> Pass:
+    """Return a pass of sequences of which nothing is cached or kept."""
+    none = torch.zeros_like(info.session_start)
+    return Pass(info, torch.zeros(len(none), 1, dtype=torch.int32), (Layout(0, none, 0),))
+
+
+MEASUREMENTS: dict[str, Callable[[Shape], Figures]] = {
+    "attention": measure_attention,
+    "candidates": measure_candidates,
+    "requests": measure_requests,
+    "forward": measure_forward,
+}
+
+
+def main() -> None:
+    """Measure what is named, all of it by default."""
+    parser = argparse.ArgumentParser(prog="python -m gr.inference.bench")
+    parser.add_argument("what", nargs="*", help=f"of {', '.join(MEASUREMENTS)}; all by default")
+    parser.add_argument("--records", type=Path, help="JSON lines, appended")
+    options = parser.parse_args()
+    names = options.what or list(MEASUREMENTS)
+    unknown = [name for name in names if name not in MEASUREMENTS]
+    if unknown:
+        parser.error(f"expected measurements of {list(MEASUREMENTS)}, got {unknown}")
+    if not torch.cuda.is_available():
+        parser.error("these are measurements of a GPU, and there is none")
+    failed = []
+    for name in names:
+        free()
+        try:
+            figures = MEASUREMENTS[name](Shape(num_layers=6))
+        except Exception:
+            # What comes next can be measured.
+            traceback.print_exc()
+            failed.append(name)
+            continue
+        shown = json.dumps({k: float(f"{v:.4g}") for k, v in figures.items()})
+        print(f"{name}: {shown}", flush=True)
+        if options.records is not None:
+            with options.records.open("a") as lines:
+                lines.write(json.dumps(describe(name, figures)) + "\n")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The same on a GPU: kernels, graphs, and caches across requests."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gr.bench_encoders import Shape
+from gr.config import EncodingConfig, RotaryConfig, SemiLocalConfig
+from gr.inference import Scorer, bench
+from tests.checks import assert_within_reference_error
+from tests.gr.batches import data_config, train_config
+from tests.gr.inference.drawn import World, alone, make_lookup, make_model, page_of, runs
+from tests.gr.inference.test_mfalcon import COUNTS
+
+OPTIONS = {
+    "plain": {},
+    "bias": {"bias": "position_time"},
+    "window": {"semi_local": SemiLocalConfig(window=40, global_columns=5)},
+    "rotary": {"rotary": RotaryConfig(angles="sum")},
+    "softmax": {"attention": "softmax"},
+    "fp8": {"precision": "fp8"},
+}
+
+
+def on_device(config, dtype, **options):
+    """Return the model, the lookup and a scorer on the GPU."""
+    model = make_model(config).to("cuda", dtype)
+    rows_of = make_lookup(config, torch.float32)
+
+    def lookup(batch):
+        batch, rows = rows_of(batch)
+        return batch.to(torch.device("cuda")), {k: v.to("cuda", dtype) for k, v in rows.items()}
+
+    return model, lookup, Scorer(config, model, lookup, torch.device("cuda"), **options)
+
+
+@pytest.mark.gpu
+@settings(deadline=None, max_examples=40)
+@given(runs(), COUNTS, st.integers(1, 5), st.integers(0, 99))
+def test_drawn_runs_in_float32(config, counts, microbatch, seed):
+    history, items = zip(*counts, strict=True)
+    world = World(config, seed, history)
+    requests = world.requests()
+    candidates = world.candidates(requests, items)
+    _, _, scorer = on_device(config, torch.float32)
+    encoded = scorer.encode_history(requests)
+    if not sum(items):
+        return
+    ranking, vectors = alone(config, make_model(config), make_lookup(config), requests, candidates)
+    owner = torch.repeat_interleave(torch.tensor(items))
+    close(encoded.user_vectors.cpu()[owner], vectors)
+    if config.data.tasks:
+        found = scorer.score(encoded, candidates, microbatch=microbatch)
+        for name, x in found.ranking.items():
+            close(x.cpu(), ranking[name])
+
+
+def close(got, expected):
+    scale = expected.abs().max().item() + 1
+    assert (got.double() - expected.double()).abs().max().item() <= 2e-5 * scale
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_requests_that_go_on_in_bfloat16(options, graphs):
+    """Scores of three requests of one user, against passes of the training code in bfloat16."""
+    data = data_config(
+        "none", ("interleaved", "event", "session", "none"), positive=(), max_history_tokens=900
+    )
+    shape = Shape(dim=64, num_heads=2, num_layers=3)
+    hstu = replace(shape.hstu(300).hstu, final_norm=True, **options)
+    config = replace(
+        train_config(
+            data,
+            dim=64,
+            num_layers=3,
+            hstu=hstu,
+            encoding=EncodingConfig(position="from_start", position_buckets=900, gap="log"),
+        ),
+        precision="bf16",
+    )
+    world = World(config, 3, [200])
+    budget = 30 * page_of(config)
+    model, lookup, scorer = on_device(config, torch.float32, cache_bytes=budget, graphs=graphs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    scorer.refresh()
+    exact = make_model(config)
+    exact.load_state_dict({k: v.double().cpu() for k, v in model.state_dict().items()})
+    for step in range(3):
+        requests = world.requests()
+        candidates = world.candidates(requests, [70])
+        encoded = scorer.encode_history(requests)
+        assert (encoded.reused[0] > 0) == (step > 0), encoded.reasons
+        found = scorer.score(encoded, candidates, microbatch=32)
+        few = replace_counts(candidates, 12)
+        fp64, vectors = alone(config, exact, make_lookup(config), requests, few)
+        with torch.autocast("cuda", torch.bfloat16):
+            same, same_vectors = alone(config, model, lookup, requests, few)
+        for name in config.data.tasks:
+            times = 4.0 if "precision" in options else 2.0
+            assert_within_reference_error(
+                found.ranking[name][:12].cpu(), same[name].cpu(), fp64[name], times=times
+            )
+        error = (encoded.user_vectors[0].cpu() - vectors[0]).norm()
+        assert error <= 2 * (same_vectors[0].cpu() - vectors[0]).norm() + 1e-2
+        del encoded
+        world.grow([9])
+    if graphs:
+        assert scorer._graphs[0]._graphs
+
+
+def replace_counts(candidates, count):
+    import numpy as np
+
+    return type(candidates)(np.array([count]), candidates.ints[:count], candidates.floats[:count])
+
+
+def test_measurements_run_on_a_small_model():
+    shape = Shape(dim=16, num_heads=2, num_layers=2, device="cpu")
+    for name, measure in bench.MEASUREMENTS.items():
+        figures = measure(shape)
+        assert all(value >= 0 for value in figures.values()), name
