@@ -89,11 +89,13 @@ def _section(
     by = metric_name(page.choose_by)
     parts = [f"## {table.title}\n"]
     parts += [f"{table.note.strip()}\n"] if table.note else []
-    head = ["model", *(metric_name(m) for m in METRICS), "epochs", "seeds"]
+    head = ["model", *(metric_name(m) for m in METRICS), f"{by} after one epoch", "epochs", "seeds"]
     lines = []
     for row, records in groups.items():
         epochs = ", ".join(str(r.epoch) for r in records)
         cells = [interval_cell([r.test[m] for r in records]) for m in METRICS]
+        once = [r.test_curve[0] for r in records if r.epochs[0] == 1]
+        cells.append(interval_cell(once) if once else "-")
         lines.append([table.rows[row].title, *cells, epochs, str(len(records))])
         lines += _published(table.rows[row])
     parts.append(
@@ -127,7 +129,7 @@ def _published(row: RowConfig) -> list[list[str]]:
     if not row.published:
         return []
     cells = [f"{row.published[m]:.4f}" if m in row.published else "-" for m in METRICS]
-    return [[f"- {row.title}, published", *cells, "", "1"]]
+    return [[f"- {row.title}, published", *cells, "-", "", "1"]]
 
 
 def _targets(table: TableConfig, groups: dict[str, list[Record]]) -> list[str]:
