@@ -170,12 +170,14 @@ def build_app(recommender: Recommender, config: ServeConfig) -> FastAPI:
     sequences_model = translator.schemas.sequences
 
     @app.post("/recommend", response_model=Answer, responses=PROBLEMS)
-    async def recommend(body: question_model) -> Answer:  # type: ignore[valid-type]
+    async def recommend(body: question_model) -> Response:  # type: ignore[valid-type]
         """Score candidates, or find items and rank them, with one checkpoint."""
         question = translator.question(body, int(time.time()))
         found = await batcher.ask(question)
         meters.items.inc(len(found.item_ids))
-        return translator.answer(question, found)
+        # Written at once: FastAPI would check each of the items a second time.
+        text = translator.answer(question, found).model_dump_json()
+        return Response(text, media_type="application/json")
 
     @app.post("/sequences", response_model=SequencesAnswer, responses=PROBLEMS)
     async def sequences(body: sequences_model) -> SequencesAnswer:  # type: ignore[valid-type]
