@@ -312,7 +312,7 @@ def draw_seed(device: torch.device) -> Tensor:
 
 def tail_if_shorter(info: SequenceInfo, x_LD: Tensor) -> Tensor | None:
     """Return `tail_index(info)`, or None where the tails are the whole sequences."""
-    return None if info.num_rows == len(x_LD) else tail_index(info)
+    return None if info.num_rows == x_LD.shape[0] else tail_index(info)
 
 
 def tail_index(info: SequenceInfo) -> Tensor:
