@@ -129,13 +129,13 @@ def around_attention(
         normed_RD = normed_LD.index_select(0, tail_R)
         u, q = _project(normed_RD, "uq", weights, widths, activate, in_fp8)
         v, k = _project(normed_LD, "vk", weights, widths, activate, in_fp8)
-    # Not view(len(x), ...): len() is a number, and torch.export would take it for all lengths.
-    q_RHK, k_LHK = (x.unflatten(1, (num_heads, qk_dim)) for x in (q, k))
+    # Not len(x): that is a number, which torch.export would take for all lengths.
+    q_RHK, k_LHK = (x.view(x.shape[0], num_heads, qk_dim) for x in (q, k))
     if rotations is not None:
         of_queries, of_keys = rotations
         q_RHK = rotary(q_RHK, of_queries, impl=attention_impl)
         k_LHK = rotary(k_LHK, of_keys, impl=attention_impl)
-    attended_RHV = attend(q_RHK, k_LHK, v.unflatten(1, (num_heads, v_dim)))
+    attended_RHV = attend(q_RHK, k_LHK, v.view(v.shape[0], num_heads, v_dim))
     normed_shape = attended_RHV.shape[2:] if norm == "group" else attended_RHV.shape[1:]
     normed_RC = functional.layer_norm(attended_RHV, normed_shape, eps=eps).flatten(1)
     if weights.attention_norm is not None:
