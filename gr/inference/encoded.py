@@ -48,6 +48,8 @@ class Part:
     """The whole sequences in front of the candidates, without their context tokens."""
     session_start: Tensor
     """(n,) int64: index of the first token of the session, which the candidates are of."""
+    is_scored: bool = False
+    """Whether `Scorer.answer` made the candidates' rows with the histories."""
 
 
 @dataclass
@@ -141,22 +143,28 @@ def new_tokens(host: SequenceInfo, users: Sequence[CachedUser]) -> list[NewToken
 
 
 def history_pass(
-    new: NewTokens, store: KeyValueStore, pages: list[list[int]], num_layouts: int
+    new: NewTokens,
+    store: KeyValueStore,
+    pages: list[list[int]],
+    num_layouts: int,
+    *,
+    windowed: bool = False,
 ) -> tuple[Pass, StackCache, Tensor]:
-    """Return a pass of new tokens of histories, each with one unknown item behind them.
+    """Return a pass of new tokens of histories, and of candidates or an unknown item behind them.
 
     Args:
         new: the tokens.
         store: where keys and values go.
         pages: of each sequence.
         num_layouts: of the stack.
+        windowed: whether a window applies to candidates.
 
     Returns:
         The pass; what it fills; (B,) int64, the row of its result that retrieval reads.
     """
     info, cached = new.info, new.cached
     is_whole = info.before is None
-    counts_B = info.offsets.diff() - 1
+    counts_B = info.offsets.diff() - info.num_candidates
     kept_B = counts_B
     if info.kept is not None:
         dropped_B = info.session_start - info.num_context - info.kept.history
@@ -165,21 +173,38 @@ def history_pass(
     layouts = []
     for number, mine_B in enumerate([counts_B, kept_B][:num_layouts]):
         total = int(mine_B.sum())
-        sequence = torch.repeat_interleave(torch.arange(len(mine_B)), mine_B, output_size=total)
+        skipped_B = info.num_candidates.cumsum(0) - info.num_candidates
+        skipped = torch.repeat_interleave(skipped_B, mine_B, output_size=total)
         layouts.append(
             Layout(
                 number=number,
                 lengths=cached,
                 max_len=0 if is_whole else int(cached.max()),
                 rows=cache_rows(table, cached, mine_B, total),
-                keep=torch.arange(total) + sequence,
+                keep=torch.arange(total) + skipped,
             )
         )
-    given = Pass(info=info, pages=table, layouts=tuple(layouts), of_tails=is_whole)
+    given = Pass(
+        info=info,
+        pages=table,
+        layouts=tuple(layouts),
+        of_tails=is_whole,
+        windowed_candidates=windowed and not is_whole,
+    )
     lengths = torch.stack([cached + counts_B, cached + kept_B][:num_layouts])
     ends = info.tail_offsets if is_whole else info.offsets
     cache = StackCache(store, pages, lengths, new.first_time)
-    return given, cache, (ends[1:] - 2).clamp(min=0)
+    return given, cache, (ends[1:] - info.num_candidates - 1).clamp(min=0)
+
+
+def item_rows(given: Pass) -> Tensor:
+    """Return (M,) int64: the rows of the result of `history_pass` that are of items behind it."""
+    info = given.info
+    ends_B = (info.tail_offsets if given.of_tails else info.offsets)[1:]
+    counts_B = info.num_candidates
+    total = int(counts_B.sum())
+    shift_B = ends_B - counts_B.cumsum(0)
+    return torch.repeat_interleave(shift_B, counts_B, output_size=total) + torch.arange(total)
 
 
 def candidate_pass(info: SequenceInfo, cache: StackCache, asked: Tensor, *, windowed: bool) -> Pass:
@@ -239,12 +264,13 @@ def history_end(batch: SequenceBatch, before: Before | None) -> tuple[Before, Te
     """Return the sequences in front of their candidates, and where their sessions start.
 
     Args:
-        batch: histories, or the ends of them, with an unknown item behind each.
+        batch: histories, or the ends of them, with candidates or an unknown item behind each.
         before: what was cached, without context; None: nothing.
     """
-    num_new = batch.lengths - 1 - batch.num_context
+    num_new = batch.lengths - batch.num_candidates - batch.num_context
     first_time = batch.timestamp[batch.offsets[:-1]]
-    last_time = batch.timestamp[(batch.offsets[1:] - 2).clamp(min=0)]
+    last_B = batch.offsets[1:] - batch.num_candidates - 1
+    last_time = batch.timestamp[last_B.clamp(min=0)]
     if before is None:
         return Before(num_new, first_time, last_time), batch.session_start
     # There is a new event at least, so that the last token is here.

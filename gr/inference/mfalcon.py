@@ -12,10 +12,9 @@ Source: HSTU (arXiv 2402.17152), section 3.4 and appendix H.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from gr.config import TrainConfig
 from gr.hstu import kept_history
-from gr.inference.cache import KeyValueStore, page_bytes, pages_for
+from gr.inference.cache import KeyValueStore, pages_for
 from gr.inference.encoded import (
     EncodedHistory,
     Part,
@@ -31,28 +30,29 @@ from gr.inference.encoded import (
     candidate_pass,
     history_end,
     history_pass,
+    item_rows,
     new_tokens,
     part_of,
     read_structure,
 )
 from gr.inference.graphs import PassGraphs
+from gr.inference.lookup import Lookup as Lookup
+from gr.inference.lookup import trainer_lookup as trainer_lookup
 from gr.inference.plan import Plan
 from gr.inference.prefix import why_unstable
 from gr.inference.requests import Candidates, RequestEncoder, Requests
 from gr.inference.series import hide
-from gr.inference.stack import Pass, Stack
+from gr.inference.stack import Pass, Stack, tokens_within
 from gr.inference.users import UserCache
 from gr.mixture import MixtureEncoder, mixture_groups
 from gr.model import SequenceModel
 from gr.sequence import SequenceInfo, info_of_copy
-from kernels.hstu_attention.cached import PAGE
 from pipelines.batch import SequenceBatch
 from pipelines.history import Ints
 
-Lookup = Callable[[SequenceBatch], tuple[SequenceBatch, Mapping[str, Tensor]]]
-"""A batch of raw ids in host memory -> the batch on the device, and its rows by feature."""
-
 MICROBATCH = 1024
+Scored = tuple[Ints, dict[str, Tensor]]
+"""Which candidates, and of each task their scores."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ class Scorer:
         self.users: UserCache | None = None
         if cache_bytes:
             self.users = UserCache(
-                self._stores_within(cache_bytes), has_context=config.data.context == "prefix"
+                self._new_stores([tokens_within(cache_bytes, self.stacks)]),
+                has_context=config.data.context == "prefix",
             )
         self._graphs: list[PassGraphs] = []
         if self.users is not None and graphs and device.type == "cuda":
@@ -143,7 +144,28 @@ class Scorer:
             ValueError: for an id outside a static table.
         """
         with self._evaluating():
-            return self._encode(requests)
+            return self._encode(requests, None, MICROBATCH)[0]
+
+    def answer(
+        self, requests: Requests, candidates: Candidates, *, microbatch: int = MICROBATCH
+    ) -> tuple[EncodedHistory, Scores]:
+        """Return what `encode_history` and then `score` return, in fewer passes.
+
+        New events behind cached ones go through the layers together with the first microbatch of
+        their candidates.
+
+        Args:
+            requests: the requests.
+            candidates: RequestEncoder.candidates of them.
+            microbatch: as of `score`.
+
+        Raises:
+            ValueError: as both of them.
+        """
+        self._check(requests, candidates, microbatch)
+        with self._evaluating():
+            history, scored = self._encode(requests, candidates, microbatch)
+            return history, self._score(history, candidates, microbatch, scored)
 
     def score(
         self,
@@ -163,6 +185,11 @@ class Scorer:
             ValueError: if the model ranks nothing, the candidates are of other requests, the
                 microbatch is not positive, or an id is outside a static table.
         """
+        self._check(history.requests, candidates, microbatch)
+        with self._evaluating():
+            return self._score(history, candidates, microbatch, [])
+
+    def _check(self, requests: Requests, candidates: Candidates, microbatch: int) -> None:
         if self.model.ranking is None:
             raise ValueError(
                 "the model has no ranking head (data.tasks is empty): compare the user vectors "
@@ -170,15 +197,16 @@ class Scorer:
             )
         if microbatch < 1:
             raise ValueError(f"microbatch must be at least 1, got {microbatch}")
-        if len(candidates.counts) != history.requests.num_requests:
+        if len(candidates.counts) != requests.num_requests:
             raise ValueError(
                 f"candidates are of {len(candidates.counts)} requests, the histories of "
-                f"{history.requests.num_requests}"
+                f"{requests.num_requests}"
             )
-        with self._evaluating():
-            return self._score(history, candidates, microbatch)
 
-    def _encode(self, requests: Requests) -> EncodedHistory:
+    def _encode(
+        self, requests: Requests, candidates: Candidates | None, microbatch: int
+    ) -> tuple[EncodedHistory, list[Scored]]:
+        """Return the histories, and the candidates that were scored with them."""
         plan = Plan(self.encoder, requests, self.users, self.unstable)
         history = EncodedHistory(
             requests=requests,
@@ -187,11 +215,19 @@ class Scorer:
             reused=plan.reused,
             reasons=plan.reasons,
         )
-        vectors = []
+        vectors, scored = [], []
         try:
             for chosen in plan.groups():
-                part, rows = self._encode_part(plan, chosen)
+                items = None
+                if candidates is not None and plan.users_of(chosen):
+                    counts = candidates.counts[chosen]
+                    if counts.min() > 0 and counts.max() <= microbatch:
+                        items = candidates.of(chosen)
+                part, rows, y_MD = self._encode_part(plan, chosen, items)
                 history.parts.append(part)
+                if items is not None and candidates is not None:
+                    scored.append(self._ranked(candidates.rows_of(chosen), y_MD))
+                    part.is_scored = True
                 if self.model.retrieval is not None:
                     vectors.append(self.model.retrieval(rows))
         except BaseException:
@@ -202,17 +238,26 @@ class Scorer:
             order = torch.from_numpy(np.concatenate([x.chosen for x in history.parts])).argsort()
             together = torch.cat(vectors)[order.to(self.device)]
             history.user_vectors = together * history.has_history[:, None]
-        return history
+        return history, scored
 
-    def _encode_part(self, plan: Plan, chosen: Ints) -> tuple[Part, Tensor]:
-        """Return requests of one group of the plan, and the rows that retrieval reads."""
+    def _encode_part(
+        self, plan: Plan, chosen: Ints, items: Candidates | None
+    ) -> tuple[Part, Tensor, Tensor]:
+        """Return requests of one group of the plan, the rows that retrieval reads, and the items'.
+
+        Args:
+            plan: of all requests.
+            chosen: the group.
+            items: behind what is cached; None: an unknown one behind each history.
+        """
         requests, users = plan.requests.of(chosen), plan.users_of(chosen)
+        items = self.encoder.no_item(requests) if items is None else items
+        before = None
         if users:
             before = behind_cache(users, self.encoder.num_context)
             first = np.array([len(x.ints) for x in users])
-            requests, items = self.encoder.after(requests, first, [x.known for x in users])
-        else:
-            before, items = None, self.encoder.no_item(requests)
+            known = [x.known for x in users]
+            requests, items = self.encoder.after(requests, first, known, items)
         batch = self.encoder.batch(requests, items)
         host = read_structure(
             batch, before=before, keep_history=self.keep_history, groups=self.groups
@@ -220,40 +265,48 @@ class Scorer:
         x_LD = self._tokens(batch, host)
         new = new_tokens(host, users)
         stores, pages = plan.pages_of(chosen, self._new_stores)
-        y_RD, caches = [], []
+        y_RD, y_MD, caches = [], [], []
+        windowed = self.windowed_candidates
         for stack, mine, store, own in zip(self.stacks, new, stores, pages, strict=True):
-            given, cache, rows = history_pass(mine, store, own, stack.layouts)
+            given, cache, rows = history_pass(mine, store, own, stack.layouts, windowed=windowed)
             x_RD = x_LD if not self.groups and not users else self._rows(x_LD, mine.tokens)
             y = self._run(stack, x_RD, given, store)
             y_RD.append(self._rows(y, rows))
+            y_MD.append(self._rows(y, item_rows(given)))
             caches.append(cache)
         part = Part(chosen, caches, *history_end(batch, before))
         plan.keep(chosen, batch, new, part)
-        return part, torch.cat(y_RD, 1)
+        return part, torch.cat(y_RD, 1), torch.cat(y_MD, 1)
 
-    def _score(self, history: EncodedHistory, candidates: Candidates, microbatch: int) -> Scores:
-        names = self.config.data.tasks
-        ends = np.cumsum(candidates.counts)
-        order, found = [], []
+    def _ranked(self, items: Ints, y_MD: Tensor) -> Scored:
+        assert self.model.ranking is not None
+        return items, self.model.ranking(y_MD)
+
+    def _score(
+        self,
+        history: EncodedHistory,
+        candidates: Candidates,
+        microbatch: int,
+        scored: list[Scored],
+    ) -> Scores:
+        """Return the scores of all candidates; those of `scored` are there already."""
+        is_answer = bool(scored)
         for part in history.parts:
             asked = np.flatnonzero(candidates.counts[part.chosen] > 0)
-            if len(asked):
+            if len(asked) and not (is_answer and part.is_scored):
                 chosen = part.chosen[asked]
-                items = np.concatenate(
-                    [np.arange(ends[b] - candidates.counts[b], ends[b]) for b in chosen]
-                )
-                mine = Candidates(
-                    candidates.counts[chosen], candidates.ints[items], candidates.floats[items]
-                )
+                items, mine = candidates.rows_of(chosen), candidates.of(chosen)
                 for rows, y_MD in self._score_part(history, part, asked, mine, microbatch):
-                    assert self.model.ranking is not None
-                    order.append(torch.from_numpy(items)[rows])
-                    found.append(self.model.ranking(y_MD))
-        if not found:
+                    scored = [*scored, self._ranked(items[rows.numpy()], y_MD)]
+        names = self.config.data.tasks
+        if not scored:
             nothing = torch.zeros(0, device=self.device)
             return Scores(dict.fromkeys(names, nothing), candidates.counts)
-        place = torch.cat(order).argsort().to(self.device)
-        ranking = {name: torch.cat([x[name] for x in found])[place] for name in names}
+        ranking = {name: torch.cat([x[name] for _, x in scored]) for name in names}
+        order = np.concatenate([items for items, _ in scored])
+        if (order[1:] < order[:-1]).any():
+            place = torch.from_numpy(order).argsort().to(self.device)
+            ranking = {name: x[place] for name, x in ranking.items()}
         return Scores(ranking, candidates.counts)
 
     def _score_part(
@@ -323,53 +376,19 @@ class Scorer:
 
     def _new_stores(self, num_tokens: Sequence[int]) -> list[KeyValueStore]:
         """Return a store of each stack with room for sequences of so many tokens."""
-        num_pages = 1 + sum(pages_for(n) for n in num_tokens)
-        return [
-            KeyValueStore(
-                stack.shapes,
-                num_pages,
-                dtype=self.dtype,
-                device=self.device,
-                layouts=stack.layouts,
-            )
-            for stack in self.stacks
-        ]
-
-    def _stores_within(self, num_bytes: int) -> list[KeyValueStore]:
-        """Return a store of each stack, of as many pages as there is memory for."""
-        page = sum(page_bytes(stack.shapes, self.dtype, stack.layouts) for stack in self.stacks)
-        num_pages = num_bytes // page
-        if num_pages < 2:
-            raise ValueError(
-                f"cache_bytes must be at least {2 * page} (two pages of {PAGE} tokens), or 0 for "
-                f"no cache, got {num_bytes}"
-            )
-        return self._new_stores([(num_pages - 1) * PAGE])
+        pages = 1 + sum(pages_for(n) for n in num_tokens)
+        return [stack.new_store(pages, self.device) for stack in self.stacks]
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Evaluate as the trainer does: no gradient, no dropout, the run's precision."""
         was_training = self.model.training
-        self.model.eval()
+        if was_training:
+            self.model.eval()
         is_bf16 = self.config.precision == "bf16"
         try:
             with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, is_bf16):
                 yield
         finally:
-            self.model.train(was_training)
-
-
-def trainer_lookup(trainer: Any) -> Lookup:
-    """Return the lookup of a gr.trainer.Trainer, whose tables must be of one process."""
-
-    def lookup(batch: SequenceBatch) -> tuple[SequenceBatch, Mapping[str, Tensor]]:
-        vector_rows, _ = trainer.model.find_vectors(batch)
-        batch = replace(batch, vector_rows=vector_rows)
-        batch, is_event = trainer.id_rows.rows_on_host(batch)
-        device = trainer.tables.device
-        batch = batch.to(device)
-        is_event = {name: x.to(device) for name, x in is_event.items()}
-        batch, _ = trainer.id_rows.rows_on_device(batch, is_event)
-        return batch, trainer.tables.lookup(batch.ids)
-
-    return lookup
+            if was_training:
+                self.model.train()

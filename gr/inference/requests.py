@@ -8,7 +8,7 @@ Letters: B requests, E events of history of all, M candidates of all, I and S co
 event, X columns of an encoded context.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,26 +16,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from gr.inference.columns import TYPES, Columns, column_array, integers, request_data
 from gr.inference.series import hide, hide_repeated, last_known, nothing_known
 from pipelines.assemble import assemble
 from pipelines.batch import SequenceBatch, StreamPosition
-from pipelines.config import DataConfig, LeaveOneOutConfig, StochasticLengthConfig
+from pipelines.config import DataConfig
 from pipelines.feature_columns import UNKNOWN_ID
-from pipelines.features import Column, EventEncoder
+from pipelines.features import EventEncoder
 from pipelines.gather import Gathered
 from pipelines.history import FIRST_CONTEXT, TIMESTAMP, Ints
 from pipelines.schema import EVENT_ITEM_ID, EVENT_TIMESTAMP, USER_ID
 from pipelines.unify import token_counts
-
-Columns = Mapping[str, Any]
-"""Column of the log -> its values: whatever pyarrow.array takes."""
-
-TYPES = {
-    "integer": pa.int64(),
-    "number": pa.float64(),
-    "integers": pa.list_(pa.int64()),
-    "numbers": pa.list_(pa.float64()),
-}
 
 
 @dataclass(frozen=True)
@@ -64,11 +55,7 @@ class Requests:
 
     def of(self, chosen: Ints) -> "Requests":
         """Return some of the requests, (n,) int64."""
-        starts = np.cumsum(self.counts) - self.counts
-        rows = np.concatenate(
-            [np.arange(starts[b], starts[b] + self.counts[b]) for b in chosen]
-            or [np.empty(0, np.int64)]
-        )
+        rows = rows_of(self.counts, chosen)
         return Requests(
             user_id=self.user_id[chosen],
             time=self.time[chosen],
@@ -100,6 +87,15 @@ class Candidates:
     """(M, I) int64."""
     floats: NDArray[np.float32]
     """(M, G): labels, unknown, then dense features."""
+
+    def rows_of(self, chosen: Ints) -> Ints:
+        """Return (m,) int64: which of the items are those of some requests, (n,) int64."""
+        return rows_of(self.counts, chosen)
+
+    def of(self, chosen: Ints) -> "Candidates":
+        """Return those of some requests."""
+        rows = self.rows_of(chosen)
+        return Candidates(self.counts[chosen], self.ints[rows], self.floats[rows])
 
 
 class RequestEncoder:
@@ -144,7 +140,7 @@ class RequestEncoder:
             ValueError: if a column is missing, or lengths or types do not agree.
         """
         users, times, counts = (
-            _integers(name, x)
+            integers(name, x)
             for name, x in (("user_id", user_id), ("time", time), ("counts", counts))
         )
         num_requests, num_events = len(users), int(counts.sum())
@@ -194,7 +190,7 @@ class RequestEncoder:
         Raises:
             ValueError: if a column is missing, or lengths or types do not agree.
         """
-        counts = _integers("counts", counts)
+        counts = integers("counts", counts)
         if len(counts) != requests.num_requests or (counts < 0).any():
             raise ValueError(
                 f"counts must have one value a request, {requests.num_requests}, each at least 0, "
@@ -222,26 +218,28 @@ class RequestEncoder:
         return Candidates(np.ones(num_requests, np.int64), ints, floats)
 
     def after(
-        self, requests: Requests, first: Ints, known: Sequence[Ints]
+        self, requests: Requests, first: Ints, known: Sequence[Ints], items: Candidates
     ) -> tuple[Requests, Candidates]:
-        """Return what follows the first events of each history, and an unknown item behind it.
+        """Return what follows the first events of each history, and the items behind it.
 
         Args:
             requests: of them all.
             first: (B,) int64: so many events of each are left out.
             known: of each, a row of an event with the series' values known last in those.
+            items: for each request one at least.
         """
-        ends = np.cumsum(requests.counts)
+        ends, item_ends = np.cumsum(requests.counts), np.cumsum(items.counts)
         starts = ends - requests.counts + first
-        items = self.no_item(requests)
+        items = replace(items, ints=items.ints.copy())
         rows, ints = [], []
         for b, (start, end) in enumerate(zip(starts, ends, strict=True)):
             rows.append(np.arange(start, end))
-            both = np.concatenate([requests.ints[start:end], items.ints[b : b + 1]])
+            mine = slice(item_ends[b] - items.counts[b], item_ends[b])
+            both = np.concatenate([requests.ints[start:end], items.ints[mine]])
             if self.encoder.merges_context:
                 hide_repeated(both, self.encoder.series_slots, known[b])
-            items.ints[b] = both[-1]
-            ints.append(both[:-1])
+            items.ints[mine] = both[end - start :]
+            ints.append(both[: end - start])
         suffix = replace(
             requests,
             counts=requests.counts - first,
@@ -343,7 +341,7 @@ class RequestEncoder:
                     f"{what} lacks the column {column.name!r}, which {column.wanted_by} reads; got "
                     f"{sorted(given)}"
                 )
-            found[column.name] = _array(what, column, given[column.name], num_rows)
+            found[column.name] = column_array(what, column, given[column.name], num_rows)
         return found
 
     def _context(self, given: Columns, user_id: Ints) -> Ints:
@@ -355,7 +353,9 @@ class RequestEncoder:
                         f"context lacks the column {column.name!r}, which {column.wanted_by} "
                         f"reads; got {sorted(given)}"
                     )
-                columns[column.name] = _array("context", column, given[column.name], len(user_id))
+                columns[column.name] = column_array(
+                    "context", column, given[column.name], len(user_id)
+                )
         return self.encoder.encode_context(columns, len(user_id))
 
     def _encode(
@@ -381,49 +381,13 @@ class RequestEncoder:
         return ints, codes, rows.floats.reshape(num_rows, encoder.num_floats)
 
 
-def request_data(data: DataConfig) -> DataConfig:
-    """Return the configuration by which requests are laid out: candidates at the end.
+def rows_of(counts: Ints, chosen: Ints) -> Ints:
+    """Return which rows belong to the chosen of groups of rows.
 
-    An event that is predicted from all tokens before it (data.anchor=event) is read at its item's
-    token, which sees what a candidate sees; so one layout serves both.
+    Args:
+        counts: (B,) int64: rows of each group, which follow one another.
+        chosen: (n,) int64: groups.
     """
-    return replace(
-        data,
-        anchor="session",
-        supervise="session",
-        sampled_rate=1.0,
-        window="none",
-        window_offset_seconds=0,
-        leave_one_out=LeaveOneOutConfig(),
-        stochastic_length=StochasticLengthConfig(),
-        fill="sessions",
-        budget=0.0,
-        sessions_per_partition=8,
-        num_negatives=0,
-        follow=False,
-    )
-
-
-def _integers(name: str, values: Any) -> Ints:
-    found = np.asarray(values)
-    if found.ndim != 1 or (found.size and not np.issubdtype(found.dtype, np.integer)):
-        raise ValueError(f"{name} must be a list of integers, got {found.dtype} {found.shape}")
-    return found.astype(np.int64)
-
-
-def _array(what: str, column: Column, values: Any, num_rows: int) -> pa.Array:
-    try:
-        array = values if isinstance(values, pa.Array) else pa.array(values)
-        if pa.types.is_null(array.type):
-            array = pa.nulls(len(array), TYPES[column.kind])
-        if column.kind == "integer" and pa.types.is_floating(array.type):
-            raise pa.ArrowInvalid("floating-point numbers where integers are expected")
-        array = array.cast(TYPES[column.kind])
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-        raise ValueError(
-            f"{what}.{column.name} must hold {column.kind} values, as {column.wanted_by} reads "
-            f"them: {error}"
-        ) from error
-    if len(array) != num_rows:
-        raise ValueError(f"{what}.{column.name} must hold {num_rows} values, got {len(array)}")
-    return array
+    ends = np.cumsum(counts)
+    rows = [np.arange(ends[b] - counts[b], ends[b]) for b in chosen]
+    return np.concatenate(rows) if rows else np.empty(0, np.int64)

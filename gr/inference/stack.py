@@ -3,7 +3,7 @@
 Letters: B sequences, R new tokens, n rows, H heads, K and V dims, D model dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from gr.baselines.cross_attention import CrossAttentionEncoder, CrossAttentionLa
 from gr.baselines.sasrec import SASRecEncoder, SASRecLayer
 from gr.baselines.transformer import TransformerEncoder, TransformerLayer
 from gr.hstu import HSTUEncoder, HSTULayer, attention_mask, tail_index, truncated
-from gr.inference.cache import KeyValueStore, LayerShape
+from gr.inference.cache import KeyValueStore, LayerShape, page_bytes
 from gr.rotary import rotations
 from gr.sequence import SequenceInfo
 from kernels.hstu_attention import (
@@ -24,6 +24,7 @@ from kernels.hstu_attention import (
     hstu_attention,
     hstu_attention_cached,
 )
+from kernels.hstu_attention.cached import PAGE
 from kernels.hstu_layer import Attend, Fp8Weights, LayerWeights, inference_weights
 from kernels.rotary import Rotation
 
@@ -126,6 +127,12 @@ class Stack:
             # The reference casts by itself, as in training.
             kept = weights if is_reference else inference_weights(weights, self.dtype)
             self._weights.append((kept, fp8))
+
+    def new_store(self, num_pages: int, device: torch.device) -> KeyValueStore:
+        """Return a store of so many pages for keys and values of the layers."""
+        return KeyValueStore(
+            self.shapes, num_pages, dtype=self.dtype, device=device, layouts=self.layouts
+        )
 
     def rotations(self, x_LD: Tensor, info: SequenceInfo) -> Rotations | None:
         """Return what queries and keys of new tokens are turned by."""
@@ -266,6 +273,22 @@ class Stack:
                 )
 
         return attend
+
+
+def tokens_within(num_bytes: int, stacks: Sequence[Stack]) -> int:
+    """Return of how many tokens a store of each stack fits into so much memory.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    page = sum(page_bytes(stack.shapes, stack.dtype, stack.layouts) for stack in stacks)
+    num_pages = num_bytes // page
+    if num_pages < 2:
+        raise ValueError(
+            f"cache_bytes must be at least {2 * page} (two pages of {PAGE} tokens), or 0 for no "
+            f"cache, got {num_bytes}"
+        )
+    return (num_pages - 1) * PAGE
 
 
 def _attention(

@@ -70,13 +70,20 @@ def test_requests_of_users_who_go_on_equal_those_without_a_cache(
     for counts in growth:
         requests = world.requests()
         candidates = world.candidates(requests, [2] * len(lengths))
-        encoded = scorer.encode_history(requests)
         ranking, vectors = alone(config, model, lookup, requests, candidates)
-        assert_same(encoded.user_vectors, vectors[::2])
-        if config.data.tasks:
+        if not config.data.tasks:
+            encoded = scorer.encode_history(requests)
+        elif seed % 2:
+            encoded = scorer.encode_history(requests)
             found = scorer.score(encoded, candidates, microbatch=1)
-            for name, x in found.ranking.items():
-                assert_same(x, ranking[name])
+        else:
+            encoded, found = scorer.answer(requests, candidates, microbatch=2)
+            again = scorer.score(encoded, candidates, microbatch=1)
+            for name, x in again.ranking.items():
+                assert_same(x, found.ranking[name])
+        assert_same(encoded.user_vectors, vectors[::2])
+        for name in config.data.tasks:
+            assert_same(found.ranking[name], ranking[name])
         for reused, reason in zip(encoded.reused, encoded.reasons, strict=True):
             assert (reused > 0) == (reason == "")
         del encoded

@@ -1,0 +1,80 @@
+"""Columns of requests as the data side reads those of a log, and how requests are laid out."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.config import DataConfig, LeaveOneOutConfig, StochasticLengthConfig
+from pipelines.features import Column
+from pipelines.history import Ints
+
+Columns = Mapping[str, Any]
+"""Column of the log -> its values: whatever pyarrow.array takes."""
+
+TYPES = {
+    "integer": pa.int64(),
+    "number": pa.float64(),
+    "integers": pa.list_(pa.int64()),
+    "numbers": pa.list_(pa.float64()),
+}
+
+
+def request_data(data: DataConfig) -> DataConfig:
+    """Return the configuration by which requests are laid out: candidates at the end.
+
+    An event that is predicted from all tokens before it (data.anchor=event) is read at its item's
+    token, which sees what a candidate sees; so one layout serves both.
+    """
+    return replace(
+        data,
+        anchor="session",
+        supervise="session",
+        sampled_rate=1.0,
+        window="none",
+        window_offset_seconds=0,
+        leave_one_out=LeaveOneOutConfig(),
+        stochastic_length=StochasticLengthConfig(),
+        fill="sessions",
+        budget=0.0,
+        sessions_per_partition=8,
+        num_negatives=0,
+        follow=False,
+    )
+
+
+def integers(name: str, values: Any) -> Ints:
+    """Return whole numbers as int64.
+
+    Raises:
+        ValueError: if they are something else.
+    """
+    found = np.asarray(values)
+    if found.ndim != 1 or (found.size and not np.issubdtype(found.dtype, np.integer)):
+        raise ValueError(f"{name} must be a list of integers, got {found.dtype} {found.shape}")
+    return found.astype(np.int64)
+
+
+def column_array(what: str, column: Column, values: Any, num_rows: int) -> pa.Array:
+    """Return the values of a column as the encoder reads them.
+
+    Raises:
+        ValueError: if their type or number is wrong.
+    """
+    try:
+        array = values if isinstance(values, pa.Array) else pa.array(values)
+        if pa.types.is_null(array.type):
+            array = pa.nulls(len(array), TYPES[column.kind])
+        if column.kind == "integer" and pa.types.is_floating(array.type):
+            raise pa.ArrowInvalid("floating-point numbers where integers are expected")
+        array = array.cast(TYPES[column.kind])
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        raise ValueError(
+            f"{what}.{column.name} must hold {column.kind} values, as {column.wanted_by} reads "
+            f"them: {error}"
+        ) from error
+    if len(array) != num_rows:
+        raise ValueError(f"{what}.{column.name} must hold {num_rows} values, got {len(array)}")
+    return array
