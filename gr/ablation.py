@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 from gr.atomic import write_atomically
 from gr.config import TrainConfig
 from gr.config_io import load_config
-from gr.flops import inference_flops, sequence_cost
+from gr.flops import inference_flops, sequence_costs
 from gr.hstu import kept_history
 from gr.mixture import mixture_groups
 from gr.report import markdown_table
@@ -112,7 +112,7 @@ def mean_inference_flops(run_dir: str | Path) -> float:
     data = replace(config.data, stochastic_length=StochasticLengthConfig(), follow=False)
     groups, keep = mixture_groups(config.model, data), kept_history(config.model)
     flops = sequences = 0
-    for batch in SessionStream(data, seed=config.seed, cost=sequence_cost(config.model)):
+    for batch in SessionStream(data, seed=config.seed, cost=sequence_costs(config.model)):
         info = sequence_info(batch, keep_history=keep, groups=groups)
         flops += inference_flops(config.model, info)
         sequences += batch.num_sequences

@@ -26,7 +26,7 @@ from gr.config import (
     OptimConfig,
     TrainConfig,
 )
-from gr.flops import layer_flops, peak_flops, sequence_cost
+from gr.flops import layer_flops, peak_flops, sequence_costs
 from gr.parallel import World
 from gr.trainer import EVALUATION, Trainer
 from pipelines.batch import SequenceBatch
@@ -318,7 +318,7 @@ def _stream(
             seed=0,
             rank=world.rank,
             world_size=world.size,
-            cost=sequence_cost(config.model),
+            cost=sequence_costs(config.model),
             load_target=trainer.load_target,
         )
     )

@@ -728,7 +728,7 @@ def check_consistency(config: TrainConfig) -> None:
 
 
 def _check_mixture(config: TrainConfig) -> None:
-    """Refuse groups that the actions of the data cannot tell apart, or whose cost is not known."""
+    """Refuse groups that the actions of the data cannot tell apart."""
     data, mixture = config.data, config.model.mixture
     for name, group in mixture.items():
         for action, least in group.actions.items():
@@ -743,12 +743,6 @@ def _check_mixture(config: TrainConfig) -> None:
                     f"model.mixture.{name}.actions.{action}={least} is not one of "
                     f"data.actions.{action}.thresholds, {list(thresholds)}: tokens tell no more"
                 )
-    if mixture and (data.fill == "flops" or data.stochastic_length.balance):
-        raise ValueError(
-            "data.fill=flops and data.stochastic_length.balance plan by the number of events, but "
-            "what a model.mixture costs depends on their actions: use data.fill=tokens or sessions "
-            "and balance=false"
-        )
 
 
 def _check_item_table(config: TrainConfig) -> None:

@@ -14,7 +14,7 @@ from gr.atomic import write_atomically
 from gr.checkpoint import CheckpointManager
 from gr.config import TrainConfig
 from gr.config_io import load_config
-from gr.flops import sequence_cost
+from gr.flops import sequence_costs
 from gr.logs import open_log, window_name
 from gr.metrics import WindowResult
 from gr.parallel import World
@@ -99,7 +99,7 @@ def evaluate(
                 seed=config.seed,
                 rank=world.rank,
                 world_size=world.size,
-                cost=sequence_cost(config.model),
+                cost=sequence_costs(config.model),
             )
             num_batches = stream.num_steps
         trainer = Trainer(

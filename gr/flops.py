@@ -66,8 +66,21 @@ def _stack_flops(model: ModelConfig, info: SequenceInfo) -> int:
     return (model.num_layers - truncated) * full + (truncated - 1) * kept + last
 
 
-def sequence_cost(model: ModelConfig) -> SequenceCost:
-    """Return the training FLOPs of the encoder on one sequence, as the data side reads them."""
+def sequence_costs(model: ModelConfig) -> tuple[SequenceCost, ...]:
+    """Return the training FLOPs of the encoder on one sequence, as the data side reads them.
+
+    One for each stack. The data side knows how many events there are and not which actions they
+    have: of a group of a mixture it is an upper bound, as if every event belonged to it.
+    """
+    cost = _stack_cost(model)
+    if not model.mixture:
+        return (cost,)
+    return tuple(
+        cost._replace(most_events=group.history or WHOLE) for group in model.mixture.values()
+    )
+
+
+def _stack_cost(model: ModelConfig) -> SequenceCost:
     per_key, per_query, per_pair = layer_flops(model)
     if model.encoder == "cross_attention":
         layers = 3.0 * model.num_layers

@@ -14,7 +14,7 @@ from gr import parallel
 from gr.atomic import CheckpointError
 from gr.checkpoint import CheckpointManager
 from gr.config import TrainConfig
-from gr.flops import peak_flops, sequence_cost
+from gr.flops import peak_flops, sequence_costs
 from gr.logs import Log, open_log, window_name
 from gr.metrics import WindowResult
 from gr.parallel import World
@@ -88,7 +88,7 @@ def train(config: TrainConfig, resolved: DictConfig, overrides: Sequence[str] = 
                 frozen=config.eval.mode == "frozen",
                 from_rank_0=world.from_rank_0,
                 on_reject=lambda reject: rejects.write(reject, trainer.next_step),
-                cost=sequence_cost(config.model),
+                cost=sequence_costs(config.model),
                 load_target=trainer.load_target,
             )
 

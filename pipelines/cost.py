@@ -39,6 +39,8 @@ class SequenceCost(NamedTuple):
     """K2 by rows."""
     global_columns: int = 0
     """K2 by columns."""
+    most_events: int = WHOLE
+    """Of history, the newest: what one stack of a mixture reads at most."""
 
 
 TOKENS = SequenceCost(1.0, 0.0, 0.0, 0.0)
@@ -48,7 +50,8 @@ TOKENS = SequenceCost(1.0, 0.0, 0.0, 0.0)
 class CostRules(NamedTuple):
     """What the kernels need to know of model and configuration."""
 
-    cost: SequenceCost
+    costs: tuple[SequenceCost, ...]
+    """The cost is their sum: one for each stack of a mixture."""
     tokens: TokenCounts
     candidates: bool
     """The session's events see context, history and themselves only."""
@@ -56,10 +59,10 @@ class CostRules(NamedTuple):
     """A loss reads the history too."""
 
 
-def cost_rules(config: DataConfig, cost: SequenceCost) -> CostRules:
-    """Return the rules that coefficients and a configuration stand for."""
+def cost_rules(config: DataConfig, cost: SequenceCost | tuple[SequenceCost, ...]) -> CostRules:
+    """Return the rules that coefficients, of one stack or of several, and a configuration mean."""
     return CostRules(
-        cost=cost,
+        costs=(cost,) if isinstance(cost, SequenceCost) else cost,
         tokens=token_counts(config),
         candidates=config.anchor == "session",
         tail_is_all=config.supervise != "session",
@@ -75,13 +78,22 @@ def sequence_cost(n: Any, m: Any, rules: Any, series: Any = 0) -> Any:
     history and itself. The tokens of series (data.context=merged) count as history: all others
     stand in front of the session.
     """
-    cost, tokens = rules.cost, rules.tokens
+    total = 0.0
+    for cost in rules.costs:
+        total += _stack_cost(min(n, cost.most_events), m, cost, rules, series)
+    return total
+
+
+@njit(inline="always")
+def _stack_cost(n: Any, m: Any, cost: Any, rules: Any, series: Any) -> Any:
+    """Return the cost of a sequence in one stack."""
+    tokens = rules.tokens
     context = tokens.context
     before = context + n * tokens.per_history_event + series
     session = m * tokens.per_session_event
     kept = context + min(before - context, cost.kept_history)
-    pairs = _pairs(context, before, session, rules)
-    kept_pairs = _pairs(context, kept, session, rules)
+    pairs = _pairs(context, before, session, cost, rules)
+    kept_pairs = _pairs(context, kept, session, cost, rules)
     tail, tail_pairs = session, kept_pairs[1]
     if rules.tail_is_all:
         tail, tail_pairs = kept + session, kept_pairs[0] + kept_pairs[1]
@@ -99,15 +111,15 @@ def sequence_cost(n: Any, m: Any, rules: Any, series: Any = 0) -> Any:
 
 
 @njit(inline="always")
-def _pairs(context: Any, before: Any, session: Any, rules: Any) -> Any:
+def _pairs(context: Any, before: Any, session: Any, cost: Any, rules: Any) -> Any:
     """Return the pairs of context and history, and those of the session."""
     history_pairs = context * context + _windowed(
-        context, before, before, context, rules.cost, rules.candidates
+        context, before, before, context, cost, rules.candidates
     )
     if rules.candidates:
         return history_pairs, session * (before + 1.0)
     end = before + session
-    return history_pairs, _windowed(before, end, end, context, rules.cost, False)
+    return history_pairs, _windowed(before, end, end, context, cost, False)
 
 
 @njit(inline="always")

@@ -71,7 +71,7 @@ class SessionStream:
         frozen: bool = False,
         on_reject: OnReject | None = None,
         from_rank_0: Callable[[str], str] = str,
-        cost: SequenceCost = TOKENS,
+        cost: SequenceCost | tuple[SequenceCost, ...] = TOKENS,
         load_target: LoadTarget | None = None,
     ) -> None:
         """Read the order of the log and check all its files against the configuration.

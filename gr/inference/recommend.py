@@ -21,7 +21,7 @@ from gr.atomic import sync_folder, write_atomically
 from gr.checkpoint import CheckpointManager
 from gr.config import TrainConfig
 from gr.evaluate import find_step, with_bar
-from gr.flops import sequence_cost
+from gr.flops import sequence_costs
 from gr.inference.score_tables import tables_of
 from gr.logs import open_log
 from gr.parallel import World
@@ -108,7 +108,7 @@ def recommend(
             rank=world.rank,
             world_size=world.size,
             position=files.progress.position,
-            cost=sequence_cost(config.model),
+            cost=sequence_costs(config.model),
         )
         _score(trainer, stream, files, steps_per_file)
     finally:

@@ -10,6 +10,7 @@ from numba import njit
 from torch.utils.flop_counter import FlopCounterMode
 
 from gr.config import (
+    GroupConfig,
     HeadConfig,
     HSTUConfig,
     ModelConfig,
@@ -21,11 +22,12 @@ from gr.flops import (
     layer_flops,
     num_truncated,
     peak_flops,
-    sequence_cost,
+    sequence_costs,
     training_flops,
     visible_pairs,
 )
 from gr.hstu import kept_history
+from gr.mixture import mixture_groups
 from gr.model import ENCODERS
 from gr.sequence import sequence_info
 from pipelines.config import StochasticLengthConfig
@@ -192,16 +194,28 @@ def test_only_a_known_device_has_a_peak(monkeypatch):
         assert peak_flops(torch.device("cuda", 0)) == peak
 
 
+MIXED = {
+    "mixture": replace(MODELS["hstu"], mixture={"a": GroupConfig(history=3), "b": GroupConfig()}),
+    "mixture_truncated": replace(
+        MODELS["truncated"], mixture={"a": GroupConfig(history=4), "b": GroupConfig(history=1)}
+    ),
+}
+
+
 @pytest.mark.parametrize("mode", MODES, ids="-".join)
-@pytest.mark.parametrize("name", MODELS)
+# Compiling the sum over two stacks takes seconds.
+@pytest.mark.parametrize(
+    "name", [*MODELS, *(pytest.param(n, marks=pytest.mark.slow) for n in MIXED)]
+)
 def test_the_data_side_counts_what_the_encoder_does(tmp_path_factory, mode, name):
     log = random_log(tmp_path_factory.mktemp("log") / "log")
     data = data_config(log, mode, positive=())
-    model = fitting(MODELS[name], mode)
-    rules = cost_rules(data, sequence_cost(model))
+    model = fitting((MODELS | MIXED)[name], mode)
+    groups = mixture_groups(model, data)
+    rules = cost_rules(data, sequence_costs(model))
     counted = expected = 0.0
     for batch in batches_of(data):
-        info = sequence_info(batch, keep_history=kept_history(model))
+        info = sequence_info(batch, keep_history=kept_history(model), groups=groups)
         expected += training_flops(model, info)
         session = batch.lengths - batch.session_start
         history = batch.session_start - batch.num_context
@@ -223,7 +237,24 @@ def fitting(model, mode):
         hstu = replace(hstu, semi_local=replace(hstu.semi_local, global_rows=0))
     if mode[2] != "session":
         hstu = replace(hstu, truncation=TruncationConfig())
+        model = replace(model, mixture={})
     return replace(model, hstu=hstu)
+
+
+@pytest.mark.slow
+def test_a_group_that_is_chosen_by_actions_costs_at_most_what_is_planned(tmp_path_factory):
+    data = data_config(random_log(tmp_path_factory.mktemp("log") / "log"), MODES[3], positive=())
+    mixture = {"a": GroupConfig(history=3), "b": GroupConfig(actions={"click": 0.5})}
+    model = replace(MODELS["hstu"], mixture=mixture)
+    rules, groups = cost_rules(data, sequence_costs(model)), mixture_groups(model, data)
+    planned = spent = 0.0
+    for batch in batches_of(data):
+        spent += training_flops(model, sequence_info(batch, groups=groups))
+        session = (batch.lengths - batch.session_start) // rules.tokens.per_session_event
+        history = (batch.session_start - batch.num_context) // rules.tokens.per_history_event
+        for n, m in zip(history.tolist(), session.tolist(), strict=True):
+            planned += cost_of(n, m, rules)
+    assert 0.3 * planned < spent < planned
 
 
 @njit

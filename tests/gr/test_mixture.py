@@ -176,7 +176,6 @@ def test_flops_are_those_of_the_stacks(tmp_path_factory):
             {},
             r"watch=2.0 is not one of .*\[1.0, 3.0\]",
         ),
-        (MIXTURE, {"fill": "flops", "budget": 1.0, "sessions_per_partition": 8}, "fill=flops"),
         (MIXTURE, {"supervise": "all"}, "model.mixture"),
     ],
 )
