@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 
+from embeddings.config import EmbeddingsConfig, TableConfig
 from gr.config import TrainConfig
 from gr.paired import Difference, compare
 from gr.report import markdown_table
 from gr.results import FREE, PageConfig, StudyConfig, by_row, run_commit, run_facts
 from gr.runlog import flatten
 from gr.runs import ALL, Run, mean_interval
+from pipelines.config import ActionConfig, DataConfig, FeatureConfig, TaskConfig
 
 STUDIES = "studies"
 """Folder of their records, beside those of the tables."""
@@ -25,6 +27,16 @@ DIFFERENCES = (
 LOWER_IS_BETTER = ("ne", "logloss", "mae", "rmse", "mse", "log_pplx")
 TRAINING = {"train/tokens": "tokens", "train/flops": "flops"}
 """Metrics of a study that are sums over the training -> their name in metrics.jsonl."""
+_SCHEMAS = {
+    "": TrainConfig,
+    "data.": DataConfig,
+    "data.actions.*.": ActionConfig,
+    "data.context_features.*.": FeatureConfig,
+    "data.item_features.*.": FeatureConfig,
+    "data.tasks.*.": TaskConfig,
+    "embeddings.": EmbeddingsConfig,
+    "embeddings.tables.*.": TableConfig,
+}
 _NAMES = {"train/tokens": "tokens, M", "train/flops": "encoder, PFLOP"}
 _SCALES = {"train/tokens": 1e-6, "train/flops": 1e-15}
 
@@ -36,7 +48,7 @@ class StudyRecord:
     row: str
     seed: int
     all: dict[str, float | None]
-    """Metrics of the whole pass, and sums over the training."""
+    """The study's metrics of the whole pass, and sums over the training."""
     last: dict[str, float | None]
     """The same of the latest window."""
     config: dict[str, Any]
@@ -65,37 +77,32 @@ def make_study_records(page: PageConfig, runs: Sequence[str | Path]) -> list[Stu
         ValueError: if a directory is no finished run of a row of the page, or two are of one row
             and seed.
     """
-    rows = {name for study in page.studies.values() for name in study.rows}
+    study_of = {name: study for study in page.studies.values() for name in study.rows}
     found: dict[tuple[str, int], StudyRecord] = {}
     for row, run in by_row(page, runs):
-        if row not in rows:
+        if row not in study_of:
             continue
-        record = _record(row, run)
+        record = _record(row, run, study_of[row].metrics)
         if (row, record.seed) in found:
             raise ValueError(f"{run.path} is the second run of {row}, seed {record.seed}: name one")
         found[row, record.seed] = record
     return [record for _, record in sorted(found.items())]
 
 
-def _record(row: str, run: Run) -> StudyRecord:
+def _record(row: str, run: Run, metrics: Sequence[str]) -> StudyRecord:
     if ALL not in run.windows:
         raise ValueError(
             f"{run.path} is not finished: go on with it (resume=true), or leave it out"
         )
-    totals = {k: run.steps[-1].get(c) if run.steps else None for k, c in TRAINING.items()}
+    sums = {k: run.steps[-1].get(c) if run.steps else None for k, c in TRAINING.items()}
     windows = sorted(set(run.windows) - {ALL}) or [ALL]
     facts = run_facts(run)
-    defaults = flatten(OmegaConf.to_container(OmegaConf.structured(TrainConfig)))
     return StudyRecord(
         row=row,
         seed=int(run.config["seed"]),
-        all=_numbers(run, ALL) | totals,
-        last=_numbers(run, windows[-1]) | totals,
-        config={
-            k: v
-            for k, v in run.config.items()
-            if k not in (*FREE, "seed") and (k not in defaults or defaults[k] != v)
-        },
+        all=_numbers(run, ALL, metrics) | sums,
+        last=_numbers(run, windows[-1], metrics) | sums,
+        config=_changed(run.config),
         log=hashlib.sha256(facts["log"].encode()).hexdigest()[:16],
         commit=run_commit(run),
         device=facts["device"],
@@ -103,12 +110,33 @@ def _record(row: str, run: Run) -> StudyRecord:
     )
 
 
-def _numbers(run: Run, window: str) -> dict[str, float | None]:
+def _numbers(run: Run, window: str, metrics: Sequence[str]) -> dict[str, float | None]:
+    """Return the metrics of a study, and how many predictions they are of."""
     return {
         name: round(value, 6) if isinstance(value, float) else value
         for name, value in run.windows[window].items()
-        if value is None or isinstance(value, int | float)
+        if name in metrics or name.startswith("num_examples-")
     }
+
+
+def _changed(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what is not at its default, of a flat configuration; lists of named parts by part."""
+    defaults: dict[str, Any] = {}
+    for prefix, schema in _SCHEMAS.items():
+        content = OmegaConf.to_container(OmegaConf.structured(schema))
+        defaults |= {f"{prefix}{k}": _plain(v) for k, v in flatten(content).items()}
+
+    def default(key: str) -> Any:
+        parts = key.split(".")
+        of_any = ".".join([*parts[:2], "*", *parts[3:]])
+        return defaults.get(key, defaults.get(of_any, MISSING))
+
+    free = (*FREE, "seed")
+    return {k: v for k, v in config.items() if k not in free and _plain(v) != default(k)}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def read_study_records(folder: Path) -> list[StudyRecord]:
