@@ -85,17 +85,15 @@ def evaluate(
         checkpoints = CheckpointManager(run.checkpoints, apart=(EVALUATION,))
         step = find_step(checkpoints, step)
         world.agree("checkpoint", str(step))
-        # Stochastic length is for training: what is served reads whole sequences.
-        data = replace(config.data, follow=False, stochastic_length=StochasticLengthConfig())
         batches: Iterable[SequenceBatch]
         if source.users is not None:
             epochs = LeaveOneOutStream(
-                data, source.users, seed=config.seed, rank=world.rank, world_size=world.size
+                config.data, source.users, seed=config.seed, rank=world.rank, world_size=world.size
             )
             batches, num_batches = epochs.score(window=0), epochs.num_scored_batches
         else:
             batches = stream = SessionStream(
-                data,
+                scored_data(config.data),
                 seed=config.seed,
                 rank=world.rank,
                 world_size=world.size,
@@ -159,6 +157,21 @@ def score(
     skipped = {f"data/rejected/{REASONS[i]}": n for i, n in enumerate(counts) if n}
     add(LIFETIME, {**trainer.evaluation.lifetime(), **skipped})
     return rows
+
+
+def scored_data(data: DataConfig) -> DataConfig:
+    """Return the configuration of a session-end log that is only scored: each session once, whole.
+
+    Stochastic length and labels of the history are for training: what is served reads whole
+    sequences, and predicts what is new.
+    """
+    return replace(
+        data,
+        follow=False,
+        supervise="session",
+        sampled_rate=1.0,
+        stochastic_length=StochasticLengthConfig(),
+    )
 
 
 def with_bar(

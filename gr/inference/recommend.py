@@ -6,7 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from gr import parallel
 from gr.atomic import sync_folder, write_atomically
 from gr.checkpoint import CheckpointManager
 from gr.config import TrainConfig
-from gr.evaluate import find_step, with_bar
+from gr.evaluate import find_step, scored_data, with_bar
 from gr.flops import sequence_costs
 from gr.inference.score_tables import tables_of
 from gr.logs import open_log
@@ -28,7 +28,6 @@ from gr.parallel import World
 from gr.runlog import RunDir, json_line
 from gr.trainer import EVALUATION, Trainer
 from pipelines.batch import SequenceBatch, StreamPosition
-from pipelines.config import StochasticLengthConfig
 from pipelines.stream import SessionStream
 
 PROGRESS = "progress.json"
@@ -103,7 +102,7 @@ def recommend(
                 tqdm.write(f"{output} is complete: nothing is left to score", file=sys.stderr)
             return
         stream = SessionStream(
-            replace(config.data, follow=False, stochastic_length=StochasticLengthConfig()),
+            scored_data(config.data),
             seed=config.seed,
             rank=world.rank,
             world_size=world.size,

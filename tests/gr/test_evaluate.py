@@ -128,6 +128,19 @@ def test_the_cut_offs_may_be_others(run_dir):
     assert "hr@10" not in row
 
 
+def test_whatever_trains_each_session_is_scored_once(run_dir):
+    found = {}
+    for supervise in ("session", "sampled"):
+        argv = ["evaluate", str(run_dir), f"data.supervise={supervise}", "data.window=none"]
+        argv += ["model.encoding.position=from_start", "model.encoding.time=none"]
+        argv += ["data.sampled_rate=0.3"] if supervise == "sampled" else []
+        assert cli.main(argv) == 0
+        (found[supervise],) = read_lines(run_dir / EVALUATE)
+        found[supervise].pop("overrides")
+    assert found["sampled"] == found["session"]
+    assert found["session"]["num_examples-click"] == 24 * 3 * 2 * 4
+
+
 def evaluate_here(run_dir):
     evaluate(run_config(run_dir), run_dir)
 
