@@ -21,7 +21,7 @@ from gr.inference.series import hide, hide_repeated, last_known, nothing_known
 from pipelines.assemble import assemble
 from pipelines.batch import SequenceBatch, StreamPosition
 from pipelines.config import DataConfig
-from pipelines.feature_columns import UNKNOWN_ID
+from pipelines.feature_columns import UNKNOWN_ID, read_numbers
 from pipelines.features import EventEncoder
 from pipelines.gather import Gathered
 from pipelines.history import FIRST_CONTEXT, TIMESTAMP, Ints
@@ -183,8 +183,8 @@ class RequestEncoder:
 
         Args:
             requests: whom they are for.
-            items: item_id, every item feature and every dense feature -> (M,) values, request after
-                request. A counter under its own name, or it is missing.
+            items: item_id and every item feature -> (M,) values, request after request. A counter
+                under its own name, or it is missing.
             counts: (B,) integers: candidates of each request.
 
         Raises:
@@ -327,14 +327,14 @@ class RequestEncoder:
     ) -> dict[str, pa.Array]:
         found = {}
         labels = {t.action for t in self.data.tasks.values()} - set(self.data.actions)
-        dense = set(self.encoder.dense_features) if what == "history" else set()
+        dense = set(self.encoder.dense_features)  # of model.encoder=dlrm, which has no Scorer
         counted = {x.column for x in self.data.item_features.values() if x.is_counter}
         unread = (labels | dense | counted | set(self.data.positive)) - set(self.data.actions)
         for column in self.encoder.columns:
             if column.place != place:
                 continue
             if column.name not in given:
-                if column.name in optional or (what == "history" and column.name in unread):
+                if column.name in optional | unread:
                     found[column.name] = pa.nulls(num_rows, TYPES[column.kind])
                     continue
                 raise ValueError(
@@ -367,6 +367,8 @@ class RequestEncoder:
             if columns[name].null_count:
                 raise ValueError(f"{name} must not be null, got {columns[name].null_count} nulls")
         item_id = np.asarray(items.to_numpy(zero_copy_only=False), np.int64)
+        if (item_id < 0).any():
+            raise ValueError(f"item_id must be at least 0, got {int(item_id.min())}")
         if not encoder.merges_context:
             context = np.zeros((num_rows, encoder.num_context), np.int64)
         rows = encoder.encode(columns, item_id, context, np.arange(num_rows + 1))
@@ -378,7 +380,11 @@ class RequestEncoder:
                 bits = np.where(np.isnan(bits), np.nan, bits + 0.0)
                 ints[:, slot.first] = bits.view(np.int64)
         codes = rows.codes.reshape(num_rows, encoder.num_codes)
-        return ints, codes, rows.floats.reshape(num_rows, encoder.num_floats)
+        floats = rows.floats.reshape(num_rows, encoder.num_floats)
+        numbers = [read_numbers(ints, x) for x in encoder.item_slots if x.feature.is_number]
+        if any(bool(np.isinf(x).any()) for x in numbers) or bool(np.isinf(floats).any()):
+            raise ValueError("numbers must be finite in float32, or null, as a log's must; got inf")
+        return ints, codes, floats
 
 
 def rows_of(counts: Ints, chosen: Ints) -> Ints:
