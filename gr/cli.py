@@ -125,6 +125,17 @@ def _parser() -> argparse.ArgumentParser:
         child.add_argument(flag, type=field.type, default=field.default, metavar="X", help=text)
     child.add_argument("--traceback", action="store_true", help="show it also for user errors")
 
+    child = command("export", _export, "Write a checkpoint for inference, tables in few bits.")
+    child.add_argument("run_dir", metavar="RUN", help="run directory")
+    child.add_argument("output", metavar="OUTPUT", help="folder to write")
+    child.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="override of the run, as data.log=OTHER"
+    )
+    child.add_argument("--step", type=int, help="of the checkpoint; the newest if not given")
+    child.add_argument("--tables", default="fp16", help="fp32, fp16, int8 or int4 (fp16)")
+    child.add_argument("--aot", action="store_true", help="compile the dense part ahead of time")
+    child.add_argument("--traceback", action="store_true", help="show it also for user errors")
+
     child = command("dataset", _dataset, "Turn a public dataset into an event log.")
     child.add_argument("name", metavar="NAME", help="as in docs/datasets.md; `list` shows all")
     child.add_argument("source", nargs="?", help="publisher's files: folder, archive or file")
@@ -244,6 +255,14 @@ def _recommend(arguments: argparse.Namespace) -> None:
         overrides=arguments.overrides,
         steps_per_file=arguments.steps_per_file,
     )
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    check_versions()
+    from gr.inference.export import export
+
+    flags = {"tables": arguments.tables, "step": arguments.step, "aot": arguments.aot}
+    print(export(_config_of_run(arguments), arguments.run_dir, arguments.output, **flags))
 
 
 def _serve(arguments: argparse.Namespace) -> None:

@@ -5,24 +5,13 @@ action, P positions at which the ranking head is read, R positions at which retr
 """
 
 from dataclasses import dataclass, field, fields, replace
-from enum import IntEnum
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-
-class TokenKind(IntEnum):
-    """What a token stands for; a sequence is context, then history and session in time order."""
-
-    CONTEXT = 0
-    ITEM = 1
-    ACTION = 2
-    EVENT = 3
-    """Item and action in one (layout merged)."""
-    CANDIDATE = 4
-    """An item whose action is not known; stands at the end (anchor session)."""
+from pipelines.token_kind import TokenKind as TokenKind
 
 
 @dataclass(frozen=True)

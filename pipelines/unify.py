@@ -10,9 +10,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipelines.batch import TokenKind
 from pipelines.config import DataConfig
 from pipelines.history import ANCHOR, NUM_EVENTS, NUM_HISTORY, TIMESTAMP, Ints
+from pipelines.token_kind import TokenKind
 
 CONTEXT, ITEM, ACTION = int(TokenKind.CONTEXT), int(TokenKind.ITEM), int(TokenKind.ACTION)
 EVENT, CANDIDATE = int(TokenKind.EVENT), int(TokenKind.CANDIDATE)

@@ -184,6 +184,19 @@ class Recommender:
             for b, question in enumerate(questions)
         ]
 
+    @torch.no_grad()
+    def raw(self, question: Question) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Return what the heads say of a question's candidates and its user, as they say it."""
+        assert question.candidates is not None
+        encoded = self.scorer.encode_history(requests_of([question]))
+        rows = question.candidates
+        floats = np.full((len(rows), self.encoder.encoder.num_floats), np.nan, np.float32)
+        ranking: dict[str, torch.Tensor] = {}
+        if self.tasks:
+            candidates = Candidates(np.array([len(rows)]), rows, floats)
+            ranking = self.scorer.score(encoded, candidates).ranking
+        return ranking, None if encoded.user_vectors is None else encoded.user_vectors[0]
+
     def _compares(self, question: Question) -> bool:
         """Return whether a question's items are compared with the user's vector."""
         return self.index is not None and (question.retrieve > 0 or not self.tasks)
@@ -278,6 +291,17 @@ def load_recommender(
         ValueError: if there is no such checkpoint, it is of another model, or the log cannot be
             used.
     """
+    trainer, step = load_trainer(config, run_dir, device=device, step=step)
+    return recommender_of(trainer, step, faiss=faiss)
+
+
+def load_trainer(
+    config: TrainConfig, run_dir: str, *, device: torch.device, step: int | None = None
+) -> tuple[Trainer, int]:
+    """Return a trainer with the weights of a checkpoint, and the checkpoint's step.
+
+    Arguments and errors: as `load_recommender`.
+    """
     if config.data.window == "epoch":
         raise ValueError(
             "data.window=epoch numbers the users and items of an event log anew, so answers could "
@@ -293,6 +317,21 @@ def load_recommender(
         sequences_per_step=source.sequences_per_step,
     )
     trainer.load_learnt(checkpoints, step)
+    return trainer, step
+
+
+def recommender_of(trainer: Trainer, step: int, *, faiss: str = "") -> Recommender:
+    """Return what answers questions with a trainer's weights.
+
+    Args:
+        trainer: with the weights of a checkpoint.
+        step: of the checkpoint.
+        faiss: as `load_recommender`.
+
+    Raises:
+        ValueError: if the model cannot be asked, or the log cannot be used.
+    """
+    config, device = trainer.config, trainer.world.device
     if not isinstance(trainer.model, SequenceModel):
         raise ValueError(
             "model.encoder=dlrm scores events with counters that only a log holds: use gr recommend"

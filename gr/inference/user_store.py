@@ -86,6 +86,10 @@ class UserStore:
         """Items whose features are known."""
         return len(self._items)
 
+    def users(self) -> Ints:
+        """Return the ids of the log's users, ascending."""
+        return self._user_id
+
     def history(self, user_id: int) -> UserHistory | None:
         """Return a user's history, None of an unknown user."""
         changed = self._changed.get(user_id)

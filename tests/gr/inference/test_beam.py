@@ -8,7 +8,6 @@ import torch
 
 from gr.inference.beam import PREDICTED, SequenceQuestion, beam_search
 from gr.inference.engine import before
-from tests.gr.inference.served import toy_recommender, toy_run
 
 # What the tests share takes long to make: one worker of pytest-xdist makes it.
 pytestmark = pytest.mark.xdist_group("serve")
@@ -18,9 +17,8 @@ ASSUMED = {"click": 1.0, "watch_ms": 6000.0}
 
 
 @pytest.fixture(scope="module")
-def recommender(tmp_path_factory):
-    # Trained a little harder than elsewhere, so that items differ.
-    return toy_recommender(toy_run(tmp_path_factory.mktemp("beam"), "embeddings.optimizer.lr=0.2"))
+def recommender(served):
+    return served
 
 
 def question(recommender, **options):

@@ -9,7 +9,6 @@ import pytest
 
 from gr.inference.bench_server import bodies, drive, users_and_items
 from tests.e2e.toy import NUM_ITEMS
-from tests.gr.inference.served import toy_run
 
 pytestmark = pytest.mark.xdist_group("serve")
 
@@ -52,8 +51,8 @@ def test_it_counts_answers_and_refusals():
     assert all(0 < x < 0.3 for x in load.seconds)
 
 
-def test_requests_name_users_and_items_of_the_log(tmp_path):
-    users, items, end = users_and_items(str(toy_run(tmp_path)))
+def test_requests_name_users_and_items_of_the_log(served_run):
+    users, items, end = users_and_items(str(served_run))
     assert users == list(range(24))
     assert items == list(range(NUM_ITEMS))
     scored = json.loads(next(bodies(users, items, end, candidates=5)))

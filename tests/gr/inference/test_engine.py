@@ -17,13 +17,13 @@ pytestmark = pytest.mark.xdist_group("serve")
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    return toy_run(tmp_path_factory.mktemp("engine"))
+def run_dir(served_run):
+    return served_run
 
 
 @pytest.fixture(scope="module")
-def recommender(run_dir):
-    return toy_recommender(run_dir)
+def recommender(served):
+    return served
 
 
 @pytest.fixture(scope="module")

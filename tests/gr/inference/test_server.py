@@ -14,7 +14,7 @@ from gr.inference.beam import SequenceQuestion, beam_search
 from gr.inference.engine import before
 from gr.inference.server import build_app
 from gr.serve_config import ServeConfig
-from tests.gr.inference.served import toy_recommender, toy_run
+from tests.gr.inference.served import toy_recommender
 
 # What the tests share takes long to make: one worker of pytest-xdist makes it.
 pytestmark = pytest.mark.xdist_group("serve")
@@ -23,19 +23,14 @@ BOUNDS = {"window_ms": 0.0, "max_candidates": 100, "max_history": 50, "max_body_
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    return toy_run(tmp_path_factory.mktemp("server"))
-
-
-@pytest.fixture(scope="module")
-def recommender(run_dir):
-    return toy_recommender(run_dir)
+def recommender(served):
+    return served
 
 
 @pytest.fixture
-def fresh(run_dir):
+def fresh(served_run):
     """One that a test may change."""
-    return toy_recommender(run_dir)
+    return toy_recommender(served_run)
 
 
 @pytest.fixture(scope="module")

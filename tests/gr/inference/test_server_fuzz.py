@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
 
 from gr.inference.server import build_app
 from gr.serve_config import ServeConfig
-from tests.gr.inference.served import toy_recommender, toy_run
+from tests.gr.inference.served import toy_recommender
 
 # What the tests share takes long to make: one worker of pytest-xdist makes it.
 pytestmark = pytest.mark.xdist_group("serve")
@@ -32,8 +32,8 @@ CHECKS = [
 
 
 @pytest.fixture(scope="module")
-def recommender(tmp_path_factory):
-    return toy_recommender(toy_run(tmp_path_factory.mktemp("fuzz")))
+def recommender(served_run):
+    return toy_recommender(served_run)  # its own, because events are added
 
 
 def app_of(recommender):
