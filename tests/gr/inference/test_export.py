@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from gr import cli
-from gr.exported import AOT, ExportedModel, ExportedTable, dequantize_int8
+from gr.exported import AOT, ExportedModel
 from gr.inference.engine import Question, before
 from tests.e2e.toy import events
 from tests.gr.inference.served import toy_recommender, toy_run
 
 # What the tests share takes long to make: one worker of pytest-xdist makes it.
-pytestmark = pytest.mark.xdist_group("serve")
+pytestmark = [pytest.mark.xdist_group("serve"), pytest.mark.slow]
 ROOT = Path(__file__).parents[3]
 TIME = 1_700_600_000
 
@@ -80,7 +80,6 @@ def test_it_retrieves_as_the_model_does(served, model):
     assert rest[:8].tolist() == ids[2:].tolist()
 
 
-@pytest.mark.slow
 def test_it_loads_without_the_sparse_stack(folder, tmp_path):
     script = f"""
 import json, sys
@@ -102,7 +101,6 @@ print(json.dumps([scores["click"].tolist(), heavy, ours]))
 
 
 @pytest.mark.parametrize(("tables", "tolerance"), [("fp16", 1e-3), ("int8", 2e-2), ("int4", 0.3)])
-@pytest.mark.slow
 def test_rounded_tables_hold_the_rounded_rows(run_dir, model, tmp_path, tables, tolerance):
     small = exported(run_dir, tmp_path / "small", "--tables", tables)
     rounded, whole = ExportedModel(small), model
@@ -123,25 +121,6 @@ def test_rounded_tables_hold_the_rounded_rows(run_dir, model, tmp_path, tables, 
     assert 0 < np.abs(score["click"] - exact["click"]).max() < tolerance
 
 
-def test_eight_bits_are_fbgemms():
-    import fbgemm_gpu  # noqa: F401
-
-    x = torch.randn(30, 24)
-    packed = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(x)
-    wanted = torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(packed)
-    torch.testing.assert_close(dequantize_int8(packed), wanted, rtol=1e-6, atol=1e-6)
-
-
-def test_dynamic_ids_have_their_rows():
-    known = np.array([-7, 3, 2**60])
-    table = ExportedTable("fp32", torch.eye(4), "dynamic", known, np.array([2, 3, 1]))
-    rows = table.rows_of(np.array([3, 2**60, -7, -1, 5]), "item_id")
-    assert rows.tolist() == [3, 1, 2, 0, 0]
-    empty = ExportedTable("fp32", torch.eye(4), "dynamic", known[:0], known[:0])
-    assert empty.rows_of(np.array([3]), "item_id").tolist() == [0]
-
-
-@pytest.mark.slow
 def test_compiled_ahead_of_time_it_gives_the_same(run_dir, folder, tmp_path):
     compiled = exported(run_dir, tmp_path / "aot", "--tables", "fp32", "--aot")
     assert (compiled / AOT).is_file()
@@ -153,7 +132,6 @@ def test_compiled_ahead_of_time_it_gives_the_same(run_dir, folder, tmp_path):
             np.testing.assert_allclose(values, theirs[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -201,12 +179,6 @@ def test_what_is_wrong_is_told(run_dir, folder, model, tmp_path, capsys):
             model.score(history, TIME, candidates)
     with pytest.raises(ValueError, match="the history is empty"):
         model.user_vector(columns_of(6), 5)
-
-
-def test_what_is_not_exported_is_refused(run_dir, tmp_path, capsys):
-    argv = ["export", str(run_dir), str(tmp_path / "out"), "model.hstu.semi_local.window=4"]
-    assert cli.main(argv) == 2
-    assert "does not write models with model.hstu.semi_local" in capsys.readouterr().err
 
 
 def test_another_format_is_refused(folder, tmp_path):
