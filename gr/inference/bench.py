@@ -40,7 +40,7 @@ from gr.inference.encoded import (
 )
 from gr.inference.graphs import PassGraphs
 from gr.inference.stack import Layout, Pass, Stack
-from gr.sequence import SequenceInfo
+from gr.sequence import Before, SequenceInfo
 from kernels.hstu_attention import CachedKeys, hstu_attention, hstu_attention_cached
 from kernels.hstu_attention.cached import PAGE
 
@@ -95,14 +95,25 @@ class Decoder:
         count = len(x_MD)
         info = structure([count], count, self.model, "cpu")
         found = []
+        size, given = 0, None
         for begin in range(0, count, microbatch):
-            first = torch.tensor([begin])
-            size = torch.tensor([min(microbatch, count - begin)])
-            _, part = part_of(info, first, size)
-            the_one = torch.zeros(1, dtype=torch.int64)
-            given = candidate_pass(part, self.cache, the_one, windowed=False)
-            found.append(self.run(x_MD[begin : begin + int(size)], given))
+            if given is None or size != min(microbatch, count - begin):
+                size = min(microbatch, count - begin)
+                _, part = part_of(info, torch.tensor([begin]), torch.tensor([size]))
+                the_one = torch.zeros(1, dtype=torch.int64)
+                given = candidate_pass(part, self.cache, the_one, windowed=False)
+            found.append(self.run(x_MD[begin : begin + size], given))
         return torch.cat(found)
+
+    def go_on(self, x_RD: Tensor, candidates: int) -> Tensor:
+        """Compute new tokens, the last of them candidates, behind all but one of the history."""
+        cached = torch.tensor([self.history - 1])
+        whole = structure([len(x_RD)], candidates, self.model, "cpu")
+        first = torch.zeros(1, dtype=torch.int64)
+        info = replace(whole, before=Before(cached, first, first))
+        new = NewTokens(info, torch.arange(len(x_RD)), cached, first)
+        given, _, _ = history_pass(new, self.store, self.pages, 1)
+        return self.run(x_RD, given)
 
 
 def measure_candidates(shape: Shape) -> Figures:
@@ -149,6 +160,17 @@ def measure_candidates(shape: Shape) -> Figures:
     )
     eager.encode()
     times |= median_ms({"score_eager": partial(eager.score, x_MD, microbatch)}, rounds=3)
+    # A second request: 32 events of two tokens and the newest one again, with 64 candidates.
+    new, few = (66, 64) if on_gpu else (6, 4)
+
+    def first_request() -> None:
+        decoder.encode()
+        decoder.score(x_MD[:few], few)
+
+    times |= median_ms(
+        {"first": first_request, "second": partial(decoder.go_on, x_MD[: new + few], few)},
+        rounds=15,
+    )
     per_key, per_query, per_pair = layer_flops(model)
     of_candidate = model.num_layers * (per_key + per_query + (history + 1) * per_pair)
     flops_history = inference_flops(model, decoder.info)
@@ -162,6 +184,9 @@ def measure_candidates(shape: Shape) -> Figures:
     again = times["again"] * (most / microbatch)
     figures = {
         "error": error,
+        "ms_first_request": times["first"],
+        "ms_second_request": times["second"],
+        "speedup_second_request": times["first"] / times["second"],
         "ms_history": times["history"],
         "ms_history_eager": times["history_eager"],
         "ms_total": total,
@@ -242,11 +267,13 @@ def measure_attention(shape: Shape) -> Figures:
         torch.arange(cached // PAGE, device=device, dtype=torch.int32)[None],
         torch.tensor([cached], device=device), cached,
     )  # fmt: skip
-    variants: dict[str, Callable[[], None]] = {}
+    variants: dict[str, Callable[[], object]] = {}
     flops: Figures = {}
     repeats = 20 if on_gpu else 1
 
-    def repeated(call: Callable[[], object]) -> Callable[[], None]:
+    graphs = []
+
+    def repeated(call: Callable[[], object]) -> Callable[[], object]:
         def run() -> None:
             for _ in range(repeats):
                 call()
@@ -258,6 +285,7 @@ def measure_attention(shape: Shape) -> Figures:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
+        graphs.append((graph, call))  # what a graph reads must outlive it
         return graph.replay
 
     for queries in (1024, 128, 64) if on_gpu else (16,):

@@ -6,11 +6,13 @@ Letters: C rows of the store, B sequences, G pages of a sequence at most, H head
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.hstu_attention import CachedKeys
 from kernels.hstu_attention.cached import PAGE
+from pipelines.history import Ints
 
 
 class LayerShape(NamedTuple):
@@ -103,6 +105,26 @@ def page_table(pages: Sequence[Sequence[int]]) -> Tensor:
     """Return (B, G) int32 in host memory; short rows are filled with their own or page 0."""
     longest = max((len(x) for x in pages), default=0)
     table = torch.zeros(len(pages), max(1, longest), dtype=torch.int32)
+    view = table.numpy()
     for b, mine in enumerate(pages):
-        table[b, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
+        view[b, : len(mine)] = mine
     return table
+
+
+def rows_in_pages(
+    pages: Sequence[Sequence[int]], first: Sequence[int], counts: Sequence[int]
+) -> Ints:
+    """Return (sum of counts,) int64: rows of the store of tokens of some sequences.
+
+    Args:
+        pages: of each sequence.
+        first: of each, a token.
+        counts: of each, how many from there on.
+    """
+    rows = []
+    for mine, begin, count in zip(pages, first, counts, strict=True):
+        page, end = begin // PAGE, begin + count
+        used = np.array(mine[page : pages_for(end)], np.int64)
+        whole = (used[:, None] * PAGE + np.arange(PAGE)).reshape(-1)
+        rows.append(whole[begin - page * PAGE :][:count])
+    return np.concatenate(rows)

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gr.inference.cache import KeyValueStore, page_table
+from gr.inference.cache import KeyValueStore, page_table, rows_in_pages
 from gr.inference.requests import Requests
 from gr.inference.stack import Layout, Pass
 from gr.inference.users import CachedUser
 from gr.sequence import Before, Group, SequenceInfo, sequence_info
-from kernels.hstu_attention.cached import cache_rows
 from pipelines.batch import SequenceBatch, TokenKind
 from pipelines.history import Ints
 
@@ -172,16 +171,18 @@ def history_pass(
     table = page_table(pages)
     layouts = []
     for number, mine_B in enumerate([counts_B, kept_B][:num_layouts]):
-        total = int(mine_B.sum())
-        skipped_B = info.num_candidates.cumsum(0) - info.num_candidates
-        skipped = torch.repeat_interleave(skipped_B, mine_B, output_size=total)
+        mine, first = mine_B.tolist(), cached.tolist()
+        # The tokens of a sequence are the first of it that the layout has.
+        starts = (mine_B.cumsum(0) - mine_B + info.num_candidates.cumsum(0)).tolist()
+        behind = info.num_candidates.tolist()
+        keep = [np.arange(s - c, s - c + n) for s, c, n in zip(starts, behind, mine, strict=True)]
         layouts.append(
             Layout(
                 number=number,
                 lengths=cached,
                 max_len=0 if is_whole else int(cached.max()),
-                rows=cache_rows(table, cached, mine_B, total),
-                keep=torch.arange(total) + skipped,
+                rows=torch.from_numpy(rows_in_pages(pages, first, mine)),
+                keep=torch.from_numpy(np.concatenate(keep)),
             )
         )
     given = Pass(

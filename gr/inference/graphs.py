@@ -1,10 +1,10 @@
 """Passes as CUDA graphs: what takes a GPU less time than Python takes to launch it.
 
-A graph is captured for a number of rows and of pages, and replayed for whatever fits: the rows that
-are left over are a second sequence of candidates without a history, so that nothing of the pass has
-to know of them. Inputs go to the device in one copy.
+A graph is captured for a number of rows, sequences and pages, and replayed for whatever fits: the
+rows that are left over are one more sequence, of candidates without a history, so that nothing of
+the pass has to know of them. Inputs go to the device in one copy.
 
-Letters: R rows of a graph, G pages.
+Letters: R rows of a graph, B its sequences with the one that is left over, G pages of a sequence.
 """
 
 from collections import OrderedDict
@@ -25,16 +25,17 @@ MAX_GRAPHS = 32
 MOST_ROWS = 1 << 14
 TAIL = 2
 """Rows that are read of a history: its last token, and the unknown item behind it."""
-SCALARS = 16
-"""Numbers in front of those of rows and pages."""
+MOST_SEQUENCES = 64
 
 
 class Size(NamedTuple):
     """What a graph is captured for."""
 
     rows: int
+    sequences: int
+    """Without the one that is left over."""
     pages: int
-    """0: nothing is cached."""
+    """Of a sequence; 0: nothing is cached."""
     keeps: bool
     of_tails: bool
     windowed: bool
@@ -49,6 +50,8 @@ class Captured:
     x: Tensor
     numbers: Tensor
     y: Tensor
+    given: Pass | None = None
+    """The last pass: what comes with the same needs its rows only."""
 
 
 class PassGraphs:
@@ -66,17 +69,17 @@ class PassGraphs:
 
     def takes(self, given: Pass) -> bool:
         """Return whether a pass can be one of a graph."""
-        info = given.info
-        layout = given.layouts[0]
-        return (
-            len(info.offsets) == 2
-            and len(given.layouts) == 1
-            and 0 < len(info.timestamp) <= MOST_ROWS
-            and (layout.max_len > 0 or (given.of_tails and int(info.tail_offsets[1]) == TAIL))
-        )
+        info, layout = given.info, given.layouts[0]
+        count = len(info.offsets) - 1
+        fits = 0 < len(info.timestamp) <= MOST_ROWS and 0 < count <= MOST_SEQUENCES
+        if len(given.layouts) > 1 or not fits:
+            return False
+        if given.of_tails:  # as many rows are wanted of each graph's pass
+            return count == 1 and int(info.tail_offsets[1]) == TAIL
+        return layout.max_len > 0
 
     def run(self, x_RD: Tensor, given: Pass) -> Tensor:
-        """Return as Stack.run does, for a pass in host memory of one sequence.
+        """Return as Stack.run does, for a pass in host memory.
 
         Args:
             x_RD: on the device.
@@ -87,6 +90,7 @@ class PassGraphs:
         pages = _round_up(-(-cached // PAGE), 16) if cached else 0
         size = Size(
             rows=_row_bucket(rows),
+            sequences=1 << (len(info.offsets) - 2).bit_length(),
             pages=pages,
             keeps=layout.rows is not None,
             of_tails=given.of_tails,
@@ -97,10 +101,12 @@ class PassGraphs:
         if captured is None:
             captured = self._capture(size, x_RD)
         self._graphs.move_to_end(size)
-        # Pinned memory anew: it is handed out again once the copy is made.
-        host = torch.empty(len(captured.numbers), dtype=torch.int64, pin_memory=True)
-        _fill(host.numpy(), size, given, rows)
-        captured.numbers.copy_(host, non_blocking=True)
+        if captured.given is not given:
+            # Pinned memory anew: it is handed out again once the copy is made.
+            host = torch.empty(len(captured.numbers), dtype=torch.int64, pin_memory=True)
+            _fill(host.numpy(), size, given, rows)
+            captured.numbers.copy_(host, non_blocking=True)
+            captured.given = given
         captured.x[:rows].copy_(x_RD)
         captured.graph.replay()
         # The memory of graphs is shared: the next one may write over it.
@@ -112,15 +118,16 @@ class PassGraphs:
 
     def _capture(self, size: Size, like: Tensor) -> Captured:
         device = like.device
-        total = SCALARS + 3 * size.rows + size.pages
-        numbers = torch.zeros(total, dtype=torch.int64, device=device)
+        numbers = torch.zeros(_total(size), dtype=torch.int64, device=device)
         x = torch.zeros(size.rows, like.shape[1], dtype=like.dtype, device=device)
         given = _static(size, numbers)
         # Something that can be computed: a history of TAIL tokens, and candidates without one.
         first = min(TAIL, size.rows)
-        tail = TAIL * size.of_tails
-        scalars = [0, first, size.rows, 0, tail, tail, 1, size.rows - first]
-        numbers[: len(scalars)].copy_(torch.tensor(scalars))
+        view = _Numbers(size, np.zeros(len(numbers), np.int64))
+        view.offsets[1:-1], view.offsets[-1] = first, size.rows
+        view.tail_offsets[1:] = TAIL * size.of_tails
+        view.num_candidates[0], view.num_candidates[-1] = 1, size.rows - first
+        numbers.copy_(torch.from_numpy(view.all))
         enabled = torch.is_autocast_enabled(device.type)
         # Without its cache: what it casts would be freed under the graph.
         with torch.autocast(device.type, torch.bfloat16, enabled, cache_enabled=False):
@@ -141,59 +148,87 @@ class PassGraphs:
         return captured
 
 
+class _Numbers:
+    """What a pass reads besides the rows themselves, in one array: of numpy or of torch."""
+
+    def __init__(self, size: Size, numbers: Any) -> None:
+        self.all = numbers
+        B, R = size.sequences + 1, size.rows
+        self._end = 0
+        self.offsets = self._take(B + 1)
+        self.tail_offsets = self._take(B + 1)
+        self.num_candidates = self._take(B)
+        self.lengths = self._take(B)
+        self.first_time = self._take(B)
+        self.session_start = self._take(B)
+        self.timestamp = self._take(R)
+        self.query_time = self._take(R)
+        self.rows = self._take(R)
+        self.pages = self._take(B * size.pages // 2 + B)
+        """Read as int32: more than B G of them."""
+
+    def _take(self, count: int) -> Any:
+        self._end += count
+        return self.all[self._end - count : self._end]
+
+
+def _total(size: Size) -> int:
+    B, R = size.sequences + 1, size.rows
+    return 2 * (B + 1) + 4 * B + 3 * R + B * size.pages // 2 + B
+
+
 def _static(size: Size, numbers: Tensor) -> Pass:
-    """Return a pass of two sequences that reads everything from `numbers`."""
-    R = size.rows
-    timestamp, query_time, rows = numbers[SCALARS : SCALARS + 3 * R].view(3, R)
-    pages = numbers[SCALARS + 3 * R :].view(torch.int32).view(2, -1)
+    """Return a pass that reads everything from `numbers`."""
+    R, B, view = size.rows, size.sequences + 1, _Numbers(size, numbers)
+    # int32 pages begin at an even place, as int64 do.
+    pages = view.pages.view(torch.int32)[: B * max(1, size.pages)].view(B, -1)
     before = None
     if size.pages:
-        before = Before(numbers[8:10], numbers[10:12], numbers[10:12])
+        before = Before(view.lengths, view.first_time, view.first_time)
     info = SequenceInfo(
-        offsets=numbers[0:3],
-        tail_offsets=numbers[3:6],
+        offsets=view.offsets,
+        tail_offsets=view.tail_offsets,
         max_len=R,
         max_tail_len=TAIL if size.of_tails else R,
-        timestamp=timestamp,
-        query_time=query_time,
-        session_start=numbers[12:14],
+        timestamp=view.timestamp,
+        query_time=view.query_time,
+        session_start=view.session_start,
         num_context=size.num_context,
-        num_candidates=numbers[6:8],
+        num_candidates=view.num_candidates,
         num_rows=TAIL if size.of_tails else R,
         before=before,
     )
     layout = Layout(
         number=0,
-        lengths=numbers[8:10],
+        lengths=view.lengths,
         max_len=size.pages * PAGE,
-        rows=rows if size.keeps else None,
+        rows=view.rows if size.keeps else None,
     )
     return Pass(info, pages, (layout,), size.of_tails, size.windowed)
 
 
 def _fill(out: np.ndarray, size: Size, given: Pass, rows: int) -> None:
     """Write what `_static` reads."""
-    info, layout, R = given.info, given.layouts[0], size.rows
-    out[:SCALARS] = 0
-    out[1], out[2] = rows, R
-    out[4] = out[5] = TAIL * size.of_tails
-    out[6], out[7] = int(info.num_candidates[0]), R - rows
+    info, layout, count = given.info, given.layouts[0], len(given.info.offsets) - 1
+    out[:] = 0  # rows that are not kept go to the page of nobody
+    view = _Numbers(size, out)
+    view.offsets[: count + 1] = info.offsets.numpy()
+    view.offsets[count + 1 : -1], view.offsets[-1] = rows, size.rows
+    view.tail_offsets[1:] = TAIL * size.of_tails
+    view.num_candidates[:count] = info.num_candidates.numpy()
+    view.num_candidates[-1] = size.rows - rows
+    view.session_start[:count] = info.session_start.numpy()
+    view.timestamp[:rows], view.query_time[:rows] = info.timestamp.numpy(), info.query_time.numpy()
+    if layout.rows is not None:
+        kept = slice(0, rows) if layout.keep is None else layout.keep.numpy()
+        view.rows[kept] = layout.rows.numpy()
     if size.pages:
         assert info.before is not None
-        out[8], out[10] = int(layout.lengths[0]), int(info.before.first_time[0])
-    out[12] = int(info.session_start[0])
-    times = out[SCALARS : SCALARS + 3 * R].reshape(3, R)
-    times[:, rows:] = 0
-    times[0, :rows], times[1, :rows] = info.timestamp.numpy(), info.query_time.numpy()
-    if layout.rows is not None:
-        times[2] = 0  # a row of the page of nobody
-        kept = slice(0, rows) if layout.keep is None else layout.keep.numpy()
-        times[2, kept] = layout.rows.numpy()
-    if size.pages:
-        table = out[SCALARS + 3 * R :].view(np.int32).reshape(2, -1)
-        table[:] = 0
-        mine = given.pages[0].numpy()
-        table[0, : len(mine)] = mine[: table.shape[1]]
+        view.lengths[:count] = layout.lengths.numpy()
+        view.first_time[:count] = info.before.first_time.numpy()
+        table = view.pages.view(np.int32)[: (size.sequences + 1) * size.pages]
+        mine = given.pages.numpy()[:, : size.pages]
+        table.reshape(-1, size.pages)[:count, : mine.shape[1]] = mine
 
 
 def _row_bucket(rows: int) -> int:

@@ -296,8 +296,9 @@ class Scorer:
             if len(asked) and not (is_answer and part.is_scored):
                 chosen = part.chosen[asked]
                 items, mine = candidates.rows_of(chosen), candidates.of(chosen)
-                for rows, y_MD in self._score_part(history, part, asked, mine, microbatch):
-                    scored = [*scored, self._ranked(items[rows.numpy()], y_MD)]
+                made = list(self._score_part(history, part, asked, mine, microbatch))
+                rows = torch.cat([rows for rows, _ in made]).numpy()
+                scored = [*scored, self._ranked(items[rows], torch.cat([y for _, y in made]))]
         names = self.config.data.tasks
         if not scored:
             nothing = torch.zeros(0, device=self.device)
@@ -333,21 +334,23 @@ class Scorer:
         x_LD = self._tokens(batch, info)
         first_B = batch.offsets[:-1] + batch.num_context
         starts_B = torch.from_numpy(np.cumsum(candidates.counts) - candidates.counts)
+        passes: list[Pass] = []
+        last_B = torch.zeros(0)
         for begin in range(0, int(candidates.counts.max()), microbatch):
             counts_B = torch.from_numpy(np.clip(candidates.counts - begin, 0, microbatch))
             rows_R, mine = part_of(info, first_B + begin, counts_B)
+            if not torch.equal(counts_B, last_B):  # else all but the items is what it was
+                passes, last_B = [], counts_B
+                for cache in part.stacks:
+                    given = candidate_pass(mine, cache, rows_B, windowed=self.windowed_candidates)
+                    passes.append(given)
             x_RD = self._rows(x_LD, rows_R)
             y_RD = [
-                self._run(
-                    stack,
-                    x_RD,
-                    candidate_pass(mine, cache, rows_B, windowed=self.windowed_candidates),
-                    cache.store,
-                )
-                for stack, cache in zip(self.stacks, part.stacks, strict=True)
+                self._run(stack, x_RD, given, cache.store)
+                for stack, given, cache in zip(self.stacks, passes, part.stacks, strict=True)
             ]
             shift_R = torch.repeat_interleave(first_B - starts_B, counts_B)
-            yield rows_R - shift_R, torch.cat(y_RD, 1)
+            yield rows_R - shift_R, torch.cat(y_RD, 1) if len(y_RD) > 1 else y_RD[0]
 
     def _run(self, stack: Stack, x_RD: Tensor, given: Pass, store: KeyValueStore) -> Tensor:
         graphs = next((x for x in self._graphs if x.store is store), None)

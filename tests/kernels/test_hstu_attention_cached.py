@@ -123,7 +123,10 @@ def check(call, dtype, device, impl):
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
         return
     same_dtype = hstu_attention_cached(*made[0], **made[1], impl="reference")
-    assert_within_reference_error(got.cpu(), same_dtype.cpu(), expected)
+    # Terms cancel, and a call may have one row: by the sum of their magnitudes, about.
+    q, k, v, offsets = whole[0]
+    scale = hstu_attention(q, k, v.abs(), offsets, **whole[1]).abs().max().item()
+    assert_within_reference_error(got.cpu(), same_dtype.cpu(), expected, scale=scale)
 
 
 DRAWN = st.tuples(

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,8 +10,7 @@ from hypothesis import strategies as st
 
 from gr.bench_encoders import Shape
 from gr.config import EncodingConfig, RotaryConfig, SemiLocalConfig
-from gr.inference import Scorer, bench
-from tests.checks import assert_within_reference_error
+from gr.inference import Candidates, Scorer, bench
 from tests.gr.batches import data_config, train_config
 from tests.gr.inference.drawn import World, alone, make_lookup, make_model, page_of, runs
 from tests.gr.inference.test_mfalcon import COUNTS
@@ -98,27 +98,26 @@ def test_requests_that_go_on_in_bfloat16(options, graphs):
         encoded = scorer.encode_history(requests)
         assert (encoded.reused[0] > 0) == (step > 0), encoded.reasons
         found = scorer.score(encoded, candidates, microbatch=32)
-        few = replace_counts(candidates, 12)
+        few = Candidates(np.array([24]), candidates.ints[:24], candidates.floats[:24])
         fp64, vectors = alone(config, exact, make_lookup(config), requests, few)
         with torch.autocast("cuda", torch.bfloat16):
             same, same_vectors = alone(config, model, lookup, requests, few)
-        for name in config.data.tasks:
-            times = 4.0 if "precision" in options else 2.0
-            assert_within_reference_error(
-                found.ranking[name][:12].cpu(), same[name].cpu(), fp64[name], times=times
-            )
-        error = (encoded.user_vectors[0].cpu() - vectors[0]).norm()
-        assert error <= 2 * (same_vectors[0].cpu() - vectors[0]).norm() + 1e-2
+        pairs = [(found.ranking[n][:24], same[n], fp64[n]) for n in config.data.tasks]
+        for got, in_training, true in [
+            *pairs,
+            (encoded.user_vectors[0], same_vectors[0], vectors[0]),
+        ]:
+            # Of many numbers together: either error is a matter of chance in a single one.
+            allowed = 2 * (error(in_training, true) + torch.finfo(torch.bfloat16).eps)
+            assert error(got, true) <= allowed, (error(got, true), allowed, step)
         del encoded
         world.grow([9])
     if graphs:
         assert scorer._graphs[0]._graphs
 
 
-def replace_counts(candidates, count):
-    import numpy as np
-
-    return type(candidates)(np.array([count]), candidates.ints[:count], candidates.floats[:count])
+def error(got, true):
+    return ((got.double().cpu() - true).norm() / true.norm()).item()
 
 
 def test_measurements_run_on_a_small_model():

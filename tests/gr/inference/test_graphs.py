@@ -1,0 +1,67 @@
+"""Passes as graphs read them, run without a graph: padding changes nothing."""
+
+import numpy as np
+import pytest
+import torch
+
+from gr.config import EncodingConfig, HSTUConfig, RotaryConfig
+from gr.inference import graphs
+from gr.inference.mfalcon import Scorer
+from tests.gr.batches import data_config, train_config
+from tests.gr.inference.drawn import World, make_lookup, make_model, page_of
+
+HSTU = HSTUConfig(
+    num_heads=2, qk_dim=4, v_dim=4, scaling_length=8, bias="position_time",
+    rotary=RotaryConfig(angles="sum"), final_norm=True,
+)  # fmt: skip
+
+
+class Replayed(graphs.PassGraphs):
+    """Runs on a CPU what a graph would run."""
+
+    def run(self, x_RD, given):
+        info, layout, rows = given.info, given.layouts[0], len(x_RD)
+        pages = -(-layout.max_len // graphs.PAGE) + 3 if layout.max_len else 0
+        size = graphs.Size(
+            rows=rows + 5,
+            sequences=1 << (len(info.offsets) - 2).bit_length(),
+            pages=pages,
+            keeps=layout.rows is not None,
+            of_tails=given.of_tails,
+            windowed=given.windowed_candidates,
+            num_context=info.num_context,
+        )
+        numbers = np.full(graphs._total(size), -1, np.int64)
+        graphs._fill(numbers, size, given, rows)
+        x = torch.randn(size.rows, x_RD.shape[1], dtype=x_RD.dtype)
+        x[:rows] = x_RD
+        static = graphs._static(size, torch.from_numpy(numbers))
+        y = self.stack.run(x, static, self.store)
+        self.count = getattr(self, "count", 0) + 1
+        return y[: graphs.TAIL if given.of_tails else rows]
+
+
+@pytest.mark.parametrize("lengths", [[6], [5, 9, 0]])
+def test_what_is_left_over_changes_nothing(lengths):
+    mode = ("interleaved", "event", "session", "none")
+    data = data_config("none", mode, positive=(), max_history_tokens=60)
+    encoding = EncodingConfig(position="from_start", position_buckets=60, gap="log")
+    config = train_config(data, num_layers=2, hstu=HSTU, encoding=encoding)
+    model, lookup = make_model(config), make_lookup(config)
+    budget = 30 * page_of(config)
+    plain, padded = (
+        Scorer(config, model, lookup, torch.device("cpu"), cache_bytes=budget) for _ in range(2)
+    )
+    padded._graphs = [Replayed(padded.stacks[0], padded.users.stores[0])]
+    world = World(config, 1, lengths)
+    for _ in range(3):
+        requests = world.requests()
+        candidates = world.candidates(requests, [4] * len(lengths))
+        (one, expected), (two, got) = (s.answer(requests, candidates) for s in (plain, padded))
+        assert one.reused.tolist() == two.reused.tolist()
+        torch.testing.assert_close(two.user_vectors, one.user_vectors, rtol=1e-9, atol=1e-9)
+        for name, x in got.ranking.items():
+            torch.testing.assert_close(x, expected.ranking[name], rtol=1e-9, atol=1e-9)
+        del one, two
+        world.grow([3] * len(lengths))
+    assert padded._graphs[0].count >= 3
