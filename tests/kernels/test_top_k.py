@@ -82,6 +82,8 @@ def test_equal_scores_go_by_row_wherever_they_stand(impl):
     is_item[[70, 5000, 5001, len(items) - 1]] = True
     found = top_k(items[:1], items, 2, is_item_E=is_item, impl=impl)
     assert found.rows.tolist() == [[70, 5000]]
+    # More of them than the lists of the kernel hold.
+    assert top_k(-items[:1], items, 1, impl=impl).rows.tolist() == [[0]]
     found = top_k(items[:1], items[:5002], 7, is_item_E=is_item[:5002], impl=impl)
     assert found.rows.tolist() == [[70, 5000, 5001, -1, -1, -1, -1]]
 
@@ -98,6 +100,23 @@ def test_of_any_numbers_nothing_better_is_left_out(dtype, impl):
     assert (found.scores.diff(dim=1) <= 0).all()
     rest = exact.scatter(1, found.rows, -torch.inf).amax(1)
     assert (rest <= found.scores[:, -1] + 1e-4).all()
+
+
+@pytest.mark.interpret
+def test_what_reaches_the_bound_is_all_that_is_kept(monkeypatch):
+    pytest.importorskip("triton")
+    from kernels.top_k import _triton
+
+    monkeypatch.setattr(_triton, "_by_groups", None)  # the way out of lists that overflow
+    generator = torch.Generator().manual_seed(0)
+    items = torch.randn(64 * 64 * 3 + 70, 16, generator=generator).to(DEVICE)
+    queries = torch.randn(3, 16, generator=generator).to(DEVICE)
+    is_item = (torch.arange(len(items)) % 7 > 0).to(DEVICE)
+    for mask in (None, is_item):
+        found = top_k(queries, items, 3, is_item_E=mask, impl="triton")
+        wanted = top_k(queries, items, 3, is_item_E=mask, impl="reference")
+        assert found.rows.tolist() == wanted.rows.tolist()
+        torch.testing.assert_close(found.scores, wanted.scores, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
