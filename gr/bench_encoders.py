@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from gr.mixture import MixtureEncoder
 from gr.sequence import GroupInfo, SequenceInfo, what_is_kept
 
 GIB = 2**30
+Figures = dict[str, float]
 ALPHA = 1.6
 """Of stochastic length, as published at 8192."""
 
@@ -178,7 +180,8 @@ class Stack:
         else:
             self.encoder = HSTUEncoder(model).to(self.device)
         is_gpu = self.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(self.encoder.parameters(), lr=1e-4, fused=is_gpu)
+        parameters = self.encoder.parameters()
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=is_gpu, capturable=is_gpu)
         dtype = torch.bfloat16 if is_gpu else torch.float32
         tokens = self.info.timestamp.numel()
         self.x_LD = torch.randn(tokens, model.dim, device=self.device, dtype=dtype)
@@ -204,16 +207,22 @@ class Stack:
         with torch.no_grad():
             self.forward()
 
-    def replay(self) -> Callable[[], None]:
-        """Return the forward pass as a CUDA graph: launches cost next to nothing then."""
+    def replay(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Return `infer` or `train` as a CUDA graph: what the GPU takes, whatever the host does.
+
+        On a CPU: the call itself.
+        """
+        if self.device.type == "cpu":
+            return step
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self.infer()  # compiles
+            for _ in range(2):
+                step()  # compiles
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.infer()
+            step()
         return graph.replay
 
     def train(self) -> None:
@@ -246,6 +255,20 @@ def flash_attention(
         False,
     )[0]
     return out
+
+
+def replayed_ms(
+    stacks: Mapping[str, "Stack"], kind: Literal["train", "infer"], *, rounds: int = 5
+) -> dict[str, float]:
+    """Return `median_ms` of steps as CUDA graphs.
+
+    Args:
+        stacks: name -> stack.
+        kind: of step.
+        rounds: times each is timed.
+    """
+    graphs = {name: stack.replay(getattr(stack, kind)) for name, stack in stacks.items()}
+    return median_ms(graphs, rounds=rounds, warm_up=1)
 
 
 def median_ms(

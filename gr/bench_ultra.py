@@ -3,7 +3,8 @@
     python -m gr.bench_ultra [MEASUREMENT ...] [--records FILE]
 
 A step is forward, backward down to the tokens, and AdamW, of the encoder alone, under bf16
-autocast; times are medians of calls in turn, within one process. The loss reads 64 candidates at
+autocast. Times are medians of calls in turn, within one process, as CUDA graphs: what the GPU
+takes. `eager` are the same steps launched by the host. The loss reads 64 candidates at
 the end of each sequence. Plain HSTU and ULTRA-HSTU run on the same kernels.
 """
 
@@ -13,33 +14,34 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import Tensor
 
+from embeddings.int4 import Int4Table, quantize_int4
 from gr.bench_encoders import (
     GIB,
+    Figures,
     Shape,
     Stack,
     free,
     jagged_lengths,
-    kept_bytes,
     median_ms,
     mixture,
+    replayed_ms,
     semi_local,
     shortened,
     truncation,
 )
+from gr.bench_memory import measure_longest, measure_memory
 from gr.config import ModelConfig
-from gr.memory import activation_bytes
-from kernels.hstu_layer import RECOMPUTABLE, RECOMPUTED
 
 K1, K2 = 256, 256
 KEPT = 2048
 """L' of truncation."""
-LIMIT_GIB = 78
-Figures = dict[str, float]
+KINDS: tuple[Literal["train", "infer"], ...] = ("train", "infer")
 
 
 def measure_step(shape: Shape) -> Figures:
@@ -59,132 +61,25 @@ def measure_step(shape: Shape) -> Figures:
     if shape.device != "cuda":
         models.pop("ultra_fp8")
     stacks = {name: Stack(model, [longest] * count, shape) for name, model in models.items()}
-    train = median_ms({name: stack.train for name, stack in stacks.items()}, rounds=4)
-    infer = median_ms({name: stack.infer for name, stack in stacks.items()}, rounds=7)
-    alone = {name: Stack(models[name], [longest], shape) for name in ("plain", "ultra")}
-    train_alone = median_ms({name: stack.train for name, stack in alone.items()}, rounds=5)
-    infer_alone = median_ms({name: stack.infer for name, stack in alone.items()}, rounds=7)
+    calls = {name: (stack.train, stack.infer) for name, stack in stacks.items()}
+    eager = {
+        "eager_train": median_ms({name: train for name, (train, _) in calls.items()}, rounds=3),
+        "eager_infer": median_ms({name: infer for name, (_, infer) in calls.items()}, rounds=5),
+    }
+    kinds = {kind: replayed_ms(stacks, kind) for kind in KINDS} | eager
     found = {"full_layers": float(few), "tflop_forward_plain": stacks["plain"].flops / 1e12}
     for name, stack in stacks.items():
-        found[f"train_ms_{name}"] = train[name]
-        found[f"infer_ms_{name}"] = infer[name]
-        if name != "plain":
-            found[f"train_speedup_{name}"] = train["plain"] / train[name]
-            found[f"infer_speedup_{name}"] = infer["plain"] / infer[name]
-            found[f"flop_ratio_{name}"] = stacks["plain"].flops / stack.flops
-    found["train_speedup_one_sequence"] = train_alone["plain"] / train_alone["ultra"]
-    found["infer_speedup_one_sequence"] = infer_alone["plain"] / infer_alone["ultra"]
+        for kind, times in kinds.items():
+            found[f"{kind}_ms_{name}"] = times[name]
+            if name != "plain":
+                found[f"{kind}_speedup_{name}"] = times["plain"] / times[name]
+        found[f"flop_ratio_{name}"] = stacks["plain"].flops / stack.flops
     return found
-
-
-def measure_replay(shape: Shape) -> Figures:
-    """The forward passes of `step` as CUDA graphs, in which launches cost next to nothing."""
-    longest, local, layers = 16_384, semi_local(K1, K2), shape.num_layers
-    cut = truncation(layers - max(1, layers // 6), KEPT)
-    found: Figures = {}
-    for count in (1, 8):
-        models = {
-            "plain": shape.hstu(longest),
-            "ultra": shape.hstu(longest, **local, **cut),
-            "ultra_fp8": shape.hstu(longest, precision="fp8", **local, **cut),
-        }
-        graphs = {
-            name: Stack(model, [longest] * count, shape).replay() for name, model in models.items()
-        }
-        times = median_ms(graphs, rounds=7)
-        found |= {f"ms_{name}_{count}": value for name, value in times.items()}
-        for name in ("ultra", "ultra_fp8"):
-            found[f"speedup_{name}_{count}"] = times["plain"] / times[name]
-    return found
-
-
-def measure_longest(shape: Shape) -> Figures:
-    """One sequence, as long as 78 GiB train: semi-local attention, no truncation."""
-    is_gpu = shape.device == "cuda"
-    if is_gpu:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, LIMIT_GIB * GIB / total))
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
-    found: Figures = {}
-    lengths = [(1 << 18) * n for n in (4, 5, 6, 7, 8, 9, 10)] if is_gpu else [256, 512]
-    for name, recompute in (("default", RECOMPUTED), ("attended", RECOMPUTABLE)):
-        for length in lengths:
-            if length < found.get("longest", 0.0):
-                continue
-            free()
-            model = shape.hstu(8192, recompute=recompute, **semi_local(K1, K2))
-            try:
-                stack = Stack(model, [length], shape)
-                step = median_ms({"": stack.train}, rounds=1, warm_up=1)[""]
-            except torch.OutOfMemoryError:
-                break
-            finally:
-                stack = None  # type: ignore[assignment]
-            found["longest"] = found[f"longest_{name}"] = float(length)
-            found[f"step_ms_{name}_{length}"] = step
-            if is_gpu:
-                found[f"peak_gib_{name}"] = torch.cuda.max_memory_allocated() / GIB
-    free()
-    if is_gpu:
-        found |= _check_long(shape, int(found.get("longest", 0)))
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    return found
-
-
-def _check_long(shape: Shape, length: int) -> Figures:
-    """Return how far the last rows of a long sequence are from those of its end alone.
-
-    With a window and no global rows, layers see so many tokens back, and no more.
-    """
-    if not length:
-        return {}
-    model = shape.hstu(8192, **semi_local(K1, 0))
-    # Without candidates, which would see all of the history.
-    whole = Stack(model, [length], shape).without_candidates()
-    reach = shape.num_layers * K1 + shape.candidates
-    end = Stack(model, [reach], shape).without_candidates()
-    end.encoder.load_state_dict(whole.encoder.state_dict())
-    with torch.no_grad():
-        end.x_LD = whole.x_LD[-reach:]
-        y = whole.forward()
-        difference = (end.forward() - y).abs().max() / y.abs().max()
-    return {"end_alone_relative_difference": float(difference)}
-
-
-def measure_memory(shape: Shape) -> Figures:
-    """What a layer keeps for its backward pass, with recomputation and without, and as counted."""
-    lengths = [3072] * 64
-    found: Figures = {}
-    kinds: dict[str, dict[str, object]] = {
-        "recompute": {},
-        "input_only": {"recompute": RECOMPUTABLE},
-        "gated_only": {"recompute": ("gated",)},
-        "none": {"recompute": ()},
-        "composed": {"impl": "composed"},
-    }
-    for name, changes in kinds.items():
-        sizes, counted = [], []
-        for layers in (2, 4):
-            free()
-            few = replace(shape, num_layers=layers)
-            model = few.hstu(3072, **changes)
-            stack = Stack(model, lengths, few)
-            sizes.append(kept_bytes(stack))
-            counted.append(activation_bytes(model, stack.info))
-            del stack
-        found[f"layer_gib_{name}"] = (sizes[1] - sizes[0]) / 2 / GIB
-        if name != "composed":
-            found[f"counted_gib_{name}"] = (counted[1] - counted[0]) / 2 / GIB
-    saved = 1 - found["layer_gib_recompute"] / found["layer_gib_none"]
-    eager = 1 - found["layer_gib_recompute"] / found["layer_gib_composed"]
-    alone = 1 - found["layer_gib_input_only"] / found["layer_gib_none"]
-    names = ("saved", "saved_against_eager", "saved_input_only")
-    return {**dict(zip(names, (saved, eager, alone), strict=True)), **found}
 
 
 def measure_system(shape: Shape) -> Figures:
     """System options together against eager bf16 with the same attention kernel."""
-    longest, count = 16_384, 4
+    longest, count = 16_384, 8
     found: Figures = {}
     for name, attention in (("semi_local", semi_local(K1, K2)), ("causal", {})):
         kinds: dict[str, dict[str, object]] = {
@@ -200,8 +95,7 @@ def measure_system(shape: Shape) -> Figures:
             kind: Stack(shape.hstu(longest, **attention, **changes), [longest] * count, shape)
             for kind, changes in kinds.items()
         }
-        train = median_ms({kind: stack.train for kind, stack in stacks.items()}, rounds=5)
-        infer = median_ms({kind: stack.infer for kind, stack in stacks.items()}, rounds=5)
+        train, infer = (replayed_ms(stacks, kind) for kind in KINDS)
         for kind in kinds:
             found[f"train_ms_{name}_{kind}"] = train[kind]
             found[f"infer_ms_{name}_{kind}"] = infer[kind]
@@ -232,8 +126,7 @@ def measure_transformer(shape: Shape) -> Figures:
         "hstu_short": Stack(shape.hstu(longest), cut, shape),
         "ultra_short": Stack(ultra, cut, shape),
     }
-    infer = median_ms({name: stack.infer for name, stack in stacks.items()}, rounds=7)
-    train = median_ms({n: s.train for n, s in {**stacks, **short}.items()}, rounds=5)
+    infer, train = replayed_ms(stacks, "infer"), replayed_ms({**stacks, **short}, "train")
     found = {"tokens": float(sum(lengths)), "tokens_short": float(sum(cut))}
     found |= {f"infer_ms_{name}": value for name, value in infer.items()}
     found |= {f"train_ms_{name}": value for name, value in train.items()}
@@ -247,14 +140,47 @@ def measure_transformer(shape: Shape) -> Figures:
     }
 
 
+def measure_int4(shape: Shape) -> Figures:
+    """Rows of 128 from host memory to the GPU, waited for: 4-bit against float16, wall clock.
+
+    Row numbers are in host memory. `by_gpu`: they are copied, and the GPU reads the rows itself.
+    """
+    num_rows, dim = 1_000_000, 128
+    found: Figures = {}
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(num_rows, dim, generator=generator)
+    table, halves = Int4Table(quantize_int4(rows)), rows.half()
+    halves = halves.pin_memory() if shape.device == "cuda" else halves
+    for count in (8192, 131_072):
+        index = torch.randint(num_rows, (count,), generator=generator)
+
+        def copy_halves(index: Tensor = index) -> None:
+            pinned = torch.empty(len(index), dim, dtype=halves.dtype, pin_memory=halves.is_pinned())
+            torch.index_select(halves, 0, index, out=pinned)
+            pinned.to(shape.device, non_blocking=True)
+
+        def copy_int4(index: Tensor = index) -> None:
+            table.lookup(index, device=shape.device, dtype=halves.dtype)
+
+        def read_int4(index: Tensor = index) -> None:
+            table.lookup(index.to(shape.device), dtype=halves.dtype)
+
+        calls = {"float16": copy_halves, "int4": copy_int4, "int4_by_gpu": read_int4}
+        times = median_ms(calls, rounds=30, warm_up=5)
+        found |= {f"ms_{name}_{count}": value for name, value in times.items()}
+        found[f"latency_{count}"] = times["int4"] / times["float16"]
+    found["bytes_ratio"] = halves.numel() * halves.element_size() / table.num_bytes
+    return found
+
+
 def measure_components(shape: Shape) -> Figures:
-    """Each component alone and all together: four users of 8,192 events, 18 layers.
+    """Each component alone and all together: eight users of 8,192 events, 18 layers.
 
     Without merged tokens an event is two. The mixture reads 10,240 and 3,072 tokens (merged half as
     many); stochastic length cuts in training only. How an action is encoded costs the encoder
     nothing.
     """
-    longest, count = (16_384, 4) if shape.device == "cuda" else (128, 2)
+    longest, count = (16_384, 8) if shape.device == "cuda" else (128, 2)
     local, layers = semi_local(K1, K2), shape.num_layers
     cut = truncation(layers - max(1, layers // 6), KEPT)
     plain, half = shape.hstu(longest), shape.hstu(longest, **local, **cut)
@@ -276,13 +202,13 @@ def measure_components(shape: Shape) -> Figures:
     for name, (model, served, trained) in variants.items():
         free()
         train = Stack(model, trained, shape)
-        found[f"train_ms_{name}"] = median_ms({"": train.train}, rounds=4)[""]
+        found[f"train_ms_{name}"] = replayed_ms({"": train}, "train")[""]
         found[f"train_tflop_{name}"] = 3 * train.flops / 1e12
         if shape.device == "cuda":
             found[f"peak_gib_{name}"] = torch.cuda.max_memory_allocated() / GIB
         del train
         infer = Stack(model, served, shape)
-        found[f"infer_ms_{name}"] = median_ms({"": infer.infer}, rounds=5)[""]
+        found[f"infer_ms_{name}"] = replayed_ms({"": infer}, "infer")[""]
         found[f"infer_tflop_{name}"] = infer.flops / 1e12
         del infer
     return found
@@ -291,11 +217,11 @@ def measure_components(shape: Shape) -> Figures:
 MEASUREMENTS: dict[str, Callable[[Shape], Figures]] = {
     "step": measure_step,
     "components": measure_components,
-    "replay": measure_replay,
     "memory": measure_memory,
     "system": measure_system,
     "transformer": measure_transformer,
     "longest": measure_longest,
+    "int4": measure_int4,
 }
 
 
@@ -312,7 +238,6 @@ def table(found: dict[str, Figures]) -> list[str]:
 
     row("training step, 18 layers x 16,384", "3x", "5x", "step", times("train_speedup_ultra"))
     row("inference, the same", "5x", "12x", "step", times("infer_speedup_ultra"))
-    row("inference, as CUDA graphs", "5x", "12x", "replay", times("speedup_ultra_8"))
     row(
         "longest sequence trained",
         "1,048,576",
@@ -351,6 +276,13 @@ def table(found: dict[str, Figures]) -> list[str]:
             f"{x['train_hstu_short']:.2f}x ({x['train_hstu']:.2f}x without; the Transformer itself "
             f"gains {x['train_transformer_short']:.2f}x by it)"
         ),
+    )
+    row(
+        "4-bit rows of 128: bytes fewer; latency of 131,072",
+        "3x; 0.6x",
+        "",
+        "int4",
+        lambda x: f"{x['bytes_ratio']:.2f}x; {x['latency_131072']:.2f}x",
     )
     return ["| what | at least | aim | measured |", "|---|---|---|---|", *rows]
 
