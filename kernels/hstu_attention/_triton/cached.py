@@ -257,8 +257,8 @@ def hstu_attention_cached(
     blocks = _blocks(q, v, max_len, has_bias=bias is not None)
     num_blocks = triton.cdiv(max_len, blocks["BLOCK_M"])
     programs = num_blocks * num_sequences * H
-    # Of those programs that have queries: blocks of a short sequence have none.
-    working = min(num_blocks * num_sequences, triton.cdiv(R, blocks["BLOCK_M"]) + num_sequences) * H
+    # About as many of those programs have queries: blocks of a short sequence have none.
+    working = min(num_blocks * num_sequences, triton.cdiv(R, blocks["BLOCK_M"])) * H
     splits = _splits(working, triton.cdiv(cached.max_len, blocks["BLOCK_N"]), q.device)
     part = out if splits == 1 else q.new_empty(splits, R, H, V, dtype=torch.float32)
     top = total = part
