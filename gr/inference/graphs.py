@@ -1,8 +1,9 @@
 """Passes as CUDA graphs: what takes a GPU less time than Python takes to launch it.
 
-A graph is captured for a number of rows, sequences and pages, and replayed for whatever fits: the
-rows that are left over are one more sequence, of candidates without a history, so that nothing of
-the pass has to know of them. Inputs go to the device in one copy.
+A graph is captured for a number of rows, sequences and pages when a pass of that size comes for
+the second time, and replayed for whatever fits: the rows that are left over are one more sequence,
+of candidates without a history, so that nothing of the pass has to know of them. Inputs go to the
+device in one copy.
 
 Letters: R rows of a graph, B its sequences with the one that is left over, G pages of a sequence.
 """
@@ -20,7 +21,7 @@ from gr.inference.stack import Layout, Pass, Stack
 from gr.sequence import Before, SequenceInfo
 from kernels.hstu_attention.cached import PAGE
 
-MAX_GRAPHS = 32
+MAX_GRAPHS = 64
 """Kept at a time, of one stack: the least recently used gives way."""
 MOST_ROWS = 1 << 14
 TAIL = 2
@@ -65,18 +66,27 @@ class PassGraphs:
     def __init__(self, stack: Stack, store: KeyValueStore) -> None:
         self.stack, self.store = stack, store
         self._graphs: OrderedDict[Size, Captured] = OrderedDict()
+        self._seen: set[Size] = set()
         self._pool: Any = None
 
     def takes(self, given: Pass) -> bool:
-        """Return whether a pass can be one of a graph."""
+        """Return whether to `run` a pass: it can be one of a graph, and such a one came before."""
         info, layout = given.info, given.layouts[0]
         count = len(info.offsets) - 1
         fits = 0 < len(info.timestamp) <= MOST_ROWS and 0 < count <= MOST_SEQUENCES
         if len(given.layouts) > 1 or not fits:
             return False
         if given.of_tails:  # as many rows are wanted of each graph's pass
-            return count == 1 and int(info.tail_offsets[1]) == TAIL
-        return layout.max_len > 0
+            fits = count == 1 and int(info.tail_offsets[1]) == TAIL
+        elif layout.max_len == 0:
+            fits = False
+        size = _size(given)
+        if not fits or size in self._seen:
+            return fits
+        if len(self._seen) >= 8 * MAX_GRAPHS:
+            self._seen.clear()
+        self._seen.add(size)
+        return False
 
     def run(self, x_RD: Tensor, given: Pass) -> Tensor:
         """Return as Stack.run does, for a pass in host memory.
@@ -85,18 +95,7 @@ class PassGraphs:
             x_RD: on the device.
             given: a pass that `takes` takes.
         """
-        info, layout = given.info, given.layouts[0]
-        rows, cached = len(x_RD), layout.max_len
-        pages = _round_up(-(-cached // PAGE), 16) if cached else 0
-        size = Size(
-            rows=_row_bucket(rows),
-            sequences=1 << (len(info.offsets) - 2).bit_length(),
-            pages=pages,
-            keeps=layout.rows is not None,
-            of_tails=given.of_tails,
-            windowed=given.windowed_candidates,
-            num_context=info.num_context,
-        )
+        size, rows = _size(given), len(x_RD)
         captured = self._graphs.get(size)
         if captured is None:
             captured = self._capture(size, x_RD)
@@ -146,6 +145,20 @@ class PassGraphs:
         if len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)
         return captured
+
+
+def _size(given: Pass) -> Size:
+    """Return the size of the graph that a pass is one of."""
+    info, cached = given.info, given.layouts[0].max_len
+    return Size(
+        rows=_row_bucket(len(info.timestamp)),
+        sequences=1 << (len(info.offsets) - 2).bit_length(),
+        pages=_round_up(-(-cached // PAGE), 16) if cached else 0,
+        keeps=given.layouts[0].rows is not None,
+        of_tails=given.of_tails,
+        windowed=given.windowed_candidates,
+        num_context=info.num_context,
+    )
 
 
 class _Numbers:

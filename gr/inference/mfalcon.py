@@ -78,7 +78,7 @@ class Scorer:
             once. 0: histories are encoded anew for each request, as they are in any case where
             `prefix_stable` does not hold; EncodedHistory.reasons says so.
         graphs: on a GPU with cache_bytes, requests that come one at a time run as CUDA graphs, each
-            captured when passes of its size come for the first time.
+            captured when passes of its size come for the second time.
 
     Raises:
         ValueError: if the model does not read sequences (model.encoder=dlrm), or the memory holds

@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 from kernels import jagged
-from kernels.hstu_attention import AttentionMask, RelativeBias, hstu_attention
+from kernels.hstu_attention import (
+    AttentionMask,
+    CachedKeys,
+    RelativeBias,
+    hstu_attention,
+    hstu_attention_cached,
+)
+from kernels.hstu_attention.cached import PAGE
 from kernels.hstu_layer import RECOMPUTABLE, LayerWeights, hstu_layer, quantize_weights
 from kernels.int4_rows import dequantize_int4, row_bytes
 from kernels.layer_norm import layer_norm, layer_norm_fp8
@@ -78,6 +85,34 @@ def check_hstu_attention_256(device: str) -> None:
     """Two passes backward; and dims that differ, which plain Triton takes."""
     _attend(device, 256, 256, MASKS[0], False)
     _attend(device, 32, 96, MASKS[1], True)
+
+
+def check_hstu_attention_cached(device: str) -> None:
+    """New tokens behind cached ones: windows, a bias, softmax, pages that are not full."""
+    offsets, heads = _offsets(device), 2
+    cached = torch.tensor([260, 0, 128, 5], device=device)
+    pages = torch.tensor([[4, 0, 2], [0, 0, 0], [1, 0, 0], [3, 0, 0]], dtype=torch.int32)
+    times = torch.arange(5 * PAGE, device=device) * 60, torch.arange(L, device=device) * 3600
+    for D, dtype in itertools.product((64, 48), (torch.bfloat16, torch.float32)):
+        q, k, v = (_draw(device, L, heads, D, dtype=dtype).detach() for _ in range(3))
+        old_k, old_v = (_draw(device, 5 * PAGE, heads, D, dtype=dtype).detach() for _ in range(2))
+        keys = CachedKeys(old_k, old_v, times[0], pages.to(device), cached, 260)
+        tables = [_draw(device, n, dtype=torch.float32).detach() for n in (2 * 129 - 1, 33)]
+        for mask, bias, activation in (
+            (AttentionMask(), None, "silu"),
+            (AttentionMask(local_window=16, windowed_candidates=True), None, "softmax"),
+            (AttentionMask(local_window=40, global_columns=9), tables, "silu"),
+        ):
+            hstu_attention_cached(
+                *(q, k, v, offsets, keys),
+                max_len=129,
+                alpha=D**-0.5,
+                scaling_length=129 if activation == "silu" else None,
+                activation=activation,
+                mask=mask,
+                num_candidates=torch.tensor([70, 0, 1, 62], device=device),
+                bias=RelativeBias(*bias, times[1] + 1800, times[1]) if bias else None,
+            )
 
 
 def _attend(

@@ -92,7 +92,7 @@ def test_requests_that_go_on_in_bfloat16(options, graphs):
     scorer.refresh()
     exact = make_model(config)
     exact.load_state_dict({k: v.double().cpu() for k, v in model.state_dict().items()})
-    for step in range(3):
+    for step in range(4):
         requests = world.requests()
         candidates = world.candidates(requests, [70])
         encoded = scorer.encode_history(requests)
