@@ -25,6 +25,9 @@ class ServeConfig:
     """Events of one request."""
     max_body_mb: float = 8.0
     """Of one request, MB (10^6 bytes); more are refused with 413."""
+    cache_mb: float = 256.0
+    """Memory for keys and values of users from one request to the next, MB (10^6 bytes), where the
+    model allows it (docs/inference.md); 0: none."""
     faiss: str = ""
     """Description of a FAISS index in the place of the exact search; empty: exact."""
 
@@ -42,6 +45,8 @@ class ServeConfig:
                 raise ValueError(f"{flag} must be at least {least}, got {getattr(self, name)}")
         if self.port > 65_535:
             raise ValueError(f"--port must be at most 65535, got {self.port}")
+        if not 0 <= self.cache_mb < float("inf"):
+            raise ValueError(f"--cache-mb must be at least 0, got {self.cache_mb}")
         for name in ("timeout_s", "max_body_mb"):
             if not 0 < getattr(self, name) < float("inf"):
                 flag = "--" + name.replace("_", "-")

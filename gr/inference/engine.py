@@ -4,7 +4,7 @@ Letters: B questions, n results, m candidates, I and S columns of an encoded eve
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from gr.config import TrainConfig
 from gr.evaluate import find_step
 from gr.inference.catalogue import ItemCatalogue, catalogue_of
 from gr.inference.mfalcon import Scorer, trainer_lookup
+from gr.inference.prefix import why_unstable
 from gr.inference.requests import Candidates, Requests
 from gr.inference.retrieval import ExactIndex, FaissIndex
 from gr.inference.score_tables import RETRIEVAL, prediction
@@ -68,6 +69,10 @@ class Recommendation:
     with the user's vector, where the items were retrieved."""
     num_history: int
     """Events that the model read."""
+    reused_tokens: int = 0
+    """Tokens of them whose keys and values an earlier request had left."""
+    encoded_anew: str = ""
+    """Why the whole history was encoded; empty: it was not."""
 
 
 class Recommender:
@@ -180,7 +185,11 @@ class Recommender:
             if found is not None:
                 scores[b][RETRIEVAL] = found
         return [
-            _ordered(question, ids[b], scores[b], tuple(self.tasks))
+            replace(
+                _ordered(question, ids[b], scores[b], tuple(self.tasks)),
+                reused_tokens=int(encoded.reused[b]),
+                encoded_anew=encoded.reasons[b],
+            )
             for b, question in enumerate(questions)
         ]
 
@@ -277,6 +286,7 @@ def load_recommender(
     device: torch.device,
     step: int | None = None,
     faiss: str = "",
+    cache_bytes: int = 0,
 ) -> Recommender:
     """Return what answers questions with a checkpoint, knowing the users of the run's log.
 
@@ -286,13 +296,15 @@ def load_recommender(
         device: where the model goes.
         step: of the checkpoint; None means the newest.
         faiss: description of a FAISS index in the place of the exact one; empty: exact.
+        cache_bytes: memory for keys and values from one request to the next, where the model allows
+            it, or on a GPU, where it also holds those of one request.
 
     Raises:
         ValueError: if there is no such checkpoint, it is of another model, or the log cannot be
             used.
     """
     trainer, step = load_trainer(config, run_dir, device=device, step=step)
-    return recommender_of(trainer, step, faiss=faiss)
+    return recommender_of(trainer, step, faiss=faiss, cache_bytes=cache_bytes)
 
 
 def load_trainer(
@@ -320,13 +332,16 @@ def load_trainer(
     return trainer, step
 
 
-def recommender_of(trainer: Trainer, step: int, *, faiss: str = "") -> Recommender:
+def recommender_of(
+    trainer: Trainer, step: int, *, faiss: str = "", cache_bytes: int = 0
+) -> Recommender:
     """Return what answers questions with a trainer's weights.
 
     Args:
         trainer: with the weights of a checkpoint.
         step: of the checkpoint.
         faiss: as `load_recommender`.
+        cache_bytes: likewise.
 
     Raises:
         ValueError: if the model cannot be asked, or the log cannot be used.
@@ -336,7 +351,9 @@ def recommender_of(trainer: Trainer, step: int, *, faiss: str = "") -> Recommend
         raise ValueError(
             "model.encoder=dlrm scores events with counters that only a log holds: use gr recommend"
         )
-    scorer = Scorer(config, trainer.model, trainer_lookup(trainer), device)
+    if device.type == "cpu" and why_unstable(config):
+        cache_bytes = 0
+    scorer = Scorer(config, trainer.model, trainer_lookup(trainer), device, cache_bytes=cache_bytes)
     index: ExactIndex | None = None
     if trainer.model.retrieval is not None:
         catalogue = catalogue_of(trainer)

@@ -249,23 +249,38 @@ def _ends(length: Any) -> Tensor:
     return torch.stack([zero, torch.scalar_tensor(length, dtype=torch.int64)])
 
 
+def pack_rows(rows_ND: Tensor, form: str, *, name: str, first: int = 0) -> Tensor:
+    """Return rows as an exported table holds them; `ExportedTable.lookup` reads them.
+
+    Args:
+        rows_ND: float32.
+        form: fp32, fp16, int8 or int4.
+        name: of the table, for messages.
+        first: number of the first row, for messages.
+
+    Raises:
+        ValueError: if a row does not fit the format.
+    """
+    if form == "fp32":
+        return rows_ND.clone()
+    if form == "int4":
+        return quantize_int4(rows_ND, name=name, first=first)
+    if form == "int8":
+        packed: Tensor = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(rows_ND.contiguous())
+        return packed
+    if not bool((rows_ND.abs() <= FLOAT16_MAX).all()):
+        raise ValueError(f"table {name!r} holds values beyond {FLOAT16_MAX}: use fp32")
+    return rows_ND.half()
+
+
 def _write_table(trainer: Trainer, name: str, form: str, folder: Path) -> dict[str, Any]:
     table = trainer.config.embeddings.tables[name]
-    chunks = []
-    for first, rows in trainer.tables.all_rows(name):
-        rows = rows.cpu().float()
-        if form == "fp32":
-            chunks.append(rows.clone())
-        elif form == "fp16":
-            if not bool((rows.abs() <= FLOAT16_MAX).all()):
-                raise ValueError(f"table {name!r} holds values beyond {FLOAT16_MAX}: use fp32")
-            chunks.append(rows.half())
-        elif form == "int8":
-            packed = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(rows.contiguous())
-            chunks.append(packed)
-        else:
-            chunks.append(quantize_int4(rows, name=name, first=first))
-    stored = torch.cat(chunks)
+    stored = torch.cat(
+        [
+            pack_rows(rows.cpu().float(), form, name=name, first=first)
+            for first, rows in trainer.tables.all_rows(name)
+        ]
+    )
     file = f"tables/{name}.npy"
     np.save(folder / file, stored.numpy())
     about = {

@@ -45,6 +45,8 @@ class Answer(BaseModel):
     time: int
     items: list[Item]
     history_events: int = Field(description="events that the model read")
+    reused_tokens: int = Field(description="tokens whose keys and values an earlier request left")
+    encoded_anew: str = Field(description="why the whole history was encoded; empty: it was not")
     checkpoint_step: int
 
 

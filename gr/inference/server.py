@@ -308,7 +308,12 @@ def serve(
         raise ValueError("device=cuda, but torch sees no GPU here. Use device=cpu.")
     device = torch.device("cuda", 0) if wanted == "cuda" else torch.device("cpu")
     recommender = load_recommender(
-        config, run_dir, device=device, step=step, faiss=serve_config.faiss
+        config,
+        run_dir,
+        device=device,
+        step=step,
+        faiss=serve_config.faiss,
+        cache_bytes=int(serve_config.cache_mb * 1e6),
     )
     with _listening(serve_config) as listener:
         port = listener.getsockname()[1]

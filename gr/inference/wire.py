@@ -163,6 +163,8 @@ class Translator:
                 )
             ],
             history_events=found.num_history,
+            reused_tokens=found.reused_tokens,
+            encoded_anew=found.encoded_anew,
             checkpoint_step=self.recommender.step,
         )
 

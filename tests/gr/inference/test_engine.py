@@ -1,5 +1,7 @@
 """Questions answered together and alone, against the trainer's own passes over the log."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -167,3 +169,31 @@ def test_before_takes_the_newest_events_before_a_time():
     assert before(history, 8, 2).ints[:, 0].tolist() == [3, 4]
     assert before(history, 0, 2).ints.shape == (0, 2)
     assert torch.from_numpy(before(history, 99, 9).ints).shape == (6, 2)
+
+
+def test_keys_and_values_are_kept_where_the_model_allows_it(tmp_path):
+    run_dir = toy_run(tmp_path, "model.encoding.position=from_start")
+    kept = toy_recommender(run_dir, cache_bytes=1_000_000)
+    anew = toy_recommender(run_dir)
+    whole = kept.store.history(5)
+    reused = []
+    for number in (5, 6, 11):
+        history = UserHistory(whole.ints[:number], whole.codes[:number], whole.context)
+        time = int(history.ints[-1, 1]) + 1
+        rows = kept.item_rows(np.array([3, 7, 11]), time=time, context=whole.context)
+        question = Question(user_id=5, time=time, history=history, candidates=rows)
+        (found,), (wanted,) = kept.answer([question]), anew.answer([question])
+        assert found.item_ids.tolist() == wanted.item_ids.tolist()
+        np.testing.assert_allclose(found.scores["click"], wanted.scores["click"], atol=1e-5)
+        assert bool(found.encoded_anew) == (found.reused_tokens == 0)
+        assert wanted.encoded_anew == "there is no cache (cache_bytes=0)"
+        reused.append(found.reused_tokens)
+    assert reused[0] == 0
+    assert 0 < reused[1] < reused[2]
+
+
+def test_where_it_does_not_the_answer_says_why(recommender, run_dir):
+    kept = toy_recommender(run_dir, cache_bytes=1_000_000)
+    for each in (kept, recommender):
+        (found,) = each.answer([asked(each, 5, 1_700_600_000, [1])])
+        assert found.encoded_anew == "model.encoding.position=from_session"
