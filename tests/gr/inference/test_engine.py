@@ -1,7 +1,5 @@
 """Questions answered together and alone, against the trainer's own passes over the log."""
 
-from dataclasses import replace
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
