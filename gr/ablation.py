@@ -10,7 +10,6 @@ sequences (no stochastic length), for each sequence in the mean.
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,10 @@ import matplotlib.pyplot as plt
 from gr.atomic import write_atomically
 from gr.config import TrainConfig
 from gr.config_io import load_config
-from gr.flops import inference_flops, sequence_costs
-from gr.hstu import kept_history
-from gr.mixture import mixture_groups
+from gr.cost import flops_of_inference
 from gr.report import markdown_table
 from gr.runlog import CONFIG
 from gr.runs import ALL, Run, mean_interval, read_run
-from gr.sequence import sequence_info
-from pipelines.config import StochasticLengthConfig
-from pipelines.stream import SessionStream
 
 
 def read_variants(folder: str | Path) -> dict[str, dict[int, Run]]:
@@ -109,13 +103,7 @@ def mean_inference_flops(run_dir: str | Path) -> float:
         run_dir: its configuration is read, and the log that it names.
     """
     config, _ = load_config(TrainConfig, Path(run_dir) / CONFIG)
-    data = replace(config.data, stochastic_length=StochasticLengthConfig(), follow=False)
-    groups, keep = mixture_groups(config.model, data), kept_history(config.model)
-    flops = sequences = 0
-    for batch in SessionStream(data, seed=config.seed, cost=sequence_costs(config.model)):
-        info = sequence_info(batch, keep_history=keep, groups=groups)
-        flops += inference_flops(config.model, info)
-        sequences += batch.num_sequences
+    flops, sequences = flops_of_inference(config)
     return flops / max(1, sequences)
 
 

@@ -154,6 +154,12 @@ def _parser() -> argparse.ArgumentParser:
     child.add_argument("--sequences", type=int, default=3, help="printed as tokens (3)")
     child.add_argument("--traceback", action="store_true", help="show it also for user errors")
 
+    child = command("cost", _cost, "Count FLOPs and bytes of a run from its log; train nothing.")
+    child.add_argument("config", help="YAML file of gr train")
+    child.add_argument("overrides", nargs="*", metavar="key=value", help="override of the file")
+    child.add_argument("--batches", type=int, default=0, help="read so many; all if not given")
+    child.add_argument("--traceback", action="store_true", help="show it also for user errors")
+
     child = command("report", _report, "Compare runs: table, report.md, CSV and plots.")
     child.add_argument("runs", nargs="+", help="run directories; seeds of one config are grouped")
     child.add_argument("--output", help="folder of the report; the first run if not given")
@@ -311,6 +317,17 @@ def _dataset(arguments: argparse.Namespace) -> None:
         print(f"{source}: {checksum}")
     flags = {"overwrite": arguments.overwrite, "partial": arguments.partial}
     print(convert(dataset, source, locate(arguments.output), **flags))
+
+
+def _cost(arguments: argparse.Namespace) -> None:
+    check_versions()
+    from gr.config import TrainConfig
+    from gr.cost import cost_of, describe
+
+    overrides = [*arguments.overrides, "run_dir=none"]
+    config, _ = load_config(TrainConfig, arguments.config, overrides)
+    on_gpu = config.device != "cpu"
+    print(describe(cost_of(config, num_batches=arguments.batches, on_gpu=on_gpu)))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
