@@ -72,7 +72,7 @@ class TransformerEncoder(nn.Module):
 
     def normed(self, y_RD: Tensor) -> Tensor:
         """Return rows of the last layer after the final norm."""
-        return self.final_norm(y_RD)  # type: ignore[no-any-return]
+        return _rms_norm(y_RD, self.final_norm)
 
     def rotations(self, x_LD: Tensor, info: SequenceInfo) -> tuple[Rotation, Rotation]:
         """Return what the queries and the keys of all tokens are turned by."""
@@ -83,6 +83,12 @@ class TransformerEncoder(nn.Module):
             head_dim=self.head_dim,
             dtype=x_LD.dtype,
         )
+
+
+def _rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    # Torch's fused kernel wants the weight in the dtype of x; without it, a norm is five passes.
+    weight = norm.weight.to(x.dtype)
+    return functional.rms_norm(x, tuple(norm.normalized_shape), weight, norm.eps)
 
 
 class TransformerLayer(nn.Module):
@@ -151,7 +157,7 @@ class TransformerLayer(nn.Module):
             tail_R: tokens whose rows are wanted; None means all.
         """
         of_queries, of_keys = rotations
-        normed_LD = self.attention_norm(x_LD)
+        normed_LD = _rms_norm(x_LD, self.attention_norm)
         k_LD, v_LD = self.key_value(normed_LD).chunk(2, dim=1)
         k_LHK, v_LHK = (x.unflatten(1, (self.num_heads, -1)) for x in (k_LD, v_LD))
         k_LHK = rotary(k_LHK, of_keys)
@@ -161,6 +167,6 @@ class TransformerLayer(nn.Module):
         q_RHK = rotary(self.query(normed_LD).unflatten(1, (self.num_heads, -1)), of_queries)
         attended_RHK = attend(q_RHK, k_LHK, v_LHK)
         z_RD = x_RD + self.dropout(self.output(attended_RHK.flatten(1)))
-        gate_RF, value_RF = self.ffn_in(self.ffn_norm(z_RD)).chunk(2, dim=1)
+        gate_RF, value_RF = self.ffn_in(_rms_norm(z_RD, self.ffn_norm)).chunk(2, dim=1)
         hidden_RF = functional.silu(gate_RF) * value_RF
         return z_RD + self.dropout(self.ffn_out(hidden_RF))  # type: ignore[no-any-return]
