@@ -22,10 +22,10 @@ MASKS = [
 ]
 
 
-def make_call(cached, events, candidates, mask, bias, softmax, dtype, device, seed=0):
+def make_call(cached, events, candidates, mask, bias, softmax, dtype, device, seed=0, dim=0):
     """Return arguments of the operator, and those of the attention of the whole in float64."""
     generator = torch.Generator().manual_seed(seed)
-    H, K, V = 2, 16, 32
+    H, K, V = 2, dim or 16, dim or 32
     new = [e + c for e, c in zip(events, candidates, strict=True)]
     lengths = [n + r for n, r in zip(cached, new, strict=True)]
     offsets, whole = (
@@ -111,12 +111,14 @@ CALLS = st.lists(
 )
 
 
-def check(call, dtype, device, impl):
+def check(call, dtype, device, impl, dim=0):
     lengths, mask, bias, softmax, seed = call
     if mask.num_context:  # the context is cached, or nothing is
         lengths = [(max(n, 3), e, c) for n, e, c in lengths]
     lengths = [(n, e, c + (e + c == 0)) for n, e, c in lengths]
-    made, whole = make_call(*zip(*lengths, strict=True), mask, bias, softmax, dtype, device, seed)
+    made, whole = make_call(
+        *zip(*lengths, strict=True), mask, bias, softmax, dtype, device, seed, dim
+    )
     got = hstu_attention_cached(*made[0], **made[1], impl=impl)
     expected = hstu_attention(*whole[0], **whole[1])
     if impl == "reference":
@@ -155,17 +157,36 @@ def test_triton(seed, device):
 
 
 @pytest.mark.gpu
-@settings(deadline=None, max_examples=60)
-@given(DRAWN, st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-def test_triton_of_drawn_calls(call, dtype):
-    check(call, dtype, "cuda", "triton")
+@settings(deadline=None, max_examples=40)
+@given(
+    CALLS,
+    st.sampled_from(  # each is compiled
+        [
+            (MASKS[0], "none", False, torch.bfloat16),
+            (MASKS[1], "position_time", False, torch.float16),
+            (MASKS[3], "none", True, torch.bfloat16),
+            (MASKS[6], "position", False, torch.float32),
+        ]
+    ),
+    st.integers(0, 99),
+)
+def test_triton_of_drawn_calls(lengths, kind, seed):
+    mask, bias, softmax, dtype = kind
+    check((lengths, mask, bias, softmax, seed), dtype, "cuda", "triton")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("softmax", [False, True])
-def test_long_histories(softmax):
+@pytest.mark.parametrize("dim", [20, 24])
+def test_rows_that_begin_anywhere(dim):
+    lengths = [(300, 5, 40), (129, 0, 3)]
+    check((lengths, MASKS[0], "none", False, 1), torch.bfloat16, "cuda", "triton", dim=dim)
+
+
+@pytest.mark.gpu
+def test_long_histories():
     lengths = [(8_000, 0, 1_000), (3_001, 33, 64)]
-    for mask in (AttentionMask(), AttentionMask(local_window=500, windowed_candidates=True)):
+    window = AttentionMask(local_window=500, windowed_candidates=True)
+    for mask, softmax in ((AttentionMask(), False), (window, False), (AttentionMask(), True)):
         check((lengths, mask, "none", softmax, 1), torch.bfloat16, "cuda", "triton")
 
 

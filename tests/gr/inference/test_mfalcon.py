@@ -24,9 +24,20 @@ def assert_same(got, expected, tolerance=1e-10):
     torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(runs(), COUNTS, st.integers(1, 5), st.integers(0, 99))
 def test_microbatches_equal_a_pass_of_each_candidate(config, counts, microbatch, seed):
+    check_microbatches(config, counts, microbatch, seed)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=500)
+@given(runs(), COUNTS, st.integers(1, 5), st.integers(0, 99))
+def test_microbatches_of_many_runs(config, counts, microbatch, seed):
+    check_microbatches(config, counts, microbatch, seed)
+
+
+def check_microbatches(config, counts, microbatch, seed):
     history, items = zip(*counts, strict=True)
     world = World(config, seed, history)
     requests = world.requests()
@@ -53,17 +64,29 @@ def test_microbatches_equal_a_pass_of_each_candidate(config, counts, microbatch,
             assert_same(x, ranking[name])
 
 
+GOING_ON = {
+    "config": runs(stable=True),
+    "lengths": st.lists(st.integers(0, 4), min_size=2, max_size=3),
+    "growth": st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=4),
+    "pages": st.sampled_from([5, 30]),
+    "seed": st.integers(0, 99),
+}
+
+
 @settings(deadline=None, max_examples=8)
-@given(
-    runs(stable=True),
-    st.lists(st.integers(0, 4), min_size=2, max_size=3),
-    st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=4),
-    st.sampled_from([5, 30]),
-    st.integers(0, 99),
-)
-def test_requests_of_users_who_go_on_equal_those_without_a_cache(
-    config, lengths, growth, pages, seed
-):
+@given(**GOING_ON)
+def test_requests_of_users_who_go_on_equal_those_without_a_cache(**drawn):
+    check_going_on(**drawn)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=300)
+@given(**GOING_ON)
+def test_many_users_who_go_on(**drawn):
+    check_going_on(**drawn)
+
+
+def check_going_on(config, lengths, growth, pages, seed):
     world = World(config, seed, lengths)
     scorer = make_scorer(config, cache_bytes=pages * page_of(config))
     model, lookup = make_model(config), make_lookup(config)

@@ -21,8 +21,7 @@ def columns(events, names=NAMES):
     return {name: [event.get(name) for event in events] for name in names}
 
 
-@pytest.mark.parametrize("anchor", ["event", "session"])
-@pytest.mark.parametrize("context", ["prefix", "merged"])
+@pytest.mark.parametrize(("anchor", "context"), [("event", "merged"), ("session", "prefix")])
 def test_scores_are_those_of_the_stream(tmp_path, anchor, context):
     """Every session of a log, overlaps and unknown values included."""
     partitions = random_sessions(3)
