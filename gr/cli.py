@@ -111,6 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     child.add_argument(
         "--steps-per-file", type=int, default=128, help="global batches of one file (128)"
     )
+    child.add_argument("--top", type=int, help="instead: so many items for every user of the log")
+    child.add_argument("--retrieve", type=int, default=100, help="of --top: items found (100)")
+    child.add_argument("--exclude-seen", action="store_true", help="of --top: not what was met")
+    child.add_argument("--time", type=int, default=0, help="of --top: s; 0: after the log")
     child.add_argument("--traceback", action="store_true", help="show it also for user errors")
 
     child = command("serve", _serve, "Recommendations over HTTP, with a checkpoint.")
@@ -251,6 +255,22 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _recommend(arguments: argparse.Namespace) -> None:
     check_versions()
+    if arguments.top is not None:
+        from gr.inference.recommend_users import TopItems, recommend_users
+
+        names = ("top", "retrieve", "exclude_seen", "time")
+        what = TopItems(**{name: getattr(arguments, name) for name in names})
+        recommend_users(
+            _config_of_run(arguments),
+            arguments.run_dir,
+            arguments.output,
+            what,
+            step=arguments.step,
+            overrides=arguments.overrides,
+        )
+        return
+    if arguments.exclude_seen or arguments.time:
+        raise ValueError("--exclude-seen and --time are of --top: say how many items")
     from gr.inference.recommend import recommend
 
     recommend(

@@ -19,6 +19,7 @@ from gr.exported import ExportedTable
 from gr.inference.engine import load_trainer
 from gr.inference.export import pack_rows
 from gr.model import SequenceModel
+from gr.parallel import World
 from gr.trainer import Trainer
 from kernels.top_k import top_k
 from pipelines.stream import SessionStream
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=4096, help="user vectors to retrieve with")
     arguments = parser.parse_args()
     config = run_config(arguments.run_dir, ["eval.retrieval=false"])
-    trainer, step = load_trainer(config, arguments.run_dir, device=torch.device("cpu"))
+    trainer, step = load_trainer(config, arguments.run_dir, world=World(0, 1, torch.device("cpu")))
     tables = trainer.tables
     assert isinstance(tables, ReplicatedTables)
     rounded = {form: Rounded(trainer, form) for form in FORMATS}

@@ -283,7 +283,7 @@ def load_recommender(
     config: TrainConfig,
     run_dir: str,
     *,
-    device: torch.device,
+    world: World,
     step: int | None = None,
     faiss: str = "",
     cache_bytes: int = 0,
@@ -293,7 +293,7 @@ def load_recommender(
     Args:
         config: `gr.evaluate.run_config` of the run.
         run_dir: the run directory.
-        device: where the model goes.
+        world: one process, and where the model goes.
         step: of the checkpoint; None means the newest.
         faiss: description of a FAISS index in the place of the exact one; empty: exact.
         cache_bytes: memory for keys and values from one request to the next, where the model allows
@@ -303,12 +303,12 @@ def load_recommender(
         ValueError: if there is no such checkpoint, it is of another model, or the log cannot be
             used.
     """
-    trainer, step = load_trainer(config, run_dir, device=device, step=step)
+    trainer, step = load_trainer(config, run_dir, world=world, step=step)
     return recommender_of(trainer, step, faiss=faiss, cache_bytes=cache_bytes)
 
 
 def load_trainer(
-    config: TrainConfig, run_dir: str, *, device: torch.device, step: int | None = None
+    config: TrainConfig, run_dir: str, *, world: World, step: int | None = None
 ) -> tuple[Trainer, int]:
     """Return a trainer with the weights of a checkpoint, and the checkpoint's step.
 
@@ -324,7 +324,7 @@ def load_trainer(
     source = open_log(config.data)
     trainer = Trainer(
         config,
-        World(0, 1, device),
+        world,
         utc_offset=source.utc_offset,
         sequences_per_step=source.sequences_per_step,
     )

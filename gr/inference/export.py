@@ -19,6 +19,7 @@ from gr.config import TrainConfig
 from gr.exported import AOT, CONFIG, FORMAT, MANIFEST, PROGRAMS, ExportedModel, ExportedTable
 from gr.inference.engine import Question, Recommender, before, load_trainer, recommender_of
 from gr.model import SequenceModel
+from gr.parallel import World
 from gr.sequence import SequenceInfo
 from gr.trainer import Trainer
 from pipelines.config import DataConfig, bag_features
@@ -143,7 +144,7 @@ def export(
     if tables not in ("fp32", "fp16", "int8", "int4"):
         raise ValueError(f"--tables must be fp32, fp16, int8 or int4, got {tables!r}")
     check_exportable(config)
-    trainer, step = load_trainer(config, run_dir, device=torch.device("cpu"), step=step)
+    trainer, step = load_trainer(config, run_dir, world=World(0, 1, torch.device("cpu")), step=step)
     recommender = recommender_of(trainer, step)
     (folder / "tables").mkdir(parents=True, exist_ok=True)
     written = {

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
-import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -28,12 +27,14 @@ from prometheus_client import (
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gr import parallel
 from gr.config import TrainConfig
 from gr.inference.batching import Batcher, ClosingError, QueueFullError
 from gr.inference.beam import FoundSequence, SequenceQuestion, beam_search
 from gr.inference.engine import Question, Recommendation, Recommender, load_recommender
 from gr.inference.schemas import Added, Answer, Health, Problem, SequencesAnswer, UserState
 from gr.inference.wire import Translator, UnknownUserError
+from gr.parallel import World
 from gr.serve_config import ServeConfig
 from pipelines.history import TIMESTAMP
 
@@ -301,36 +302,46 @@ def serve(
     Raises:
         ValueError: if the checkpoint or the log cannot be used.
     """
-    wanted = config.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch sees no GPU here. Use device=cpu.")
-    device = torch.device("cuda", 0) if wanted == "cuda" else torch.device("cpu")
-    recommender = load_recommender(
-        config,
-        run_dir,
-        device=device,
-        step=step,
-        faiss=serve_config.faiss,
-        cache_bytes=int(serve_config.cache_mb * 1e6),
+    world = parallel.start(
+        config.device,
+        needs_group=config.embeddings.form == "sharded",
+        timeout_minutes=config.timeout_minutes,
     )
-    with _listening(serve_config) as listener:
-        port = listener.getsockname()[1]
-        store, catalogue = recommender.store, recommender.catalogue
-        items = f"{len(catalogue.ids):,} items" if catalogue else "no retrieval"
-        sys.stderr.write(
-            f"step {recommender.step} on {device.type}: {items}, {store.num_users:,} users with "
-            f"{store.num_events:,} events; http://{serve_config.host}:{port}/docs\n"
+    try:
+        if world.size > 1:
+            raise ValueError("gr serve is one process: start it without torchrun")
+        recommender = load_recommender(
+            config,
+            run_dir,
+            world=world,
+            step=step,
+            faiss=serve_config.faiss,
+            cache_bytes=int(serve_config.cache_mb * 1e6),
         )
-        sys.stderr.flush()
-        settings = uvicorn.Config(
-            build_app(recommender, serve_config),
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=max(1, round(serve_config.timeout_s)),
-        )
-        _Server(settings).run(sockets=[listener])
+        with _listening(serve_config) as listener:
+            _run(recommender, serve_config, world, listener)
+    finally:
+        parallel.stop(world)
+
+
+def _run(
+    recommender: Recommender, config: ServeConfig, world: World, listener: socket.socket
+) -> None:
+    port = listener.getsockname()[1]
+    store, catalogue = recommender.store, recommender.catalogue
+    items = f"{len(catalogue.ids):,} items" if catalogue else "no retrieval"
+    sys.stderr.write(
+        f"step {recommender.step} on {world.device.type}: {items}, {store.num_users:,} users with "
+        f"{store.num_events:,} events; http://{config.host}:{port}/docs\n"
+    )
+    sys.stderr.flush()
+    settings = uvicorn.Config(
+        build_app(recommender, config),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=max(1, round(config.timeout_s)),
+    )
+    _Server(settings).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):

@@ -4,6 +4,7 @@ import torch
 
 from gr.evaluate import run_config
 from gr.inference.engine import load_recommender
+from gr.parallel import World
 from tests.e2e.toy import run, write_config, write_log
 
 
@@ -24,4 +25,4 @@ def toy_run(folder, *overrides, without=()):
 def toy_recommender(run_dir, *overrides, **options):
     """Return what answers questions with the run's checkpoint."""
     config = run_config(run_dir, overrides)
-    return load_recommender(config, str(run_dir), device=torch.device("cpu"), **options)
+    return load_recommender(config, str(run_dir), world=World(0, 1, torch.device("cpu")), **options)
