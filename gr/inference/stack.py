@@ -247,6 +247,8 @@ class Stack:
             mask = replace(mask, windowed_candidates=True)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            # Emulated fp8 makes float32 of what kernels make in 16 bits.
+            q, k, v = (x.to(self.dtype) for x in (q, k, v))
             if layout.rows is not None:
                 kept = (k, v) if layout.keep is None else (k[layout.keep], v[layout.keep])
                 store.write(index, layout.rows, *kept)
