@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from gr.evaluate import EVALUATE
 from gr.report import markdown_table
 from gr.runlog import read_lines
 from gr.runs import ALL
-from gr.scaling.analysis import LEVEL, Analysis, analyse
+from gr.scaling.analysis import LEVEL, Analysis, Prediction, analyse
 from gr.scaling.config import ScalingConfig
 from gr.scaling.fits import Fit
 from gr.scaling.members import Member, expand, write_sweeps
@@ -144,13 +145,19 @@ def _predictions_table(analysis: Analysis) -> str:
             f"{p.predicted:.4f}",
             f"{p.low:.4f} to {p.high:.4f}",
             f"{p.mean.quality:.4f}",
-            "inside" if p.is_inside else "OUTSIDE",
+            _verdict(p),
         ]
         for curve in analysis.curves
         for p in curve.predictions
     ]
     head = ["family", "size", "times the compute", "law", "predicted", f"{LEVEL:.0%} interval"]
     return f"## Held out\n\n{markdown_table([*head, 'measured', ''], rows)}"
+
+
+def _verdict(prediction: Prediction) -> str:
+    if math.isnan(prediction.low):
+        return "no interval"
+    return "inside" if prediction.is_inside else "OUTSIDE"
 
 
 def _coefficients(fit: Fit) -> str:

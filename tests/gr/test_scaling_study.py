@@ -219,3 +219,12 @@ def test_a_size_may_be_another_thing_in_another_family(study, tmp_path):
     assert layers == one_two_four | {"ultra-a": 3}
     with pytest.raises(ValueError, match=r"sizes.a.of names \['huge'\]"):
         replace(study, sizes=study.sizes | {"a": SizeConfig(of={"huge": []})})
+
+
+def test_a_law_without_a_degree_of_freedom_left_gives_no_verdict(study):
+    sizes = {name: study.sizes[name] for name in ("a", "b", "c", "big")}
+    study = replace(study, window="last", sizes=sizes)
+    pretend(study)
+    rows = [line for line in scaling(study, only_fit=True).splitlines() if "nan to nan" in line]
+    assert len(rows) == 2  # of two families, the power law
+    assert all("no interval" in row for row in rows)
