@@ -128,12 +128,12 @@ def measure_candidates(shape: Shape) -> Figures:
     eager.x_LD = decoder.x_LD
     x_MD = torch.randn(most, model.dim, device=shape.device, dtype=decoder.dtype)
 
-    together = 8  # passes of one candidate that share a batch, so that the GPU is busy
+    together = 8  # passes of the rivals that share a batch, so that the GPU is busy
     alone_info = structure([history + 1] * together, 1, model, shape.device)
     past = decoder.x_LD[:history]
     alone_x = torch.cat([x for i in range(together) for x in (past, x_MD[i : i + 1])])
-    again_info = structure([history + microbatch], microbatch, model, shape.device)
-    again_x = torch.cat([past, x_MD[:microbatch]])
+    again_info = structure([history + microbatch] * together, microbatch, model, shape.device)
+    again_x = torch.cat([past, x_MD[:microbatch]]).repeat(together, 1)
 
     def forward(x: Tensor, info: SequenceInfo) -> Tensor:
         with torch.no_grad(), torch.autocast(shape.device, torch.bfloat16, on_gpu):
@@ -181,7 +181,7 @@ def measure_candidates(shape: Shape) -> Figures:
     ours = flops_history + most * of_candidate
     total = times["history"] + times[f"score_{sizes[-1]}"]
     alone = times["alone"] / together * most
-    again = times["again"] * (most / microbatch)
+    again = times["again"] / together * (most / microbatch)
     figures = {
         "error": error,
         "ms_first_request": times["first"],
