@@ -321,6 +321,7 @@ class Scorer:
         """Yield which of the candidates a microbatch has, and their rows of the encoder."""
         if self.encoder.encoder.merges_context:
             # What the context adds stands in front of them, and is cached.
+            candidates = replace(candidates, ints=candidates.ints.copy())
             for slot in self.encoder.encoder.series_slots:
                 hide(candidates.ints, slot)
         requests = history.requests.without_events(part.chosen[asked])

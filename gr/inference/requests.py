@@ -55,6 +55,8 @@ class Requests:
 
     def of(self, chosen: Ints) -> "Requests":
         """Return some of the requests, (n,) int64."""
+        if _is_all(chosen, self.num_requests):
+            return self
         rows = rows_of(self.counts, chosen)
         return Requests(
             user_id=self.user_id[chosen],
@@ -94,6 +96,8 @@ class Candidates:
 
     def of(self, chosen: Ints) -> "Candidates":
         """Return those of some requests."""
+        if _is_all(chosen, len(self.counts)):
+            return self
         rows = self.rows_of(chosen)
         return Candidates(self.counts[chosen], self.ints[rows], self.floats[rows])
 
@@ -397,3 +401,8 @@ def rows_of(counts: Ints, chosen: Ints) -> Ints:
     ends = np.cumsum(counts)
     rows = [np.arange(ends[b] - counts[b], ends[b]) for b in chosen]
     return np.concatenate(rows) if rows else np.empty(0, np.int64)
+
+
+def _is_all(chosen: Ints, count: int) -> bool:
+    """Return whether nothing is left out, so that nothing has to be copied."""
+    return len(chosen) == count and bool((chosen == np.arange(count)).all())
