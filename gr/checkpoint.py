@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
@@ -33,6 +32,7 @@ from gr.checkpoint_state import (
     put,
     split_state,
 )
+from gr.checkpoint_writer import ReasonedWriter, WriterProcess
 
 COMPLETE = "checkpoint.json"
 FORMAT = 1
@@ -40,22 +40,6 @@ FORMAT = 1
 
 class _FailedError(Exception):
     """What failed, on any rank; raised on all."""
-
-
-class _Writer(FileSystemWriter):
-    """Says why a file could not be written: torch's error names a position in it instead."""
-
-    def write_data(self, *args: Any, **options: Any) -> Any:
-        """Write this rank's tensors."""
-        try:
-            return super().write_data(*args, **options)
-        except Exception as failure:
-            cause: BaseException | None = failure
-            while cause is not None:
-                if isinstance(cause, OSError):
-                    raise OSError(cause.errno, cause.strerror) from failure
-                cause = cause.__cause__ or cause.__context__
-            raise
 
 
 class CheckpointManager:
@@ -82,7 +66,7 @@ class CheckpointManager:
             apart: first parts of keys whose shapes or keys depend on the data or on the number of
                 ranks (metrics, generators). They are saved; `load` leaves them alone, `read` gets
                 them.
-            asynchronous: `save` copies the state to host memory and returns; a thread writes it.
+            asynchronous: `save` copies the state to host memory and returns; a process writes it.
 
         Raises:
             ValueError: if `keep` is below 1.
@@ -93,6 +77,7 @@ class CheckpointManager:
         self.keep = keep
         self.apart = tuple(apart)
         self._host = HostCopy() if asynchronous else None
+        self._process = WriterProcess() if asynchronous else None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._group: dist.ProcessGroup | None = None
@@ -109,6 +94,16 @@ class CheckpointManager:
         """Return the step of the newest complete checkpoint, None if there is none."""
         steps = self.steps()
         return steps[-1] if steps else None
+
+    def reserve(self, state: dict[str, Any]) -> None:
+        """Do early in a run what else its first asynchronous `save` would wait for.
+
+        Args:
+            state: as it will be given to `save`.
+        """
+        if self._host is not None:
+            self._host.reserve(split_state(state)[0])
+            self._own_group()
 
     def save(self, step: int, state: dict[str, Any], folders: Sequence[Path] = ()) -> Path:
         """Save a state, then remove what is older than the newest `keep`.
@@ -143,9 +138,7 @@ class CheckpointManager:
             "values": _union(values),
         }
         record["fingerprint"] = fingerprint(_without(record["tensors"], self.apart))
-        if dist.is_initialized() and self._group is None:
-            # Of its own: what a thread sends must not mix with what training sends.
-            self._group = dist.new_group(backend="gloo")
+        self._own_group()
         if self._host is None:
             self._write(tensors, record, folders)
             return path
@@ -179,6 +172,13 @@ class CheckpointManager:
         """Wait as `wait` does, but let a failure be: the run ends with an error of its own."""
         if self._thread is not None:
             self._thread.join()
+        if self._process is not None:
+            self._process.close()
+
+    def _own_group(self) -> None:
+        if dist.is_initialized() and self._group is None:
+            # Of its own: what a thread sends must not mix with what training sends.
+            self._group = dist.new_group(backend="gloo")
 
     def _write(self, tensors: Tensors, record: dict[str, Any], folders: Sequence[Path]) -> None:
         """Write a checkpoint so that it is there whole or not at all, and remove the oldest."""
@@ -186,7 +186,7 @@ class CheckpointManager:
         draft = path.with_name(f"{path.name}.tmp")
         try:
             self._together(lambda: _begin(draft), on_all=False)
-            writer = _Writer(draft, sync_files=True)
+            writer = ReasonedWriter(draft, self._process)
             self._together(
                 lambda: dcp_save(
                     dict(tensors),

@@ -3,21 +3,45 @@
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed._shard.sharded_tensor.shard import Shard
 
+from gr.checkpoint_room import ALIGNMENT, Place, Room
 from gr.checkpoint_state import Tensors
+
+GROWTH = 2
+"""What grows from copy to copy (metrics) gets so much more room than it needs, which costs nothing
+until it is used; what a GPU fills is page-locked and gets what it needs."""
 
 
 class HostCopy:
-    """Copies tensors to host memory, page-locked where they come from a GPU, and keeps the room.
+    """Copies tensors to memory of the host that a process that writes them sees too.
 
-    The room is as large as what a rank saves, and is used again by the next copy.
+    The room is as large as what a rank saves, page-locked where it comes from a GPU, and used again
+    by the next copy.
     """
 
     def __init__(self) -> None:
-        self._room: dict[str, torch.Tensor] = {}
+        self._rooms: dict[bool, Room] = {}
+
+    def reserve(self, tensors: Tensors) -> None:
+        """Make room for tensors like these: to lock the pages of gigabytes takes a second.
+
+        Args:
+            tensors: plain or ShardedTensor, by key.
+        """
+        sizes = {False: 1, True: 0}
+        for tensor in tensors.values():
+            for each in _local(tensor):
+                sizes[each.is_cuda] += _aligned(each)
+        for from_gpu, size in sizes.items():
+            room = self._rooms.get(from_gpu)
+            if size > (0 if room is None else room.size):
+                self._rooms.pop(from_gpu, None)  # before there are two
+                size *= 1 if from_gpu else GROWTH
+                self._rooms[from_gpu] = Room(size, is_pinned=from_gpu)
 
     def copy(self, tensors: Tensors) -> Tensors:
         """Return the tensors as they are now; valid until the next call.
@@ -25,29 +49,28 @@ class HostCopy:
         Args:
             tensors: plain or ShardedTensor, by key; of a ShardedTensor the local shards are copied.
         """
+        self.reserve(tensors)
+        self._used = {False: 0, True: 0}
         copies: Tensors = {}
         for key, tensor in tensors.items():
             if isinstance(tensor, ShardedTensor):
-                copies[key] = self._shards(key, tensor)
+                copies[key] = self._shards(tensor)
             else:
-                copies[key] = self._one(key, tensor)
+                copies[key] = self._one(tensor)
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
         return copies
 
-    def _one(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+    def _one(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
-        if not tensor.is_cuda and type(tensor) is not torch.Tensor:
+        if not tensor.is_cuda and type(tensor) is not Tensor:
             return tensor.clone()  # a DTensor of a CPU mesh
-        room = self._room.get(key)
-        if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype:
-            room = torch.empty(
-                tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda
-            )
-            self._room[key] = room
-        return room.copy_(tensor, non_blocking=True)
+        room, offset = self._rooms[tensor.is_cuda], self._used[tensor.is_cuda]
+        self._used[tensor.is_cuda] += _aligned(tensor)
+        copied = room.tensor(Place(room.number, offset, tuple(tensor.shape), tensor.dtype))
+        return copied.copy_(tensor, non_blocking=True)
 
-    def _shards(self, key: str, tensor: ShardedTensor) -> torch.Tensor:
+    def _shards(self, tensor: ShardedTensor) -> Tensor:
         metadata = tensor.metadata()
         on_host = {
             tuple(shard.shard_offsets): ShardMetadata(
@@ -59,17 +82,28 @@ class HostCopy:
         }
         local = [
             Shard(
-                tensor=self._one(f"{key}/{i}", shard.tensor),
+                tensor=self._one(shard.tensor),
                 metadata=on_host[tuple(shard.metadata.shard_offsets)],
             )
-            for i, shard in enumerate(tensor.local_shards())
+            for shard in tensor.local_shards()
         ]
         properties = replace(
             metadata.tensor_properties, pin_memory=any(x.tensor.is_pinned() for x in local)
         )
-        copied: torch.Tensor = ShardedTensor._init_from_local_shards_and_global_metadata(
+        copied: Tensor = ShardedTensor._init_from_local_shards_and_global_metadata(
             local,
             replace(metadata, shards_metadata=list(on_host.values()), tensor_properties=properties),
             process_group=tensor._process_group,
         )
         return copied
+
+
+def _local(tensor: Tensor) -> list[Tensor]:
+    if isinstance(tensor, ShardedTensor):
+        return [shard.tensor for shard in tensor.local_shards()]
+    return [tensor]
+
+
+def _aligned(tensor: Tensor) -> int:
+    size = tensor.numel() * tensor.element_size()
+    return -(-size // ALIGNMENT) * ALIGNMENT

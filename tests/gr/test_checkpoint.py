@@ -1,9 +1,11 @@
+import itertools
 import json
 import math
 import os
 import pickle
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from gr.atomic import CheckpointError
 from gr.checkpoint import CheckpointManager, inspect, read_record
+from gr.checkpoint_room import Room
+from gr.checkpoint_staging import HostCopy
 from gr.checkpoint_state import fingerprint, split_state
 from tests.dist import run_distributed
 
@@ -83,7 +87,8 @@ def _fill_the_disk(folder: str, asynchronous: bool) -> list[str]:
     seen = []
     for step in (1, 2, 3):
         limit = 1000 if step == 2 and last else resource.RLIM_INFINITY
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        writer = manager._process.pid if asynchronous else 0
+        resource.prlimit(writer, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         histories = Path(folder, f"histories_{step}")
         histories.mkdir(exist_ok=True)
         own = {"table": {f"of_{'last' if last else 'other'}": torch.full((5000,), float(step))}}
@@ -94,7 +99,7 @@ def _fill_the_disk(folder: str, asynchronous: bool) -> list[str]:
         except CheckpointError as error:
             seen.append(str(error))
             assert not histories.exists()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    manager.close()
     assert manager.steps() == [1, 3]
     assert not list(Path(folder).glob("*.tmp"))
     assert manager.read(1, "table")["of_last"].unique().tolist() == [1.0]
@@ -111,6 +116,65 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, world_size, asynchrono
         assert f"rank {world_size - 1}" in seen[1]
         assert "File too large" in seen[1]
         assert "the newest is of step 1" in seen[1]
+
+
+def test_a_killed_writer_costs_the_checkpoint_that_it_wrote(tmp_path):
+    manager = CheckpointManager(tmp_path / "checkpoints", keep=2, asynchronous=True)
+    manager.reserve(state(0))
+    manager.save(1, state(1))
+    manager.wait()
+    first = manager._process.pid
+    os.kill(first, signal.SIGSTOP)
+    manager.save(2, state(2))
+    os.kill(first, signal.SIGKILL)
+    with pytest.raises(CheckpointError, match="process that writes checkpoints ended with status"):
+        manager.wait()
+    assert manager.steps() == [1]
+    manager.save(3, state(3))
+    manager.wait()
+    assert manager._process.pid != first
+    loaded = state(0)
+    manager.load(3, loaded)
+    assert_same(loaded, state(3))
+    manager.close()
+    assert not Path(f"/proc/{manager._process.pid}").exists()
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.lists(
+        st.lists(
+            st.tuples(
+                st.lists(st.integers(0, 5), max_size=3),
+                st.sampled_from([torch.float32, torch.int64, torch.bool, torch.float16]),
+                st.booleans(),
+            ),
+            max_size=4,
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_copies_on_the_host_are_whole_and_in_one_place(saves):
+    """Shapes change from save to save; strided tensors become contiguous."""
+    host = HostCopy()
+    for number, save in enumerate(saves):
+        tensors = {}
+        for i, (shape, dtype, is_strided) in enumerate(save):
+            full = torch.randint(0, 2, [*shape, 2 if is_strided else 1]).to(dtype) * (number + 1)
+            tensors[str(i)] = full[..., 0]
+        copies = host.copy(tensors)
+        places = [Room.find(copies[key]) for key in tensors]
+        for place, (key, tensor) in zip(places, tensors.items(), strict=True):
+            assert torch.equal(copies[key], tensor)
+            assert copies[key].dtype == tensor.dtype
+            assert place.dtype == tensor.dtype
+        ends = sorted(
+            (place.offset, place.offset + tensor.numel() * tensor.element_size())
+            for place, tensor in zip(places, tensors.values(), strict=True)
+            if tensor.numel()
+        )
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(ends))
 
 
 def test_load_gives_what_was_saved_in_place(manager):
