@@ -25,10 +25,17 @@ from torchrec.distributed.types import ParameterSharding, ShardingEnv
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import EmbeddingsConfig
+from embeddings.distinct import Repeats, put_back_repeats, take_out_repeats
 from embeddings.initial import BLOCK_ROWS, initial_rows
 from embeddings.memory import cache_fraction, table_bytes
 from embeddings.planning import plan_tables
-from embeddings.sharding import Collections, check_trainable, collection_path, sharder
+from embeddings.sharding import (
+    Collections,
+    check_trainable,
+    collection_path,
+    sends_once,
+    sharder,
+)
 from embeddings.tables import PendingLookup, Tables
 
 
@@ -68,6 +75,7 @@ class ShardedTables(Tables):
         self.group = process_group or dist.distributed_c10d._get_default_group()
         model = Collections(config)
         self.features, self.feature_counts = model.features, model.sizes
+        self.sends_once = sends_once(config, device, dist.get_world_size(self.group))
         self.plan = plan_tables(config, device, self.group, num_sequences_hint, mean_length_hint)
         self.sharded = DistributedModelParallel(
             model,
@@ -115,9 +123,12 @@ class ShardedTables(Tables):
         self._awaits_backward = torch.is_grad_enabled()
         if not self._awaits_backward:
             self._unlock_caches()
-        vectors = self.guard(*(found[feature] for feature in self.features))
-        by_feature = dict(zip(self.features, vectors, strict=True))
-        return {feature: by_feature[feature] for feature in sent.rows.keys()}  # noqa: SIM118
+        if sent.repeats is not None:
+            found = put_back_repeats(found, sent.repeats, self.count_nonfinite)
+        else:
+            vectors = self.guard(*(found[feature] for feature in self.features))
+            found = dict(zip(self.features, vectors, strict=True))
+        return {feature: found[feature] for feature in sent.rows.keys()}  # noqa: SIM118
 
     def take_cache_hits(self) -> tuple[int, int]:
         """Return how many rows were found in the caches (see Tables). Waits for the GPU."""
@@ -277,8 +288,12 @@ class _SentLookup(PendingLookup):
             self.exchange.wait_stream(torch.cuda.current_stream())
             for tensor in (rows.values(), rows.lengths()):
                 tensor.record_stream(self.exchange)
+        self.repeats: Repeats | None = None
         with torch.cuda.stream(self.exchange):
-            parts = _with_features(rows, tables.features).split(tables.feature_counts)
+            asked = _with_features(rows, tables.features)
+            if tables.sends_once:
+                asked, self.repeats = take_out_repeats(asked, tables.config)
+            parts = asked.split(tables.feature_counts)
             each_with = zip(self.collections, self.contexts, parts, strict=True)
             # All collections send before the first is waited for.
             self.lengths = [each.input_dist(context, part) for each, context, part in each_with]
@@ -292,6 +307,10 @@ class _SentLookup(PendingLookup):
         with torch.cuda.stream(self.exchange):
             for values in self.values:
                 values.record_stream(forward_stream)
+            if self.cached_kernels:
+                # A row that found no place in a cache is updated where it lies: it may be brought
+                # only after that, and the host does not wait for a backward pass.
+                torch.cuda.current_stream().wait_stream(forward_stream)
             self._prefetch(forward_stream)
             self.event.record()
 
@@ -305,6 +324,8 @@ class _SentLookup(PendingLookup):
             for values, context in zip(self.values, self.contexts, strict=True):
                 values.record_stream(stream)
                 context.record_stream(stream)
+            if self.repeats is not None:
+                self.repeats.record_stream(stream)
         if not self.is_prefetched:
             self._prefetch(None)
         each_with = zip(self.collections, self.contexts, self.values, strict=True)

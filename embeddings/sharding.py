@@ -89,7 +89,6 @@ def _check_cpu(config: EmbeddingsConfig) -> None:
         )
     cached = [name for name, table in config.tables.items() if table.hbm_gb]
     asked = {
-        "embeddings.index_dedup=on": config.index_dedup == "on",
         "embeddings.all_to_all=bf16": config.all_to_all == "bf16",
         **{f"embeddings.tables.{name}.hbm_gb": True for name in cached},
     }
@@ -125,15 +124,14 @@ def sharder(
     return EmbeddingCollectionSharder(
         fused_params=fused,
         qcomm_codecs_registry=_codecs(config, device, world_size),
-        use_index_dedup=_dedups(config, device, world_size),
     )
 
 
-def _dedups(config: EmbeddingsConfig, device: torch.device, world_size: int) -> bool:
-    # Histories repeat items: send each id once. FBGEMM has the kernel on CUDA only, and it sums the
-    # gradients of an id in no fixed order.
+def sends_once(config: EmbeddingsConfig, device: torch.device, world_size: int) -> bool:
+    """Return whether a rank sends each id of its batch once: histories repeat items."""
     if config.index_dedup != "auto":
         return config.index_dedup == "on"
+    # On a GPU the gradients of an id are summed in no fixed order.
     fixed_order = torch.are_deterministic_algorithms_enabled()
     return world_size > 1 and device.type == "cuda" and not fixed_order
 

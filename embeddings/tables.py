@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import EmbeddingsConfig, TableConfig
+from embeddings.distinct import row_is_finite
 
 
 class Tables(nn.Module, ABC):
@@ -201,7 +202,7 @@ class _Guard(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         finite = []
         for grad_nD in grads:
-            bad_n = ~grad_nD.isfinite().all(1)
+            bad_n = ~row_is_finite(grad_nD)
             ctx.tables.count_nonfinite(bad_n)
             finite.append(grad_nD.masked_fill(bad_n[:, None], 0.0))
         return None, *finite

@@ -18,8 +18,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and num_gpus == 0:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-        if "multi_gpu" in item.keywords and num_gpus < 2:
-            item.add_marker(pytest.mark.skip(reason="needs two GPUs"))
+        for marker in item.iter_markers("multi_gpu"):
+            needed = marker.args[0] if marker.args else 2
+            if num_gpus < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPUs"))
         if "interpret" in item.keywords and num_gpus == 0 and not INTERPRET:
             item.add_marker(pytest.mark.skip(reason="needs a GPU or TRITON_INTERPRET=1"))
 

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -19,6 +20,12 @@ import torch.distributed as dist
 # there is a GPU, importing TorchRec starts CUDA, which must not happen before a fork.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch"] if torch.cuda.is_available() else ["torch", "torchrec"])
+
+# Values of a parameter `ranks`.
+MANY_GPUS = [
+    pytest.param(2, marks=pytest.mark.multi_gpu),
+    pytest.param(4, marks=pytest.mark.multi_gpu(4)),
+]
 
 
 def run_distributed(

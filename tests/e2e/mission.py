@@ -164,7 +164,13 @@ def ne(mission: Mission, name: str) -> float:
 
 
 def carry_out(
-    folder: Path, *, device: str, processes: int, seed: int, together: bool = False
+    folder: Path,
+    *,
+    device: str,
+    processes: int,
+    seed: int,
+    together: bool = False,
+    users: int = 0,
 ) -> list[str]:
     """Carry it all out; return the report.
 
@@ -174,6 +180,7 @@ def carry_out(
         processes: that the job starts with.
         seed: of the steps and the rank that are killed.
         together: all runs at once, where there is room for them.
+        users: in the log; 0: as many as its configuration says.
 
     Raises:
         AssertionError: if an event is missing or there twice, or the NE is off.
@@ -182,6 +189,7 @@ def carry_out(
     on_cpu = device == "cpu"
     mission = Mission(folder, processes, ON_CPU if on_cpu else ("device=cuda",))
     log = [f"output={mission.log}", *(SMALL_LOG if on_cpu else ())]
+    log += [f"polya_urn.num_users={users}"] if users else []
     synthesize(load_config(SyntheticConfig, "configs/synthetic_urn_log.yaml", log)[0])
     events = logged(mission.log)
     overrides = [*mission.overrides, f"data.log={mission.log}"]
@@ -223,6 +231,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpus else "cpu")
     parser.add_argument("--processes", type=int, default=gpus or 2, help="that the job starts with")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1000, help="of the kills")
+    parser.add_argument("--users", type=int, default=0, help="in the log, 0 for all of it")
     parser.add_argument("--together", action="store_true", help="all runs at once")
     options = parser.parse_args()
     folder = options.folder.resolve()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gr.runlog import read_lines
-from tests.dist import run_distributed
+from tests.dist import MANY_GPUS, run_distributed
 from tests.e2e.toy import run
 
 
@@ -70,15 +70,17 @@ def train(config, folder, *overrides):
     run(Path(config), f"run_dir={folder}", "device=cuda", *overrides)
 
 
-def on_two(config, folder, *overrides):
-    run_distributed(train, 2, str(config), str(folder), *overrides, backend="nccl", timeout_s=200)
+def on_many(ranks, config, folder, *overrides):
+    args = (str(config), str(folder), *overrides)
+    run_distributed(train, ranks, *args, backend="nccl", timeout_s=200)
     return losses(folder)
 
 
-@pytest.mark.multi_gpu
-def test_two_gpus_learn_what_one_does_with_and_without_overlap(config, tmp_path):
+@pytest.mark.parametrize("ranks", MANY_GPUS)
+def test_many_gpus_learn_what_one_does_with_and_without_overlap(config, tmp_path, ranks):
     one = losses(run(config, f"run_dir={tmp_path / 'one'}", "device=cuda"))
-    plain = on_two(config, tmp_path / "plain", "overlap=false")
+    plain = on_many(ranks, config, tmp_path / "plain", "overlap=false")
     np.testing.assert_allclose(plain[:2], one[:2], rtol=1e-4)
     np.testing.assert_allclose(plain, one, rtol=5e-3)
-    np.testing.assert_array_equal(on_two(config, tmp_path / "ahead", "overlap=true"), plain)
+    ahead = on_many(ranks, config, tmp_path / "ahead", "overlap=true")
+    np.testing.assert_array_equal(ahead, plain)

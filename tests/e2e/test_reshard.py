@@ -51,6 +51,7 @@ def scores(run_dir: str) -> list[dict]:
         # Sums of float32 in another order differ in the last digits.
         pytest.param(STAGES, ON_CPUS, "gloo", 2e-6, id="cpus", marks=pytest.mark.slow),
         pytest.param(STAGES_OF_TWO, ON_GPUS, "nccl", 2e-5, id="gpus", marks=pytest.mark.multi_gpu),
+        pytest.param(STAGES, ON_GPUS, "nccl", 2e-5, id="4_gpus", marks=pytest.mark.multi_gpu(4)),
     ],
 )
 def test_ranks_come_and_go(stages, overrides, backend, rounding, log, tmp_path):

@@ -39,12 +39,14 @@ CUDA_CACHED_AHEAD = replace(CUDA_CACHED, ahead=True)
 CUDA_DEDUP = Case("sharded", "adamw", ("row_wise",), "cuda", index_dedup="on", ahead=True)
 CUDA_ALL = replace(CUDA_CACHED, momentum="host", index_dedup="on", sharding=("row_wise",))
 BY_ROW_AHEAD = replace(BY_ROW, ahead=True)
+DEDUP_AHEAD = replace(BY_ROW_AHEAD, index_dedup="on")
 FORMS = [
     pytest.param((REPLICATED, 1), id="replicated-1"),
     pytest.param((REPLICATED, 2), id="replicated-2"),
     pytest.param((BY_ROW, 1), id="row_wise-1"),
     pytest.param((BY_ROW_AHEAD, 2), id="row_wise-2"),
     pytest.param((BY_TABLE, 2), id="table_wise-2"),
+    pytest.param((DEDUP_AHEAD, 2), id="dedup-2"),
     pytest.param((CUDA_BY_ROW, 1), id="cuda-row_wise-1", marks=pytest.mark.gpu),
     pytest.param((CUDA_BY_TABLE, 1), id="cuda-table_wise-1", marks=pytest.mark.gpu),
     pytest.param((CUDA_HOST, 1), id="cuda-host-1", marks=pytest.mark.gpu),
@@ -55,6 +57,7 @@ FORMS = [
     pytest.param((CUDA_BY_ROW, 2), id="cuda-row_wise-2", marks=pytest.mark.multi_gpu),
     pytest.param((CUDA_BY_TABLE, 2), id="cuda-table_wise-2", marks=pytest.mark.multi_gpu),
     pytest.param((CUDA_FIXED_ORDER, 2), id="cuda-fixed_order-2", marks=pytest.mark.multi_gpu),
+    pytest.param((CUDA_ALL, 4), id="cuda-all-4", marks=pytest.mark.multi_gpu(4)),
 ]
 # What a checkpoint of a form is loaded by: fewer ranks, another plan, another form.
 HEIRS = {
@@ -63,6 +66,7 @@ HEIRS = {
     (BY_ROW, 1): [(BY_TABLE, 2)],
     (BY_ROW_AHEAD, 2): [(BY_ROW, 1), (BY_TABLE, 2), (Case("replicated", "adagrad"), 1)],
     (BY_TABLE, 2): [(BY_ROW, 2), (BY_TABLE, 1)],
+    (DEDUP_AHEAD, 2): [(BY_TABLE, 1)],
     (CUDA_BY_ROW, 1): [(CUDA_BY_TABLE, 1), (REPLICATED, 1)],
     (CUDA_BY_TABLE, 1): [(CUDA_BY_ROW, 1)],
     (CUDA_HOST, 1): [(CUDA_BY_ROW, 1), (CUDA_CACHED, 1)],
@@ -73,6 +77,7 @@ HEIRS = {
     (CUDA_BY_ROW, 2): [(CUDA_BY_TABLE, 2), (CUDA_BY_ROW, 1)],
     (CUDA_BY_TABLE, 2): [(CUDA_BY_ROW, 2)],
     (CUDA_FIXED_ORDER, 2): [(CUDA_BY_TABLE, 2)],
+    (CUDA_ALL, 4): [(CUDA_BY_TABLE, 2)],
 }
 
 
@@ -232,9 +237,9 @@ def test_forms_that_cannot_train_here_are_refused():
     only_sharded = Case("replicated", "adamw", weights="fp16", momentum="host", cached=True)
     with pytest.raises(ValueError, match=r"weights=fp16.*momentum=host.*item\.hbm_gb"):
         only_sharded.build()
-    only_gpu = replace(BY_ROW, index_dedup="on", all_to_all="bf16", cached=True)
+    only_gpu = replace(BY_ROW, all_to_all="bf16", cached=True)
     (message,) = run_distributed(_build_message, 1, only_gpu)
-    for setting in ("index_dedup=on", "all_to_all=bf16", "item.hbm_gb"):
+    for setting in ("all_to_all=bf16", "item.hbm_gb"):
         assert setting in message
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from embeddings.memory import map_bytes
-from tests.dist import run_distributed
+from tests.dist import MANY_GPUS, run_distributed
 from tests.embeddings.dynamic_scenario import TABLES, DynamicCase, expected, run, train_steps
 
 STEPS = 24
@@ -88,13 +88,13 @@ def test_a_gpu_equals_the_oracle_and_resumes(tmp_path, momentum):
     check(result, "adamw")
 
 
-@pytest.mark.multi_gpu
-def test_two_gpus_equal_the_oracle_and_one_goes_on(tmp_path):
+@pytest.mark.parametrize("ranks", MANY_GPUS)
+def test_many_gpus_equal_the_oracle_and_one_goes_on(tmp_path, ranks):
     case = DynamicCase("sharded", "adamw", ("row_wise",), "cuda")
-    run_distributed(run, 2, case, 0, 11, "", str(tmp_path), backend="nccl")
+    run_distributed(run, ranks, case, 0, 11, "", str(tmp_path), backend="nccl")
     (result,) = run_distributed(run, 1, case, 11, STEPS, str(tmp_path), backend="nccl")
     check(result, "adamw")
-    for each in run_distributed(run, 2, case, 11, STEPS, str(tmp_path), backend="nccl"):
+    for each in run_distributed(run, ranks, case, 11, STEPS, str(tmp_path), backend="nccl"):
         check(each, "adamw")
 
 
