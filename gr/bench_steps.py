@@ -157,6 +157,7 @@ class Bench:
             dist.broadcast_object_list(folder)
         path = Path(folder[0])
         checkpoints = CheckpointManager(path, keep=1, apart=(EVALUATION,), asynchronous=True)
+        checkpoints.reserve(trainer.state())
         seconds, saved = [], time.perf_counter()
         for saves in (False, True, True):
             self._barrier()
@@ -170,6 +171,7 @@ class Bench:
             seconds.append(time.perf_counter() - start)
             checkpoints.wait()
         written = time.perf_counter() - saved
+        checkpoints.close()
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         plain, first, later = seconds
         return {

@@ -153,6 +153,11 @@ class EvalAccumulator:
         members = cohorts or {}
         return [("", weight_n), *((f"/{c}", weight_n * members[c]) for c in self._cohorts)]
 
+    def take_back(self) -> None:
+        """Forget the last update of each kind: of a batch that was scored and then refused."""
+        for records in self._open.values():
+            records.take_back()
+
     def roll(self, window: int) -> list[WindowResult]:
         """Say which window the next updates belong to; return the last one if it has ended.
 
@@ -275,9 +280,13 @@ class _Records:
         if len({len(x) for x in columns.values()}) != 1:
             shapes = {name: tuple(x.shape) for name, x in columns.items()}
             raise ValueError(f"expected columns of one length, got {shapes}")
-        self._new.append({c: x.detach().to(self._dtypes[c]) for c, x in columns.items()})
         if len(self._new) >= COMPACT_EVERY:
-            self._compact()
+            self._compact()  # before, so that the newest can be taken back
+        self._new.append({c: x.detach().to(self._dtypes[c]) for c, x in columns.items()})
+
+    def take_back(self) -> None:
+        if self._new:
+            self._new.pop()
 
     def keep(self, columns: Columns) -> None:
         """Add what `columns` returned: on the host, where new predictions may not be."""

@@ -5,7 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 from gr.config import OptimConfig
@@ -26,7 +27,6 @@ class DenseUpdates:
     Attributes:
         module: what computes the predictions that train.
         optimizer: of the model.
-        grad_norm: of the last update, before clipping; NaN before the first.
         num_accumulated: batches since the last update.
     """
 
@@ -43,11 +43,20 @@ class DenseUpdates:
             # that went on. It does not where it looks for unused parameters.
             # Buffers are alike on all ranks, and frozen vectors are large.
             self.module = DistributedDataParallel(
-                model, find_unused_parameters=deterministic, broadcast_buffers=False
+                model,
+                find_unused_parameters=deterministic,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,  # gradients are not copied for their sums
             )
-        self.optimizer = dense_optimizer(model, config)
-        self.grad_norm = float("nan")
+        on_gpu = next(model.parameters()).is_cuda
+        self.optimizer = dense_optimizer(model, config, fused=on_gpu)
+        self._norm = torch.full((), float("nan"))
         self.num_accumulated = 0
+
+    @property
+    def grad_norm(self) -> float:
+        """Of the last update, before clipping; NaN before the first. Waits for the device."""
+        return float(self._norm)
 
     def set_lr(self, lr: float) -> None:
         """Set the step size of the next update."""
@@ -81,32 +90,51 @@ class DenseUpdates:
             parameter.grad = self.world.sum(torch.zeros_like(parameter) if grad is None else grad)
             parameter.grad /= self.world.size
 
-    def update(self) -> bool:
+    def update(self) -> Tensor:
         """Take a step with the mean of the accumulated gradients; return whether it was finite.
 
-        One that is not changes nothing. Without any there is no step.
+        One that is not changes nothing. Without any there is no step. On a GPU nothing is waited
+        for: whether to step is decided there.
+
+        Returns:
+            () bool, on the device of the model.
         """
-        if not self.num_accumulated:
-            return True
         parameters = list(self.model.parameters())
+        if not self.num_accumulated:
+            return torch.ones((), dtype=torch.bool, device=parameters[0].device)
         if self.num_accumulated > 1:
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad /= self.num_accumulated
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self._norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.config.clip_norm:
-            nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
-        self.grad_norm = float(norm)
-        is_finite = math.isfinite(self.grad_norm)
-        if is_finite:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, self._norm)
+        is_finite = self._norm.isfinite()
+        if self.optimizer.defaults["fused"]:
+            # What a GradScaler would say: torch's fused step then leaves everything as it is.
+            self.optimizer.found_inf = is_finite.logical_not().float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif bool(is_finite):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.num_accumulated = 0
         return is_finite
 
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over the optimizer's state, which another kind of device may have saved."""
+        fused = [group["fused"] for group in self.optimizer.param_groups]
+        set_optimizer_state_dict(self.model, self.optimizer, state)
+        for group, is_fused in zip(self.optimizer.param_groups, fused, strict=True):
+            group["fused"] = is_fused
 
-def dense_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW over the parameters of `module`; only matrices decay."""
+
+def dense_optimizer(
+    module: nn.Module, config: OptimConfig, *, fused: bool = False
+) -> torch.optim.AdamW:
+    """Return AdamW over the parameters of `module`, fused into one kernel or not.
+
+    Only matrices decay.
+    """
     matrices = [p for p in module.parameters() if p.requires_grad and p.ndim >= 2]
     others = [p for p in module.parameters() if p.requires_grad and p.ndim < 2]
     return torch.optim.AdamW(
@@ -117,6 +145,7 @@ def dense_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
+        fused=fused,
     )
 
 

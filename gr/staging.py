@@ -24,14 +24,12 @@ class StagedBatch:
     """On the device, with rows of the tables in the place of raw ids."""
     info: SequenceInfo
     """Its structure, on the device."""
-    flops: int
-    """Of training on it."""
     lookup: PendingLookup
     """Of all its ids."""
     event: torch.Event | None
     """On a GPU: all copies are made."""
-    num_without_vector: tuple[int, ...] = ()
-    """Ids without a pretrained vector, for each kind of vectors."""
+    counts: Tensor
+    """Float64, on the device: expected load, sequences, tokens, FLOPs, and what was skipped."""
     seen: Sightings = field(default_factory=Sightings)
     """Its ids in dynamic tables."""
     time: int | None = None
@@ -44,6 +42,7 @@ class StagedBatch:
             stream.wait_event(self.event)
             self.batch.record_stream(stream)
             self.info.record_stream(stream)
+            self.counts.record_stream(stream)
         return self.batch
 
 
@@ -54,7 +53,7 @@ def stage(
     *,
     model: ModelConfig,
     groups: Sequence[Group] = (),
-    num_without_vector: tuple[int, ...] = (),
+    skipped: Sequence[int] = (),
 ) -> StagedBatch:
     """Start to bring a batch, on a GPU beside its other work. On every rank alike.
 
@@ -64,7 +63,7 @@ def stage(
         tables: what the rows are looked up in.
         model: says what training on a batch costs.
         groups: of a mixture.
-        num_without_vector: of the batch, to be kept with it.
+        skipped: what the batch leaves out, by reason, to be counted with it.
 
     Raises:
         ValueError: for an id outside a static table.
@@ -73,7 +72,13 @@ def stage(
     batch, is_event = id_rows.rows_on_host(batch)
     # In host memory: on a GPU it would have to be waited for.
     info = sequence_info(batch, keep_history=kept_history(model), groups=groups)
-    flops = training_flops(model, info)
+    counts = torch.tensor(
+        [
+            *(batch.expected_load, batch.num_sequences, batch.num_tokens),
+            *(training_flops(model, info), *skipped),
+        ],
+        dtype=torch.float64,
+    )
     event = None
 
     def copy(x: Tensor) -> Tensor:
@@ -84,6 +89,7 @@ def stage(
         if tables.exchange is not None:
             batch = batch.pin_memory()
         batch = batch.to(tables.device, non_blocking=True)
+        counts = copy(counts)
         info = info_of_copy(info, batch, copy)
         is_event = {name: x.to(tables.device) for name, x in is_event.items()}
         batch, seen = id_rows.rows_on_device(batch, is_event)
@@ -91,7 +97,7 @@ def stage(
             event = torch.Event("cuda")
             event.record()
         sent = tables.send(batch.ids)
-        return StagedBatch(batch, info, flops, sent, event, num_without_vector, seen, time)
+        return StagedBatch(batch, info, sent, event, counts, seen, time)
 
 
 class Ahead:

@@ -84,14 +84,18 @@ class TokenEmbedding(nn.Module):
             item_ID = item_ID + self.numbers.encode(name, batch.numbers[name])
         item_ID = item_ID.to(torch.promote_types(item_ID.dtype, torch.float32))
         if len(item_ID) == batch.num_tokens:
-            x_LD = item_ID  # every token has one: looking for them would wait for the device
+            # Every token has one: looking for them would wait for the device. The sum itself is
+            # copied once, since what is looked up must stay as it is.
+            x_LD = item_ID.clone()
         else:
             x_LD = item_ID.new_zeros(batch.num_tokens, self.dim)
-            x_LD = x_LD.index_add(0, carries_item(kind).nonzero()[:, 0], item_ID)
+            x_LD.index_copy_(0, places(carries_item(kind), len(item_ID)), item_ID)
         if self.action is not None or self.action_context:
-            token_A = ((kind == TokenKind.ACTION) | (kind == TokenKind.EVENT)).nonzero()[:, 0]
+            has_action_L = (kind == TokenKind.ACTION) | (kind == TokenKind.EVENT)
+            token_A = places(has_action_L, len(batch.action_codes))
         if self.action is not None:
-            action_AD = self.action(batch.action_codes + self.code_start_S).sum(1)
+            action_ASD = self.action(batch.action_codes + self.code_start_S)
+            action_AD = action_ASD.sum(1) if len(self.code_start_S) > 1 else action_ASD[:, 0]
             x_LD = _add(x_LD, token_A, action_AD)
         if self.action_context:
             # Of the items, all but candidates have an action, in the same order.
@@ -234,9 +238,21 @@ def _plain(features: Mapping[str, FeatureConfig]) -> list[str]:
     return [name for name, x in features.items() if not x.is_bag and not x.is_number]
 
 
+def places(is_there_L: Tensor, count: int) -> Tensor:
+    """Return (count,) int64: where `is_there_L` holds, in order.
+
+    Args:
+        is_there_L: bool.
+        count: how often it holds, given so that no device has to be waited for.
+    """
+    if is_there_L.is_cuda:
+        return is_there_L.logical_not().byte().argsort(stable=True)[:count]
+    return is_there_L.nonzero()[:, 0]
+
+
 def _add(x_LD: Tensor, token_n: Tensor, vectors_nD: Tensor) -> Tensor:
-    """Return x_LD with vectors added to some tokens; a projection under autocast is narrower."""
-    return x_LD.index_add(0, token_n, vectors_nD.to(x_LD.dtype))
+    """Return x_LD, changed in place: vectors, maybe narrower ones, are added to some tokens."""
+    return x_LD.index_add_(0, token_n, vectors_nD.to(x_LD.dtype))
 
 
 def carries_item(kind_L: Tensor) -> Tensor:

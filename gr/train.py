@@ -151,9 +151,11 @@ def loop(
     log.advance(progress.examples)
     clock = Clock(world, trainer)
     values: dict[str, float] = {}
-    logged = progress.step
+    began = logged = progress.step
+    shown = progress.examples
 
     def write_metrics() -> None:
+        trainer.settle()
         log.metrics(
             progress.step,
             {
@@ -161,6 +163,7 @@ def loop(
                 "tokens": progress.tokens,
                 "flops": progress.flops,
                 **trainer.take_losses(),
+                "grad_norm": trainer.dense.grad_norm,
                 **values,
                 **trainer.skipped_by_name(),
                 **trainer.id_rows.dynamic.take_metrics(),
@@ -200,6 +203,8 @@ def loop(
     ahead = batches if config.overlap else None
     for staged in batches:
         batch = staged.batch
+        if config.max_flops:
+            trainer.settle()
         if is_over(config, progress):
             break
         write_windows(trainer.evaluation.roll(batch.window))
@@ -207,10 +212,13 @@ def loop(
             with clock.scoring():
                 trainer.score_step(staged, ahead)
             continue
-        before = progress.examples
         values = trainer.train_step(staged, ahead)
-        log.advance(progress.examples - before)
+        log.advance(progress.examples - shown)  # of the step before: this one is under way
+        shown = progress.examples
 
+        if config.checkpoint.asynchronous and progress.step == began + config.optim.accumulate:
+            # Not before: torch steps an optimizer whose state is asked for before its first step.
+            checkpoints.reserve(trainer.state())
         if progress.step % config.log_every == 0:
             write_metrics()
             logged = progress.step
@@ -218,6 +226,7 @@ def loop(
             save()
 
     trainer.finish_updates()
+    log.advance(progress.examples - shown)
     if progress.step > logged:
         write_metrics()
     save()

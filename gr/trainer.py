@@ -1,6 +1,6 @@
 """One training step, the evaluation before it, and the state that a checkpoint keeps."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +10,6 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
-    set_optimizer_state_dict,
 )
 
 from embeddings.collection import build_tables
@@ -43,6 +42,8 @@ SKIPPED = (
     "train/nonfinite_rows",
     "train/nonfinite_steps",
 )
+NUM_COUNTS = 4
+"""Of StagedBatch.counts, those before what was skipped."""
 NONFINITE_ROWS, NONFINITE_STEPS = len(SKIPPED) - 2, len(SKIPPED) - 1
 
 
@@ -136,6 +137,7 @@ class Trainer:
         self.loss_sums = torch.zeros(
             2, len(self.objective.names), dtype=torch.float64, device=world.device
         )
+        self._outcome: _Outcome | None = None
         self.has_dropout = config.model.has_dropout
         self.groups = mixture_groups(config.model, config.data)
         self.is_training = False
@@ -154,12 +156,15 @@ class Trainer:
     ) -> dict[str, float]:
         """Score the batch (eval.mode=progressive), then learn from it.
 
+        With `ahead` the device may still be at work when this returns: `settle` waits for it, and
+        until then `progress` lacks the examples of this step.
+
         Args:
             batch: this rank's share of a global batch: raw ids on the CPU, or staged.
             ahead: what yielded it; its next batch is brought in the meantime.
 
         Returns:
-            Gradient norm of the last dense update, and learning rates of the step.
+            Learning rates of the step.
 
         Raises:
             ValueError: for an id outside a static table.
@@ -186,28 +191,33 @@ class Trainer:
         catalogue = self.id_rows.catalogue()
         batch = self._with_content(batch, catalogue)
         learnt = self.id_rows.learnable(batch)
-        global_weights = self._sum_weights(learnt)
+        global_weights = world.sum(self.objective.weights(learnt))
+        self.id_rows.observe(staged.seen, step=self.progress.step, time=staged.time)
+        if ahead is not None:
+            # The device may still be at work on the step before: the host's time costs nothing.
+            ahead.fetch()
         with self.dense.gradients_of(self.progress.step):
             predictions = self._predict(self.dense.module, batch, info, rows)
-            loss, totals = self._loss(learnt, predictions, global_weights)
-            # The device is at work on the forward pass: time that costs nothing.
-            self.id_rows.observe(staged.seen, step=self.progress.step, time=staged.time)
             if ahead is not None:
-                ahead.fetch()
-            while self._overflowed_forward(totals, batch, info, rows):
+                # Behind the exchange of rows, and before any that waits for the forward pass.
+                ahead.advance()
+            loss, totals = self._loss(learnt, predictions, global_weights)
+            # The step before is over on the device by now, and this forward pass is under way.
+            is_stale = self.settle()
+            self._score(batch, info, rows, predictions, catalogue)
+            while is_stale or self._overflowed_forward(totals, batch, info, rows):
+                self._take_back_score()
                 predictions = self._predict(self.dense.module, batch, info, rows)
                 loss, totals = self._loss(learnt, predictions, global_weights)
-            # All ranks decide alike, before backward, in which tables are updated.
+                self._score(batch, info, rows, predictions, catalogue)
+                is_stale = False
+            # All ranks decide alike, before backward, in which tables are updated: the one thing
+            # that a step waits for. What could be launched before it was.
             is_finite = self._check_loss(totals)
-            if ahead is not None:
-                ahead.advance()
             if is_finite:
-                if config.eval.mode == "progressive":
-                    if self.has_dropout:
-                        predictions = self._predict_undropped(batch, info, rows)
-                    self._evaluate(self._scored(batch, predictions, catalogue))
                 loss.backward()  # type: ignore[no-untyped-call]
-        is_due, dense_is_finite = self.dense.is_due(self.progress.step), True
+        is_due = self.dense.is_due(self.progress.step)
+        dense_is_finite = torch.ones((), dtype=torch.bool, device=world.device)
         if is_finite:
             self.dense.add()
             self.tables.optimizer_step()
@@ -221,36 +231,52 @@ class Trainer:
         if is_due:
             dense_is_finite = self.dense.update()
 
-        skipped = [
-            *(batch.num_rejected.get(reason, 0) for reason in REASONS),
-            *(batch.num_clipped, batch.num_cut_bags, 0, 0),
-            *staged.num_without_vector,
-        ]
-        counts = torch.tensor(
-            [batch.num_sequences, batch.num_tokens, staged.flops, *skipped], device=world.device
-        )
-        counts[3 + NONFINITE_ROWS] = self.tables.take_num_nonfinite()
-        num_examples, num_tokens, flops, *skipped = world.sum(counts).tolist()
-        num_bad_rows = skipped[NONFINITE_ROWS]
-        is_good = is_finite and dense_is_finite and num_bad_rows == 0
-        overflowed = is_finite and not is_good and self.guard.is_needed
-        excused = overflowed and self._overflowed_backward(
-            batch, info, rows, learnt, global_weights
-        )
-        skipped[NONFINITE_STEPS] = int(not (is_good or excused))
+        counts = staged.counts.clone()
+        counts[NUM_COUNTS + NONFINITE_ROWS] = self.tables.take_num_nonfinite()
+        is_good = dense_is_finite.double()[None] * int(is_finite)
+        self._outcome = _Outcome(torch.cat([world.sum(counts), is_good]), batch.num_sessions)
+        if is_finite and self.guard.is_needed:
+            self._outcome.to_blame = lambda: self._overflowed_backward(
+                batch, info, rows, learnt, global_weights
+            )
         self.progress.step += 1
-        self.progress.examples += num_examples
-        self.progress.tokens += num_tokens
-        self.progress.flops += flops
-        self.progress.skipped = [a + b for a, b in zip(self.progress.skipped, skipped, strict=True)]
         self.progress.position = batch.position
-        self._check_limit(num_bad_rows, dense_is_finite)
+        if ahead is None:
+            self.settle()
         return {
-            "grad_norm": self.dense.grad_norm,
             "lr/dense": config.optim.lr * factor,
             "lr/embeddings": config.embeddings.optimizer.lr * factor,
             **({"train/bf16_layers": len(bf16)} if (bf16 := self.guard.state()) else {}),
         }
+
+    def settle(self) -> bool:
+        """Count the last step, whose outcome may not have been waited for.
+
+        Returns:
+            Whether a layer was turned from fp8 to bf16, so that a forward pass that has been
+            made since must be made again.
+
+        Raises:
+            FloatingPointError: if its gradients were not finite, once more than
+                optim.max_nonfinite_steps allows; on all ranks alike.
+        """
+        if self._outcome is None:
+            return False
+        outcome, self._outcome = self._outcome, None
+        load, *counts = outcome.values()
+        num_examples, num_tokens, flops, *skipped, is_finite = map(int, counts)
+        if self.load_target is not None:
+            self.load_target.record(self.progress.step - 1, load, outcome.num_sessions)
+        num_bad_rows = skipped[NONFINITE_ROWS]
+        is_good = bool(is_finite) and num_bad_rows == 0
+        is_excused = not is_good and outcome.to_blame is not None and outcome.to_blame()
+        skipped[NONFINITE_STEPS] = int(not (is_good or is_excused))
+        self.progress.examples += num_examples
+        self.progress.tokens += num_tokens
+        self.progress.flops += flops
+        self.progress.skipped = [a + b for a, b in zip(self.progress.skipped, skipped, strict=True)]
+        self._check_limit(num_bad_rows, bool(is_finite))
+        return is_excused
 
     def _loss(
         self, learnt: SequenceBatch, predictions: Predictions, global_weights: Tensor
@@ -300,11 +326,13 @@ class Trainer:
 
     def skipped_by_name(self) -> dict[str, int]:
         """Return what was left out so far, where anything was."""
+        self.settle()
         counts = zip(self.skipped_names, self.progress.skipped, strict=True)
         return {name: n for name, n in counts if n}
 
     def finish_updates(self) -> None:
         """Update the dense part with batches that no update has used: those at a log's end."""
+        self.settle()
         self.dense.sum_over_ranks()
         self.dense.update()
 
@@ -360,13 +388,18 @@ class Trainer:
 
     def _stage(self, batch: SequenceBatch) -> StagedBatch:
         vector_rows, without_vector = self.model.find_vectors(batch)
+        skipped = [
+            *(batch.num_rejected.get(reason, 0) for reason in REASONS),
+            *(batch.num_clipped, batch.num_cut_bags, 0, 0),
+            *without_vector.values(),
+        ]
         return stage(
             replace(batch, vector_rows=vector_rows),
             self.id_rows,
             self.tables,
             model=self.config.model,
             groups=self.groups,
-            num_without_vector=tuple(without_vector.values()),
+            skipped=skipped,
         )
 
     def _arrive(self, staged: StagedBatch) -> tuple[SequenceBatch, SequenceInfo, dict[str, Tensor]]:
@@ -443,6 +476,25 @@ class Trainer:
         return Scored(batch, predictions, ranks, log_probs)
 
     @torch.no_grad()
+    def _score(
+        self,
+        batch: SequenceBatch,
+        info: SequenceInfo,
+        rows: dict[str, Tensor],
+        predictions: Predictions,
+        catalogue: Catalogue,
+    ) -> None:
+        """Add a batch that is to be learnt from to the metrics, where that is done."""
+        if self.config.eval.mode != "progressive":
+            return
+        if self.has_dropout:
+            predictions = self._predict_undropped(batch, info, rows)
+        self._evaluate(self._scored(batch, predictions, catalogue))
+
+    def _take_back_score(self) -> None:
+        if self.config.eval.mode == "progressive":
+            self.evaluation.take_back()
+
     def _evaluate(self, scored: Scored) -> None:
         batch, ranking = scored.batch, scored.predictions.ranking
         sequence_L = sequence_index(batch.offsets, batch.num_tokens)
@@ -480,25 +532,20 @@ class Trainer:
         sequence_n = sequence_L[positions]
         return positions + ahead - batch.offsets[sequence_n] >= batch.session_start[sequence_n]
 
-    def _sum_weights(self, batch: SequenceBatch) -> Tensor:
-        """Return the weight of each loss over all ranks, and record the load of the step."""
-        weights = self.objective.weights(batch)
-        load = weights.new_tensor([batch.expected_load])
-        sums = self.world.sum(torch.cat([weights, load]))
-        if self.load_target is not None:
-            self.load_target.record(self.progress.step, float(sums[-1]), batch.num_sessions)
-        return sums[:-1]
-
     def _seed_step(self) -> None:
         # Dropout is a function of (seed, step, rank): a resumed run repeats it without saved state.
         mixed = (self.config.seed * 1_000_003 + self.progress.step) * 65_537 + self.world.rank
-        torch.manual_seed(mixed % (1 << 63))
+        # torch.manual_seed would keep a record of where it was called for GPUs that are not there.
+        torch.default_generator.manual_seed(mixed % (1 << 63))
+        if self.world.device.type == "cuda":
+            torch.cuda.manual_seed(mixed % (1 << 63))
 
     def _check_loss(self, totals: Tensor) -> bool:
         """Return whether the losses are finite; refuse to go on after too many that are not."""
         finite = totals.isfinite()
         if bool(finite.all()):
             return True
+        self._take_back_score()
         if self.progress.nonfinite_steps < self.config.optim.max_nonfinite_steps:
             return False
         names = [n for n, ok in zip(self.objective.names, finite.tolist(), strict=True) if not ok]
@@ -530,7 +577,12 @@ class Trainer:
         )
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps; the evaluation by rank, the rest alike on all ranks."""
+        """Return what a checkpoint keeps; the evaluation by rank, the rest alike on all ranks.
+
+        Raises:
+            FloatingPointError: as `settle` does, so that what went wrong is not saved.
+        """
+        self.settle()
         position = self.progress.position
         return {
             "dense": get_model_state_dict(self.model),
@@ -596,13 +648,43 @@ class Trainer:
         state = self.state()
         checkpoints.load(step, state)
         set_model_state_dict(self.model, state["dense"])
-        set_optimizer_state_dict(self.model, self.dense.optimizer, state["optimizer"])
+        self.dense.load(state["optimizer"])
         self.tables.load_checkpoint_state(state["tables"])
         self.id_rows.load_checkpoint_state(state["vocabulary"])
         self.objective.load_state_dict(state["objective"])
         self.loss_sums = state["loss_sums"]
         self.guard.load_state(state["progress"].get("bf16_layers", ()))
         return state
+
+
+class _Outcome:
+    """What a step counted over all ranks, on its way to the host.
+
+    Args:
+        values_n: float64, exact for counts below 2^53.
+        num_sessions: SequenceBatch.num_sessions.
+
+    Attributes:
+        to_blame: finds a layer in fp8 by which the gradients are not finite, if they are not.
+    """
+
+    def __init__(self, values_n: Tensor, num_sessions: int) -> None:
+        self.num_sessions = num_sessions
+        self.to_blame: Callable[[], bool] | None = None
+        self._values_n, self._event = values_n, None
+        if values_n.is_cuda:
+            # To be read while the device is at work on what comes after.
+            self._values_n = torch.empty_like(values_n, device="cpu", pin_memory=True)
+            self._values_n.copy_(values_n, non_blocking=True)
+            self._event = torch.Event("cuda")
+            self._event.record()
+
+    def values(self) -> list[float]:
+        """Return them; waits for the step on a device."""
+        if self._event is not None:
+            self._event.synchronize()
+        values: list[float] = self._values_n.tolist()
+        return values
 
 
 def _numbers(first: int, rows: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from gr.metrics import EvalAccumulator
+from gr.metrics import COMPACT_EVERY, EvalAccumulator
 from gr.retrieval_metrics import catalogue_ranks
 from gr.task_metrics import auc, gauc
 from pipelines.config import TaskConfig
@@ -175,6 +175,20 @@ def test_later_changes_of_the_batch_do_not_change_the_state():
     accumulator.update_ranking(*predictions(5))
     state = accumulator.state_dict()
     assert all(torch.equal(state[name][: len(x)], x) for name, x in before.items())
+
+
+@pytest.mark.parametrize("before", [1, COMPACT_EVERY, COMPACT_EVERY + 1])
+def test_the_newest_predictions_can_be_taken_back(before):
+    with_it, without = EvalAccumulator(TASKS), EvalAccumulator(TASKS)
+    for accumulator in (with_it, without):
+        accumulator.roll(0)
+        for seed in range(before):
+            accumulator.update_ranking(*predictions(seed))
+            accumulator.update_retrieval(*ranks(seed))
+    with_it.update_ranking(*predictions(before))
+    with_it.update_retrieval(*ranks(before))
+    with_it.take_back()
+    assert with_it.finish() == without.finish()
 
 
 @pytest.mark.gpu

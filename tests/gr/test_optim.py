@@ -7,6 +7,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from gr.config import OptimConfig
 from gr.optim import DenseUpdates, dense_optimizer, lr_factor
@@ -124,6 +125,49 @@ def test_ranks_and_batches_are_averaged_and_clipped():
         assert found == pytest.approx(norms, rel=1e-5)
         for got, expected in zip(parameters, network.parameters(), strict=True):
             torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+
+
+def _updates(fused: bool) -> DenseUpdates:
+    updates = DenseUpdates(_network(), World(0, 1, torch.device("cpu")), OptimConfig())
+    # As it is on a GPU.
+    updates.optimizer = dense_optimizer(updates.model, OptimConfig(), fused=fused)
+    return updates
+
+
+def test_what_a_gpu_decides_by_itself_is_what_the_cpu_decides():
+    both = [_updates(fused) for fused in (False, True)]
+    for batch, factor in zip(_batches(0), (1.0, float("nan"), float("inf"), 1.0), strict=True):
+        for updates in both:
+            before = [p.detach().clone() for p in updates.model.parameters()]
+            (updates.module(batch).square().mean() * factor).backward()
+            updates.add()
+            assert bool(updates.update()) == (factor == 1.0)
+            moved = [
+                not torch.equal(a, b)
+                for a, b in zip(before, updates.model.parameters(), strict=True)
+            ]
+            assert all(moved) == any(moved) == (factor == 1.0)
+        for a, b in zip(*(updates.model.parameters() for updates in both), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    steps = [updates.optimizer.state_dict()["state"][0]["step"] for updates in both]
+    assert steps[0] == steps[1] == 2
+
+
+def test_a_state_of_one_kind_goes_on_in_the_other():
+    both = [_updates(fused) for fused in (False, True)]
+    for updates in both:
+        updates.module(_batches(0)[0]).square().mean().backward()
+        updates.add()
+        updates.update()
+    states = [get_optimizer_state_dict(updates.model, updates.optimizer) for updates in both]
+    for updates, state, fused in zip(both, states[::-1], (False, True), strict=True):
+        updates.load(state)
+        assert [group["fused"] for group in updates.optimizer.param_groups] == [fused, fused]
+        updates.module(_batches(0)[1]).square().mean().backward()
+        updates.add()
+        assert updates.update()
+    for a, b in zip(*(updates.model.parameters() for updates in both), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 def test_settings_of_updates_out_of_range():

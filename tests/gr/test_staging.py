@@ -24,7 +24,7 @@ class Lookup(PendingLookup):
 
 
 def staged(log: list[str]):
-    return lambda name: StagedBatch(name, None, 0.0, Lookup(name, log), None)
+    return lambda name: StagedBatch(name, None, Lookup(name, log), None, None)
 
 
 @pytest.mark.parametrize("looks_ahead", [True, False])

@@ -9,7 +9,7 @@ import torch
 from embeddings.vocabulary import Vocabulary
 from gr.config import EncodingConfig
 from gr.model import feature_dims
-from gr.tokens import TokenEmbedding, carries_item
+from gr.tokens import TokenEmbedding, carries_item, places
 from pipelines.batch import TokenKind
 from tests.gr.batches import (
     DIM,
@@ -211,6 +211,13 @@ def test_items_without_actions(log):
     assert is_action.any()
     assert not x_LD[is_action].any()
     assert x_LD[~is_action].any(1).all()
+
+
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_places_are_in_order(where):
+    is_there = torch.rand(5000, generator=torch.Generator().manual_seed(0)) < 0.3
+    expected = [i for i, x in enumerate(is_there.tolist()) if x]
+    assert places(is_there.to(where), len(expected)).tolist() == expected
 
 
 def test_the_kinds_that_carry_an_item():

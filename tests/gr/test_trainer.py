@@ -127,6 +127,31 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(log):
         trainer.train_step(steps[0])
 
 
+@pytest.mark.parametrize("asks", ["next step", "checkpoint", "end"])
+def test_with_batches_ahead_a_step_is_counted_once_the_next_is_under_way(log, monkeypatch, asks):
+    trainer = make_trainer(train_config(data_config(log, MODE)))
+    read = batches(trainer.config.data)
+    sizes = [batch.num_sequences for batch in read]
+    ahead = trainer.ahead(read)
+    staged = iter(ahead)
+    trainer.train_step(next(staged), ahead)
+    assert (trainer.progress.step, trainer.progress.examples) == (1, 0)
+    trainer.settle()
+    assert trainer.progress.examples == sizes[0]
+    poison(monkeypatch, trainer, "dense")
+    trainer.train_step(next(staged), ahead)
+    before = {name: x.clone() for name, x in trainer.model.state_dict().items()}
+    ask = {
+        "next step": lambda: trainer.train_step(next(staged), ahead),
+        "checkpoint": trainer.state,
+        "end": trainer.finish_updates,
+    }[asks]
+    with pytest.raises(FloatingPointError, match="at step 1: they updated nothing"):
+        ask()
+    for name, x in trainer.model.state_dict().items():
+        assert torch.equal(x, before[name])
+
+
 @pytest.mark.parametrize("where", ["dense", "rows"])
 def test_gradients_that_are_not_finite_are_left_out(log, monkeypatch, where):
     optim = OptimConfig(max_nonfinite_steps=1)
@@ -263,7 +288,7 @@ def test_a_restored_trainer_repeats_every_bit(log, tmp_path, encoder):
     assert differing(flat(trainer), flat(restored)) == set()
     assert restored.progress == trainer.progress
     for batch in steps[3:]:
-        values = [t.train_step(batch) for t in (trainer, restored)]
+        values = [(t.train_step(batch), t.dense.grad_norm) for t in (trainer, restored)]
         assert values[0] == values[1]
         losses = [t.take_losses() for t in (trainer, restored)]
         assert losses[0] == losses[1]
