@@ -129,8 +129,8 @@ class EmbeddingsConfig:
     """Share of a GPU's memory, and of the host's, that the planner leaves to the dense part,
     activations and buffers."""
     index_dedup: Literal["auto", "on", "off"] = "auto"
-    """Sharded form on GPUs: each rank sends an id of its batch once, and its row comes back once.
-    auto: with several ranks, unless `deterministic`, since it sums gradients in no fixed order."""
+    """Sharded form: each rank sends an id of its batch once, and its row comes back once. auto: on
+    several GPUs, unless `deterministic`, since there it sums gradients in no fixed order."""
     all_to_all: Literal["fp32", "fp16", "bf16"] = "fp32"
     """What rows and their gradients travel as between ranks. On CPUs bf16 is not to be had."""
 

@@ -10,7 +10,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,9 @@ class CheckpointManager:
         if self._host is not None:
             self._host.reserve(split_state(state)[0])
             self._own_group()
+        if self._process is not None:
+            with suppress(EOFError, ConnectionError):  # what ended it, the next `save` says
+                self._process.wait_until_ready()
 
     def save(self, step: int, state: dict[str, Any], folders: Sequence[Path] = ()) -> Path:
         """Save a state, then remove what is older than the newest `keep`.

@@ -72,12 +72,18 @@ class WriterProcess:
 
     def __init__(self) -> None:
         self._known: set[int] = set()
+        self._is_ready = False
         self._start()
 
     @property
     def pid(self) -> int:
         """Of the process."""
         return self._process.pid
+
+    def wait_until_ready(self) -> None:
+        """Wait until the process has started, which takes seconds."""
+        if not self._is_ready:
+            self._is_ready = self._connection.recv()
 
     def write(self, folder: Path, plan: SavePlan, places: Places) -> list[WriteResult]:
         """Let the process write the tensors of a plan, and wait for it.
@@ -90,6 +96,7 @@ class WriterProcess:
             self._start()
         rooms = {place.room for place in places.values()}
         try:
+            self.wait_until_ready()
             for room in rooms - self._known:
                 self._connection.send((room, Room.size_of(room)))
                 reduction.send_handle(self._connection, Room.handle_of(room), self.pid)
@@ -125,7 +132,7 @@ class WriterProcess:
                 start_new_session=True,
             )
         self._connection = Connection(own.detach())
-        self._known = set()
+        self._known, self._is_ready = set(), False
         self._end: Callable[[], Any] = weakref.finalize(self, _end, self._connection, self._process)
 
 
@@ -166,6 +173,7 @@ def _places(plan: SavePlan, planner: SavePlanner) -> Places | None:
 def serve(connection: Connection) -> None:
     """Write what is asked for until the other end is closed."""
     rooms: dict[int, Room] = {}
+    connection.send(True)
     while True:
         try:
             request = connection.recv()

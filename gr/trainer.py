@@ -1,6 +1,7 @@
 """One training step, the evaluation before it, and the state that a checkpoint keeps."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from gr.mixture import mixture_groups
 from gr.model import Predictions, SequenceModel, dense_model, feature_dims
 from gr.objective import Objective
 from gr.optim import DenseUpdates, lr_factor
+from gr.outcome import OnTheWay, Outcome
 from gr.parallel import World
 from gr.retrieval_metrics import catalogue_ranks
 from gr.sequence import SequenceInfo, sequence_index
@@ -137,7 +139,7 @@ class Trainer:
         self.loss_sums = torch.zeros(
             2, len(self.objective.names), dtype=torch.float64, device=world.device
         )
-        self._outcome: _Outcome | None = None
+        self._outcome: Outcome | None = None
         self.has_dropout = config.model.has_dropout
         self.groups = mixture_groups(config.model, config.data)
         self.is_training = False
@@ -202,18 +204,20 @@ class Trainer:
                 # Behind the exchange of rows, and before any that waits for the forward pass.
                 ahead.advance()
             loss, totals = self._loss(learnt, predictions, global_weights)
+            verdict = OnTheWay(totals)
             # The step before is over on the device by now, and this forward pass is under way.
             is_stale = self.settle()
             self._score(batch, info, rows, predictions, catalogue)
-            while is_stale or self._overflowed_forward(totals, batch, info, rows):
+            while is_stale or self._overflowed_forward(verdict, batch, info, rows):
                 self._take_back_score()
                 predictions = self._predict(self.dense.module, batch, info, rows)
                 loss, totals = self._loss(learnt, predictions, global_weights)
+                verdict = OnTheWay(totals)
                 self._score(batch, info, rows, predictions, catalogue)
                 is_stale = False
             # All ranks decide alike, before backward, in which tables are updated: the one thing
             # that a step waits for. What could be launched before it was.
-            is_finite = self._check_loss(totals)
+            is_finite = self._check_loss(verdict)
             if is_finite:
                 loss.backward()  # type: ignore[no-untyped-call]
         is_due = self.dense.is_due(self.progress.step)
@@ -234,7 +238,8 @@ class Trainer:
         counts = staged.counts.clone()
         counts[NUM_COUNTS + NONFINITE_ROWS] = self.tables.take_num_nonfinite()
         is_good = dense_is_finite.double()[None] * int(is_finite)
-        self._outcome = _Outcome(torch.cat([world.sum(counts), is_good]), batch.num_sessions)
+        counts = torch.cat([world.sum(counts), is_good])
+        self._outcome = Outcome(OnTheWay(counts), batch.num_sessions)
         if is_finite and self.guard.is_needed:
             self._outcome.to_blame = lambda: self._overflowed_backward(
                 batch, info, rows, learnt, global_weights
@@ -263,7 +268,7 @@ class Trainer:
         if self._outcome is None:
             return False
         outcome, self._outcome = self._outcome, None
-        load, *counts = outcome.values()
+        load, *counts = outcome.counts.values()
         num_examples, num_tokens, flops, *skipped, is_finite = map(int, counts)
         if self.load_target is not None:
             self.load_target.record(self.progress.step - 1, load, outcome.num_sessions)
@@ -299,10 +304,10 @@ class Trainer:
         return loss, self.world.sum(torch.stack(own))
 
     def _overflowed_forward(
-        self, totals: Tensor, batch: SequenceBatch, info: SequenceInfo, rows: dict[str, Tensor]
+        self, totals: OnTheWay, batch: SequenceBatch, info: SequenceInfo, rows: dict[str, Tensor]
     ) -> bool:
         """Return whether a layer in fp8 was to blame, and was turned to bf16: try again."""
-        if not self.guard.is_needed or bool(totals.isfinite().all()):
+        if not self.guard.is_needed or all(map(math.isfinite, totals.values())):
             return False
         with torch.autocast(self.world.device.type, torch.bfloat16):
             return self.guard.after_forward(lambda: self.model(batch, info, rows))
@@ -540,15 +545,15 @@ class Trainer:
         if self.world.device.type == "cuda":
             torch.cuda.manual_seed(mixed % (1 << 63))
 
-    def _check_loss(self, totals: Tensor) -> bool:
+    def _check_loss(self, totals: OnTheWay) -> bool:
         """Return whether the losses are finite; refuse to go on after too many that are not."""
-        finite = totals.isfinite()
-        if bool(finite.all()):
+        finite = [math.isfinite(total) for total in totals.values()]
+        if all(finite):
             return True
         self._take_back_score()
         if self.progress.nonfinite_steps < self.config.optim.max_nonfinite_steps:
             return False
-        names = [n for n, ok in zip(self.objective.names, finite.tolist(), strict=True) if not ok]
+        names = [n for n, ok in zip(self.objective.names, finite, strict=True) if not ok]
         raise FloatingPointError(
             f"the loss of {names} is not finite at step {self.progress.step}. This batch updated "
             f"nothing. {self._advice()}"
@@ -655,36 +660,6 @@ class Trainer:
         self.loss_sums = state["loss_sums"]
         self.guard.load_state(state["progress"].get("bf16_layers", ()))
         return state
-
-
-class _Outcome:
-    """What a step counted over all ranks, on its way to the host.
-
-    Args:
-        values_n: float64, exact for counts below 2^53.
-        num_sessions: SequenceBatch.num_sessions.
-
-    Attributes:
-        to_blame: finds a layer in fp8 by which the gradients are not finite, if they are not.
-    """
-
-    def __init__(self, values_n: Tensor, num_sessions: int) -> None:
-        self.num_sessions = num_sessions
-        self.to_blame: Callable[[], bool] | None = None
-        self._values_n, self._event = values_n, None
-        if values_n.is_cuda:
-            # To be read while the device is at work on what comes after.
-            self._values_n = torch.empty_like(values_n, device="cpu", pin_memory=True)
-            self._values_n.copy_(values_n, non_blocking=True)
-            self._event = torch.Event("cuda")
-            self._event.record()
-
-    def values(self) -> list[float]:
-        """Return them; waits for the step on a device."""
-        if self._event is not None:
-            self._event.synchronize()
-        values: list[float] = self._values_n.tolist()
-        return values
 
 
 def _numbers(first: int, rows: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from random import Random
 
 import psutil
 
+from gr.checkpoint import complete_steps
 from gr.config import TrainConfig
 from gr.config_io import load_config
 from gr.runlog import read_lines
@@ -101,8 +102,9 @@ class Mission:
             assert time.monotonic() < deadline, self.printed(name)[-5000:]
             assert job.poll() is None, self.printed(name)[-5000:]
             rows = self.rows(name)
-            # What the job prints comes late.
+            # What the job prints comes late; without a checkpoint it would begin anew.
             is_on = (self.records[name] / str(restart)).is_dir()
+            is_on = is_on and bool(complete_steps(self.run_dir(name) / "checkpoints"))
             if rows and rows[-1]["step"] >= step and is_on:
                 return
             time.sleep(0.01)
