@@ -194,12 +194,15 @@ class Trainer:
         batch = self._with_content(batch, catalogue)
         learnt = self.id_rows.learnable(batch)
         global_weights = world.sum(self.objective.weights(learnt))
-        self.id_rows.observe(staged.seen, step=self.progress.step, time=staged.time)
-        if ahead is not None:
+        maps_change = bool(self.id_rows.dynamic.maps)
+        if not maps_change:
             # The device may still be at work on the step before: the host's time costs nothing.
-            ahead.fetch()
+            self._bring_next(staged, ahead)
         with self.dense.gradients_of(self.progress.step):
             predictions = self._predict(self.dense.module, batch, info, rows)
+            if maps_change:
+                # They wait for the step before, by which they were changed.
+                self._bring_next(staged, ahead)
             if ahead is not None:
                 # Behind the exchange of rows, and before any that waits for the forward pass.
                 ahead.advance()
@@ -282,6 +285,12 @@ class Trainer:
         self.progress.skipped = [a + b for a, b in zip(self.progress.skipped, skipped, strict=True)]
         self._check_limit(num_bad_rows, bool(is_finite))
         return is_excused
+
+    def _bring_next(self, staged: StagedBatch, ahead: Ahead | None) -> None:
+        """Take note of the batch in training, and start to bring the next one."""
+        self.id_rows.observe(staged.seen, step=self.progress.step, time=staged.time)
+        if ahead is not None:
+            ahead.fetch()
 
     def _loss(
         self, learnt: SequenceBatch, predictions: Predictions, global_weights: Tensor
