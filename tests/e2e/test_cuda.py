@@ -1,13 +1,18 @@
 """The same run on a GPU: TorchRec's sharded tables and FBGEMM's fused row-wise AdamW."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from gr.runlog import read_lines
+from gr.trainer import Trainer
 from tests.dist import MANY_GPUS, run_distributed
 from tests.e2e.toy import run
+
+ROOT = Path(__file__).parents[2]
 
 
 def losses(run_dir):
@@ -64,6 +69,27 @@ def test_all_of_ultra_learns_in_fp8(config, tmp_path):
     # Sixteen columns of a few dozen steps: fp8 goes another way, and learns as much.
     np.testing.assert_allclose(losses(fp8)[:2], losses(bf16)[:2], rtol=0.01)
     np.testing.assert_allclose(losses(fp8), losses(bf16), rtol=0.25)
+
+
+@pytest.mark.gpu
+def test_a_step_waits_nowhere_but_in_torchrec(config, tmp_path, monkeypatch):
+    """Values that the host reads while the device goes on (gr/outcome.py) do not count as waits."""
+    train_step = Trainer.train_step
+
+    def watched(self, *args):
+        torch.cuda.set_sync_debug_mode("warn" if self.progress.step >= 2 else "default")
+        try:
+            return train_step(self, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    overrides = ("device=cuda", "deterministic=false", "max_steps=6")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        run(config, f"run_dir={tmp_path / 'run'}", *overrides)
+    waits = {(x.filename, x.lineno) for x in found if "synchroniz" in str(x.message)}
+    assert not {place for place in waits if Path(place[0]).is_relative_to(ROOT)}
 
 
 def train(config, folder, *overrides):
