@@ -235,6 +235,7 @@ class Bench:
                     v_dim=width,
                     scaling_length=longest,
                     precision="fp8" if fp8 and not small else "bf16",
+                    recompute=(),  # 16 KB a token and layer are there
                 ),
                 encoding=EncodingConfig(position="from_start", position_buckets=longest),
                 head=HeadConfig(ranking_hidden=(512 if not small else 8,), retrieval=False),
