@@ -212,7 +212,6 @@ def _backward(
     negative_offsets: Tensor,
     positive_id: Tensor,
     negative_id: Tensor,
-    positive_log_q: Tensor | None,
     negative_log_q: Tensor | None,
     lse: Tensor,
     temperature: float,
@@ -228,7 +227,6 @@ def _backward(
         negative_offsets.contiguous(),
         positive_id.contiguous(),
         negative_id.contiguous(),
-        _contiguous(positive_log_q),
         _contiguous(negative_log_q),
         lse,
         temperature,
@@ -245,7 +243,6 @@ def _(
     negative_offsets: Tensor,
     positive_id: Tensor,
     negative_id: Tensor,
-    positive_log_q: Tensor | None,
     negative_log_q: Tensor | None,
     lse: Tensor,
     temperature: float,
@@ -258,7 +255,8 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:9], output[1])
+    # positive_log_q is in the sum of the exponentials.
+    ctx.save_for_backward(*inputs[:7], inputs[8], output[1])
     ctx.temperature = inputs[9]
 
 

@@ -58,10 +58,9 @@ def assert_same(rows: list[dict], expected: list[dict]) -> None:
 
 
 def assert_close(rows: list[dict], expected: list[dict]) -> None:
-    """Compare the maps exactly, losses as with static tables (test_cuda.py).
+    """Compare the maps exactly, and losses up to what sums in another order make of twelve steps.
 
-    AdamW makes rounding large where a gradient is small beside that of the batch (docs/lab.md,
-    2026-11-29).
+    Gradients of 1e-6 that should be 0 have moved them by 2 % (docs/lab.md, 2026-11-29).
     """
     assert len(rows) == len(expected) >= 5
     for row, other in zip(rows, expected, strict=True):
@@ -70,7 +69,7 @@ def assert_close(rows: list[dict], expected: list[dict]) -> None:
                 assert row[key] == value, key
     losses = [np.array([row["train/loss"] for row in each]) for each in (rows, expected)]
     np.testing.assert_allclose(losses[0][:2], losses[1][:2], rtol=1e-4)
-    np.testing.assert_allclose(losses[0], losses[1], rtol=5e-3)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
 
 
 @pytest.mark.gpu

@@ -92,11 +92,22 @@ def check(vectors, structure, dloss):
         else:
             # Probabilities are exponentials of such differences: a rounding of the exponent is
             # several of the result. The reference's products add up in another order.
-            # Without negatives all of it cancels: then relative to what is subtracted.
             size = exact.abs().max().item()
-            if size == 0.0:
-                size = largest(dloss) * max(map(largest, vectors)) / T
             assert_within_reference_error(actual, same, exact, times=5.0, scale=size)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("margin", [1.0, 6.0, 20.0])
+def test_gradients_of_what_is_known_are_small_and_right(margin):
+    """Each of them: AdamW steps by the direction of a gradient, however small it is."""
+    vectors, structure, dloss = make([6], [9], 16, torch.float32, has_log_q=False, catalogue=10**6)
+    query, _, negative = vectors
+    vectors = (query, query * (margin * T / query.square().sum(1, keepdim=True)), negative * 0.1)
+    dloss = torch.rand_like(dloss) + 0.5
+    got = outputs_and_gradients(partial(call, impl="triton", **structure), vectors, dloss)
+    run = partial(call, impl="reference", **structure)
+    exact = outputs_and_gradients(run, [x.double() for x in vectors], dloss.double())
+    torch.testing.assert_close(got[2].double(), exact[2], rtol=1e-4, atol=0)
 
 
 GROUPS = [

@@ -11,7 +11,6 @@ from kernels.sampled_softmax._triton.groups import (
     launch_options,
     load_vectors,
     pair_logits,
-    positive_logit,
     rows_of_block,
 )
 
@@ -27,7 +26,6 @@ def _sampled_softmax_bwd_rows_kernel(
     negative_offsets_ptr,
     positive_id_ptr,
     negative_id_ptr,
-    positive_log_q_ptr,
     negative_log_q_ptr,
     lse_ptr,
     dquery_ptr,
@@ -42,7 +40,6 @@ def _sampled_softmax_bwd_rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STEPS: tl.constexpr,
-    HAS_POSITIVE_LOG_Q: tl.constexpr,
     HAS_NEGATIVE_LOG_Q: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -54,6 +51,7 @@ def _sampled_softmax_bwd_rows_kernel(
         row_ids = tl.load(positive_id_ptr + rows, mask=is_row, other=0)
         lse = tl.load(lse_ptr + rows, mask=is_row, other=0.0)
         dq = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+        others = tl.zeros((BLOCK_R,), tl.float32)
         start = tl.load(negative_offsets_ptr + group)
         end = tl.load(negative_offsets_ptr + group + 1)
         for first in range(start, end, BLOCK_N):
@@ -67,14 +65,13 @@ def _sampled_softmax_bwd_rows_kernel(
             )  # fmt: skip
             p = tl.exp(logits - lse[:, None])
             dq = tl.dot(p.to(k.dtype), k, dq, input_precision=PRECISION)
+            others += tl.sum(p, 1)
         positive = load_vectors(positive_ptr, rows, stride_positive, is_row, cols, D)
-        logit = positive_logit(
-            q, positive, positive_log_q_ptr, rows, is_row, inverse_t, HAS_POSITIVE_LOG_Q
-        )
         c = tl.load(dloss_ptr + rows, mask=is_row, other=0.0) * inverse_t
-        minus = tl.exp(logit - lse) - 1.0
-        dq = c[:, None] * (dq + minus[:, None] * positive.to(tl.float32))
-        dpositive = (c * minus)[:, None] * q.to(tl.float32)
+        # Not the positive's probability less 1, which is rounding where it is nearly 1: optimizers
+        # that divide by a gradient's size would step by that.
+        dq = c[:, None] * (dq - others[:, None] * positive.to(tl.float32))
+        dpositive = -(c * others)[:, None] * q.to(tl.float32)
         mask = is_row[:, None] & (cols < D)[None, :]
         offs = rows[:, None] * D + cols[None, :]
         tl.store(dquery_ptr + offs, dq.to(dquery_ptr.dtype.element_ty), mask=mask)
@@ -147,7 +144,6 @@ def sampled_softmax_bwd(
     negative_offsets: Tensor,
     positive_id: Tensor,
     negative_id: Tensor,
-    positive_log_q: Tensor | None,
     negative_log_q: Tensor | None,
     lse: Tensor,
     temperature: float,
@@ -171,7 +167,6 @@ def sampled_softmax_bwd(
         negative_offsets,
         positive_id,
         negative_id,
-        positive_log_q,
         negative_log_q,
         lse,
         dquery,
@@ -182,7 +177,6 @@ def sampled_softmax_bwd(
         1 / temperature,
         G,
         STEPS=G.bit_length(),
-        HAS_POSITIVE_LOG_Q=positive_log_q is not None,
         HAS_NEGATIVE_LOG_Q=has_negative_log_q,
         **options,
     )
