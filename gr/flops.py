@@ -9,7 +9,7 @@ import torch
 from gr.config import ModelConfig, SemiLocalConfig
 from gr.hstu import EVERYTHING, attention_mask, kept_history, tail_index
 from gr.sequence import SequenceInfo, sequence_index, truncate
-from kernels.hstu_attention.mask import num_visible
+from kernels.hstu_attention.mask import AttentionMask, num_visible
 from pipelines.cost import WHOLE, SequenceCost
 
 # Dense bf16 peak of one device, FLOP/s, by a part of its name (vendor data sheets, no sparsity).
@@ -19,9 +19,14 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 def visible_pairs(info: SequenceInfo, semi_local: SemiLocalConfig = EVERYTHING) -> tuple[int, int]:
     """Return the query-key pairs of a full layer and of the last one, which reads tails only."""
     lengths, candidates = info.offsets.diff(), info.num_candidates
+    mask = attention_mask(info, semi_local)
+    if mask == AttentionMask() and not candidates.any():
+        # Each token sees all before it and itself: no need to look at every one, in each step.
+        unread = lengths - info.tail_offsets.diff()
+        pairs = (lengths * (lengths + 1)).sum() // 2
+        return int(pairs), int(pairs - (unread * (unread + 1)).sum() // 2)
     sequence_L = sequence_index(info.offsets, int(info.offsets[-1]))
     row_L = torch.arange(len(sequence_L), device=sequence_L.device) - info.offsets[sequence_L]
-    mask = attention_mask(info, semi_local)
     keys_L = num_visible(row_L, lengths[sequence_L], candidates[sequence_L], mask)
     return int(keys_L.sum()), int(keys_L[tail_index(info)].sum())
 
