@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._triton.launch import launch
 from kernels.hstu_attention._hopper.backward_kernel import backward_kernel
 from kernels.hstu_attention._hopper.bias import bias_inputs
 from kernels.hstu_attention._hopper.bias_gradient import (
@@ -15,7 +16,7 @@ from kernels.hstu_attention._hopper.bias_gradient import (
     bias_gradients,
     table_gradients,
 )
-from kernels.hstu_attention._hopper.launch import kernel_constants, launch, tiles
+from kernels.hstu_attention._hopper.launch import kernel_constants, tiles
 from kernels.hstu_attention._hopper.prepare import Tails, prepare
 from kernels.hstu_attention._hopper.query_backward import TAIL, query_gradient
 from kernels.hstu_attention._triton.bias_gradient import bias_gradient

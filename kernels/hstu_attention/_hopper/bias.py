@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 
-from kernels.hstu_attention._hopper.launch import launch
+from kernels._triton.launch import launch
 from kernels.hstu_attention._triton.tile import BUCKETS_PER_OCTAVE
 from kernels.hstu_attention.bias import time_thresholds
 from kernels.hstu_attention.structure import Structure

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 
+from kernels._triton.launch import launch
 from kernels.hstu_attention._hopper.bias import BEYOND, apart, load_columns
-from kernels.hstu_attention._hopper.launch import launch
 from kernels.hstu_attention.structure import Structure
 
 REPLICAS = gl.constexpr(64)

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels._triton.launch import launch
 from kernels.hstu_attention._hopper.bias import (
     add_time_bias,
     bias_inputs,
@@ -34,7 +35,6 @@ from kernels.hstu_attention._hopper.bias import (
 from kernels.hstu_attention._hopper.launch import (
     forward_blocks,
     kernel_constants,
-    launch,
     tiles,
 )
 from kernels.hstu_attention._hopper.prepare import Tails, prepare

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.hstu_attention._hopper.launch import launch
+from kernels._triton.launch import launch
 
 ROWS = 16
 """Rows that one program copies."""

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels._triton.launch import launch
 from kernels.hstu_attention._hopper.bias import (
     BiasInputs,
     add_time_bias,
@@ -26,7 +27,7 @@ from kernels.hstu_attention._hopper.bias import (
     position_bias,
     tile_buckets,
 )
-from kernels.hstu_attention._hopper.launch import kernel_constants, launch, tiles
+from kernels.hstu_attention._hopper.launch import kernel_constants, tiles
 from kernels.hstu_attention._hopper.tile import (
     full_block,
     half_score,

@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels._triton.launch import Tiles, launch
 from kernels._triton.rows import num_programs
 from kernels.linear._hopper.epilogue import epilogue
 from kernels.rotary.columns import Turn, turn_arguments
@@ -317,39 +318,44 @@ def linear_fwd(
     block_d = 128 // x.element_size()
     rows = BLOCK_L if ping_pong else BLOCK_L // 2
     tiles_l, tiles_f = triton.cdiv(L, BLOCK_L), triton.cdiv(F, block_f)
-    target = describe(y, rows, STORE_F)
+    target = _tiles(y, rows, STORE_F)
     x_scale, weight_scale = (None, None) if scales is None else scales
     turned, heads = turn_arguments(*turns)
-    _linear_fwd_kernel[(num_programs(x.device, tiles_l * tiles_f, 1),)](
-        describe(x, rows, block_d),
-        describe(weight, block_f, block_d),
-        target,
-        describe(kept, rows, STORE_F) if keep else target,
-        target if residual is None else describe(residual, rows, STORE_F),
-        bias,
-        x_scale,
-        weight_scale,
-        L,
-        F,
-        tiles_l,
-        tiles_f,
-        triton.cdiv(D, block_d),
-        silu_columns,
-        *turned,
-        **heads,
-        BLOCK_F=block_f,
-        BLOCK_D=block_d,
-        STORE_F=STORE_F,
-        STAGES=stages,
-        GROUP=GROUP,
-        PING_PONG=ping_pong,
-        ROWS=rows,
-        HAS_SCALE=scales is not None,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        SILU=silu_columns > 0,
-        KEEP=keep,
-        num_warps=4,
+    launch(
+        _linear_fwd_kernel,
+        (num_programs(x.device, tiles_l * tiles_f, 1), 1, 1),
+        [
+            _tiles(x, rows, block_d),
+            _tiles(weight, block_f, block_d),
+            target,
+            _tiles(kept, rows, STORE_F) if keep else target,
+            target if residual is None else _tiles(residual, rows, STORE_F),
+            bias,
+            x_scale,
+            weight_scale,
+            L,
+            F,
+            tiles_l,
+            tiles_f,
+            triton.cdiv(D, block_d),
+            silu_columns,
+            *turned,
+        ],
+        {
+            **heads,
+            "BLOCK_F": block_f,
+            "BLOCK_D": block_d,
+            "STORE_F": STORE_F,
+            "STAGES": stages,
+            "GROUP": GROUP,
+            "PING_PONG": ping_pong,
+            "ROWS": rows,
+            "HAS_SCALE": scales is not None,
+            "HAS_BIAS": bias is not None,
+            "HAS_RESIDUAL": residual is not None,
+            "SILU": silu_columns > 0,
+            "KEEP": keep,
+        },
     )
     return y, kept
 
@@ -373,14 +379,10 @@ def _schedule(x: Tensor, F: int, has_residual: bool, has_silu: bool) -> tuple[bo
     return False, 256, 3 if has_residual else 4
 
 
+def _tiles(tensor: Tensor, rows: int, columns: int) -> Tiles:
+    return Tiles(tensor, [*tensor.shape], [*tensor.stride()], [rows, columns])
+
+
 def describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Return a descriptor that moves (rows, columns) at a time."""
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], _GLUON_TYPES[tensor.dtype])
-    return TensorDescriptor(tensor, [*tensor.shape], [*tensor.stride()], [rows, columns], layout)
-
-
-_GLUON_TYPES = {
-    torch.float16: gl.float16,
-    torch.bfloat16: gl.bfloat16,
-    torch.float8_e4m3fn: gl.float8e4nv,
-}
+    return _tiles(tensor, rows, columns).describe()
