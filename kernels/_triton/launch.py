@@ -35,7 +35,12 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def launch(
-    kernel: Any, grid: tuple[int, int, int], arguments: Sequence[Any], constants: dict[str, Any]
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: Sequence[Any],
+    constants: dict[str, Any],
+    *,
+    num_warps: int = 4,
 ) -> None:
     """Launch a kernel, compiled when called like this for the first time.
 
@@ -48,13 +53,14 @@ def launch(
         grid: programs by axis.
         arguments: Tiles, tensors, numbers or None, in the order of its parameters.
         constants: the constexpr parameters, which come last, in their order.
+        num_warps: of a program.
     """
-    key = (kernel, *map(_kind, arguments), *constants.values())
+    key = (kernel, num_warps, *map(_kind, arguments), *constants.values())
     compiled = _compiled.get(key)
     if compiled is None:
         assert list(constants) == kernel.arg_names[len(arguments) :]
         described = [x.describe() if isinstance(x, Tiles) else x for x in arguments]
-        _compiled[key] = kernel[grid](*described, **constants, num_warps=4)
+        _compiled[key] = kernel[grid](*described, **constants, num_warps=num_warps)
     else:
         compiled[grid](*arguments, *constants.values())
 

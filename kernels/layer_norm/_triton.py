@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.fp8 import quantize_tile
+from kernels._triton.launch import launch
 from kernels._triton.rows import backward_tile, forward_tile, num_programs
 
 STAGES = 3
@@ -159,25 +160,31 @@ def _forward(
     if L == 0:
         return mean, rstd
     rows, columns, warps = forward_tile(D)
-    _layer_norm_fwd_kernel[(triton.cdiv(L, rows),)](
-        x,
-        weight,
-        bias,
-        y,
-        q,
-        scale,
-        mean,
-        rstd,
-        L,
-        x.stride(0),
-        eps,
-        D=D,
-        ROWS=rows,
-        BLOCK_D=columns,
-        HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None,
-        KEEP=y is not None,
-        QUANTIZE=q is not None,
+    launch(
+        _layer_norm_fwd_kernel,
+        (triton.cdiv(L, rows), 1, 1),
+        [
+            x,
+            weight,
+            bias,
+            y,
+            q,
+            scale,
+            mean,
+            rstd,
+            L,
+            x.stride(0),
+            eps,
+        ],
+        {
+            "D": D,
+            "ROWS": rows,
+            "BLOCK_D": columns,
+            "HAS_WEIGHT": weight is not None,
+            "HAS_BIAS": bias is not None,
+            "KEEP": y is not None,
+            "QUANTIZE": q is not None,
+        },
         num_warps=warps,
     )
     return mean, rstd
@@ -210,26 +217,32 @@ def layer_norm_bwd(
     wanted = (weight is not None, has_bias)
     dweight, dbias = (x.new_empty(programs if w else 0, D, dtype=torch.float32) for w in wanted)
     if L > 0:
-        _layer_norm_bwd_kernel[(programs,)](
-            dy,
-            x,
-            weight,
-            mean,
-            rstd,
-            dskip,
-            dx,
-            dweight,
-            dbias,
-            L,
-            dy.stride(0),
-            x.stride(0),
-            0 if dskip is None else dskip.stride(0),
-            D=D,
-            ROWS=rows,
-            BLOCK_D=columns,
-            STAGES=STAGES,
-            HAS_WEIGHT=wanted[0],
-            HAS_BIAS=wanted[1],
+        launch(
+            _layer_norm_bwd_kernel,
+            (programs, 1, 1),
+            [
+                dy,
+                x,
+                weight,
+                mean,
+                rstd,
+                dskip,
+                dx,
+                dweight,
+                dbias,
+                L,
+                dy.stride(0),
+                x.stride(0),
+                0 if dskip is None else dskip.stride(0),
+            ],
+            {
+                "D": D,
+                "ROWS": rows,
+                "BLOCK_D": columns,
+                "STAGES": STAGES,
+                "HAS_WEIGHT": wanted[0],
+                "HAS_BIAS": wanted[1],
+            },
             num_warps=warps,
         )
     return dx, dweight.sum(0), dbias.sum(0)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._triton.launch import launch
 from kernels._triton.rows import num_programs
 from kernels._triton.silu import is_fast, silu, silu_derivative
 from kernels._triton.turn import turn
@@ -129,18 +130,24 @@ def silu_fwd(
     rows, block_f = _tile(F)
     turned, heads = turn_arguments(*turns)
     if L > 0:
-        _silu_kernel[(triton.cdiv(L, rows), triton.cdiv(F, block_f))](
-            z,
-            y,
-            L,
-            z.stride(0),
-            F,
-            *turned,
-            SILU=has_silu,
-            **heads,
-            ROWS=rows,
-            BLOCK_F=block_f,
-            FAST=is_fast(z.dtype),
+        launch(
+            _silu_kernel,
+            (triton.cdiv(L, rows), triton.cdiv(F, block_f), 1),
+            [
+                z,
+                y,
+                L,
+                z.stride(0),
+                F,
+                *turned,
+            ],
+            {
+                "SILU": has_silu,
+                **heads,
+                "ROWS": rows,
+                "BLOCK_F": block_f,
+                "FAST": is_fast(z.dtype),
+            },
             num_warps=4,
         )
     return y
@@ -180,24 +187,30 @@ def silu_bwd(
         angles, heads = turn_arguments(turned)
         columns = slice(first + done, first + done + width)
         if L > 0:
-            _silu_bwd_kernel[(programs, triton.cdiv(width, block_f))](
-                dy,
-                z[:, columns],
-                dz[:, columns],
-                dbias[:, done : done + width],
-                L,
-                dy.stride(0),
-                z.stride(0),
-                dz.stride(0),
-                dbias.stride(0),
-                width,
-                *angles,
-                SILU=has_silu,
-                HAS_BIAS=has_bias,
-                **heads,
-                ROWS=rows,
-                BLOCK_F=block_f,
-                FAST=is_fast(z.dtype),
+            launch(
+                _silu_bwd_kernel,
+                (programs, triton.cdiv(width, block_f), 1),
+                [
+                    dy,
+                    z[:, columns],
+                    dz[:, columns],
+                    dbias[:, done : done + width],
+                    L,
+                    dy.stride(0),
+                    z.stride(0),
+                    dz.stride(0),
+                    dbias.stride(0),
+                    width,
+                    *angles,
+                ],
+                {
+                    "SILU": has_silu,
+                    "HAS_BIAS": has_bias,
+                    **heads,
+                    "ROWS": rows,
+                    "BLOCK_F": block_f,
+                    "FAST": is_fast(z.dtype),
+                },
                 num_warps=4,
             )
         done += width

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.fp8 import quantize_tile
+from kernels._triton.launch import launch
 from kernels._triton.rows import backward_tile, num_programs
 from kernels._triton.silu import is_fast, silu, silu_derivative
 from kernels.norm_gate._triton.output import dropped, make_row_keys, store_out
@@ -257,40 +258,46 @@ def _backward(
         x.new_empty(programs if w else 0, C, dtype=torch.float32) for w in wanted
     )
     if L > 0:
-        _norm_gate_bwd_kernel[(programs, num_groups)](
-            dout,
-            x,
-            u,
-            weight,
-            bias,
-            seed,
-            mean,
-            rstd,
-            dx,
-            du,
-            out,
-            *((None, None) if quantized is None else quantized),
-            dweight,
-            dbias,
-            du_sum if has_du_sum else None,
-            L,
-            dout.stride(0),
-            x.stride(0),
-            u.stride(0),
-            du.stride(0),
-            round(dropout * 2**24),
-            1 / (1 - dropout),
-            C=C,
-            V=V,
-            ROWS=rows,
-            BLOCK_V=columns,
-            STAGES=stages,
-            HAS_WEIGHT=wanted[0],
-            HAS_BIAS=wanted[1],
-            CONCAT=concat,
-            DROPOUT=dropout > 0,
-            SILU=has_silu,
-            FAST=is_fast(x.dtype),
+        launch(
+            _norm_gate_bwd_kernel,
+            (programs, num_groups, 1),
+            [
+                dout,
+                x,
+                u,
+                weight,
+                bias,
+                seed,
+                mean,
+                rstd,
+                dx,
+                du,
+                out,
+                *((None, None) if quantized is None else quantized),
+                dweight,
+                dbias,
+                du_sum if has_du_sum else None,
+                L,
+                dout.stride(0),
+                x.stride(0),
+                u.stride(0),
+                du.stride(0),
+                round(dropout * 2**24),
+                1 / (1 - dropout),
+            ],
+            {
+                "C": C,
+                "V": V,
+                "ROWS": rows,
+                "BLOCK_V": columns,
+                "STAGES": stages,
+                "HAS_WEIGHT": wanted[0],
+                "HAS_BIAS": wanted[1],
+                "CONCAT": concat,
+                "DROPOUT": dropout > 0,
+                "SILU": has_silu,
+                "FAST": is_fast(x.dtype),
+            },
             num_warps=warps,
         )
     return dx, dweight.sum(0), dbias.sum(0), du_sum.sum(0)

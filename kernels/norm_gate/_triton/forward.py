@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.fp8 import quantize_tile
+from kernels._triton.launch import launch
 from kernels._triton.rows import forward_tile
 from kernels.norm_gate._triton.output import dropped, make_row_keys, store_out
 
@@ -134,33 +135,39 @@ def _forward(
     if L == 0:
         return mean, rstd
     rows, columns, warps = forward_tile(V)
-    _norm_gate_fwd_kernel[(triton.cdiv(L, rows), num_groups)](
-        x,
-        u,
-        weight,
-        bias,
-        seed,
-        out,
-        q,
-        scale,
-        mean,
-        rstd,
-        L,
-        x.stride(0),
-        u.stride(0),
-        eps,
-        round(dropout * 2**24),
-        1 / (1 - dropout),
-        C=C,
-        V=V,
-        ROWS=rows,
-        BLOCK_V=columns,
-        HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None,
-        CONCAT=concat,
-        DROPOUT=dropout > 0,
-        KEEP=out is not None,
-        QUANTIZE=q is not None,
+    launch(
+        _norm_gate_fwd_kernel,
+        (triton.cdiv(L, rows), num_groups, 1),
+        [
+            x,
+            u,
+            weight,
+            bias,
+            seed,
+            out,
+            q,
+            scale,
+            mean,
+            rstd,
+            L,
+            x.stride(0),
+            u.stride(0),
+            eps,
+            round(dropout * 2**24),
+            1 / (1 - dropout),
+        ],
+        {
+            "C": C,
+            "V": V,
+            "ROWS": rows,
+            "BLOCK_V": columns,
+            "HAS_WEIGHT": weight is not None,
+            "HAS_BIAS": bias is not None,
+            "CONCAT": concat,
+            "DROPOUT": dropout > 0,
+            "KEEP": out is not None,
+            "QUANTIZE": q is not None,
+        },
         num_warps=warps,
     )
     return mean, rstd
