@@ -21,7 +21,7 @@ PIECE = 128
 """Most entries that one program adds up."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _position_time_fwd_kernel(
     x_ptr,
     position_table_ptr,
@@ -82,7 +82,7 @@ def _cast_kernel(a_ptr, b_ptr, out_ptr, num_a, num_b, BLOCK: tl.constexpr):
     tl.store(out_ptr + offs, value.to(out_ptr.dtype.element_ty), mask=offs < num_a + num_b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _key_kernel(index_ptr, key_ptr, L, num_rows, first, outside, BLOCK: tl.constexpr):
     """Write first + index, or `outside` where the index is not of the table."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -91,7 +91,7 @@ def _key_kernel(index_ptr, key_ptr, L, num_rows, first, outside, BLOCK: tl.const
     tl.store(key_ptr + offs, key.to(key_ptr.dtype.element_ty), mask=offs < L)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _piece_kernel(
     source_ptr,
     order_ptr,

@@ -16,7 +16,7 @@ BLOCK_L, BLOCK_D = 128, 128
 """Tile that is transposed at a time."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _quantize_rows_kernel(
     x_ptr,
     q_ptr,

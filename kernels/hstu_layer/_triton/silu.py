@@ -24,7 +24,7 @@ from kernels._triton.turn import turn
 from kernels.rotary.columns import Turn, turn_arguments
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _silu_kernel(
     z_ptr,
     y_ptr,
@@ -65,7 +65,7 @@ def _silu_kernel(
     tl.store(y_ptr + rows[:, None] * F + cols[None, :], y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _silu_bwd_kernel(
     dy_ptr,
     z_ptr,

@@ -64,7 +64,7 @@ def _store_sum(dbias_ptr, dbias, pid, stride, WIDTH, BLOCK: tl.constexpr):
     tl.store(dbias_ptr + offs, tl.sum(dbias, 0), mask=cols < WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _silu_bwd_fp8_kernel(
     du_ptr,
     dv_ptr,

@@ -189,7 +189,7 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["L", "tiles_l"])
 def _linear_fwd_kernel(
     x,
     weight,

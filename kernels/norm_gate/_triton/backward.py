@@ -19,7 +19,7 @@ registers than two programs have) 0.268, 0.488 and 0.964. Forms that do more kee
 need 170 registers, and one program a processor would fit."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _norm_gate_bwd_kernel(
     dout_ptr,
     x_ptr,

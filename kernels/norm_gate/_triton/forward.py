@@ -11,7 +11,7 @@ from kernels._triton.rows import forward_tile
 from kernels.norm_gate._triton.output import dropped, make_row_keys, store_out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _norm_gate_fwd_kernel(
     x_ptr,
     u_ptr,
