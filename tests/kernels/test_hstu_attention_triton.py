@@ -8,7 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("triton")
+
 from kernels.hstu_attention import AttentionMask, RelativeBias, hstu_attention
+from kernels.hstu_attention._triton.align import aligned, narrowed
 from tests.checks import assert_within_reference_error
 from tests.kernels.hstu_attention_oracle import Case, offsets_of
 
@@ -98,6 +101,29 @@ def test_tiny(options, device):
 def test_tiny_lengths_in_half_precision(lengths):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check(Case(lengths, heads=1, qk_dim=16, v_dim=16), torch.float16, device)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("activation", ["silu", "softmax"])
+@pytest.mark.parametrize("dims", [(20, 16), (16, 12), (24, 8)], ids=str)
+def test_rows_in_half_precision_of_any_length(dims, activation, device):
+    case = Case([40, 0, 18], [40, 0, 3], qk_dim=dims[0], v_dim=dims[1], activation=activation)
+    check(case, torch.float16, device)
+
+
+@pytest.mark.interpret
+def test_only_rows_that_start_anywhere_are_copied():
+    fits = torch.randn(5, 4, 32).half()
+    assert aligned(fits) is fits
+    assert aligned(fits[:, :, :16]).data_ptr() == fits.data_ptr()
+    assert aligned(fits[:, :, :20].float()).shape == (5, 4, 20)
+    for x in (fits[:, :, :20], fits[:, :, 1:17], torch.randn(5, 4, 40).half()[:, :, :32]):
+        copy = aligned(x)
+        assert copy.shape[2] % 16 == 0
+        assert copy.is_contiguous()
+        assert torch.equal(copy[:, :, : x.shape[2]], x)
+        assert not copy[:, :, x.shape[2] :].any()
+        assert torch.equal(narrowed(copy, x.shape[2]), x)
 
 
 @pytest.mark.interpret

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.hstu_attention._triton.align import aligned, narrowed
 from kernels.hstu_attention._triton.bias_gradient import bias_gradient
 from kernels.hstu_attention._triton.launch import kernel_blocks, kernel_constants, kernel_inputs
 from kernels.hstu_attention._triton.mask import key_blocks, pick2, pick4, query_blocks, visible
@@ -292,6 +293,10 @@ def hstu_attention_bwd(
         v: likewise.
         structure: likewise.
     """
+    K, V = q.shape[2], v.shape[2]
+    q, k, v, dout = aligned(q), aligned(k), aligned(v), aligned(dout)
+    if out is not None:
+        out = aligned(out)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta = torch.empty_like(lse)
     inputs = kernel_inputs(structure)
@@ -317,4 +322,4 @@ def hstu_attention_bwd(
     dposition, dtime = q.new_empty(0), q.new_empty(0)
     if needs_bias_grad:
         dposition, dtime = bias_gradient(dout, lse, delta, q, k, v, structure)
-    return dq, dk, dv, dposition, dtime
+    return narrowed(dq, K), narrowed(dk, K), narrowed(dv, V), dposition, dtime

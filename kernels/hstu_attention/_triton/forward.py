@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.silu import silu
+from kernels.hstu_attention._triton.align import aligned, narrowed
 from kernels.hstu_attention._triton.launch import kernel_blocks, kernel_constants, kernel_inputs
 from kernels.hstu_attention._triton.mask import key_blocks, pick2, pick4, visible
 from kernels.hstu_attention._triton.tile import (
@@ -216,6 +217,8 @@ def hstu_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Return out (R, H, V) and, with softmax, the log of each row's sum (R, H) float32."""
     R, H, _ = q.shape
+    V = v.shape[2]
+    q, k, v = aligned(q), aligned(k), aligned(v)
     out = q.new_empty(R, H, v.shape[2])
     lse = q.new_empty((R, H) if structure.softmax else (0,), dtype=torch.float32)
     blocks = kernel_blocks("forward", q, v, structure)
@@ -228,4 +231,4 @@ def hstu_attention_fwd(
             num_blocks, structure.alpha, structure.scale,
             **kernel_constants(q, v, structure), **blocks,
         )  # fmt: skip
-    return out, lse
+    return narrowed(out, V), lse
