@@ -388,7 +388,7 @@ def _scaling(arguments: argparse.Namespace) -> None:
 
 
 def _checkpoint(arguments: argparse.Namespace) -> None:
-    from gr.checkpoint import inspect
+    from gr.checkpoint_inspect import inspect
 
     print(inspect(arguments.path))
 

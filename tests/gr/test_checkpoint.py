@@ -21,7 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from gr.atomic import CheckpointError
-from gr.checkpoint import CheckpointManager, inspect, read_record
+from gr.checkpoint import CheckpointManager, read_record
+from gr.checkpoint_inspect import inspect
 from gr.checkpoint_room import Room
 from gr.checkpoint_staging import HostCopy
 from gr.checkpoint_state import fingerprint, split_state
