@@ -262,13 +262,20 @@ def replayed_ms(
 ) -> dict[str, float]:
     """Return `median_ms` of steps as CUDA graphs.
 
+    One after the other: the memory of a graph, a whole step's, goes back before the next.
+
     Args:
         stacks: name -> stack.
         kind: of step.
         rounds: times each is timed.
     """
-    graphs = {name: stack.replay(getattr(stack, kind)) for name, stack in stacks.items()}
-    return median_ms(graphs, rounds=rounds, warm_up=1)
+    found: Figures = {}
+    for name, stack in stacks.items():
+        graph = stack.replay(getattr(stack, kind))
+        found |= median_ms({name: graph}, rounds=rounds, warm_up=1)
+        del graph
+        free()
+    return found
 
 
 def median_ms(
