@@ -1,6 +1,7 @@
 """gr recommend: its scores against those that evaluation adds up, on ranks, across a kill."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -137,6 +138,9 @@ def test_killed_it_goes_on_from_what_counts(ranks, run_dir, scores, tmp_path, mo
     monkeypatch.undo()
     assert json.loads((output / PROGRESS).read_text())["global_step"] == 4
     assert len(list((output / "ranking").iterdir())) == 3  # the third does not count
+    # Nor does what a rank wrote that is not there when it goes on.
+    third = output / "ranking" / "part-00000004-00000.parquet"
+    shutil.copy(third, third.with_name("part-00000004-00003.parquet"))
     if ranks == 1:
         recommend_here(str(run_dir), str(output), 3)
     else:
