@@ -241,18 +241,23 @@ def _top_k(
         num_stages=4,
         **options,
     )
-    found = None
     if triton.cdiv(num_groups, SUPER) > k:
-        found = _by_bound(queries_QD, items_ED, k, is_item_E, max_GQ, options)
-    if found is None:
-        found = _by_groups(queries_QD, items_ED, k, is_item_E, max_GQ, options)
-    score_Qk, row_Qk = found
-    row_Qk = row_Qk.masked_fill(score_Qk == -torch.inf, -1)
-    lacking = k - score_Qk.shape[1]
+        found, num_listed, room = _by_bound(queries_QD, items_ED, k, is_item_E, max_GQ, options)
+        filled = _filled(*found, k)
+        # Asked last: the host waits here for all that it has asked for.
+        if int(num_listed) <= room:
+            return filled
+    return _filled(*_by_groups(queries_QD, items_ED, k, is_item_E, max_GQ, options), k)
+
+
+def _filled(score_Qn: Tensor, row_Qn: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return (Q, k) scores and rows, -inf and -1 where nothing was found."""
+    row_Qn = row_Qn.masked_fill(score_Qn == -torch.inf, -1)
+    lacking = k - score_Qn.shape[1]
     if lacking > 0:
-        score_Qk = torch.nn.functional.pad(score_Qk, (0, lacking), value=-torch.inf)
-        row_Qk = torch.nn.functional.pad(row_Qk, (0, lacking), value=-1)
-    return score_Qk, row_Qk
+        score_Qn = torch.nn.functional.pad(score_Qn, (0, lacking), value=-torch.inf)
+        row_Qn = torch.nn.functional.pad(row_Qn, (0, lacking), value=-1)
+    return score_Qn, row_Qn
 
 
 def _by_bound(
@@ -262,8 +267,8 @@ def _by_bound(
     is_item_E: Tensor | None,
     max_GQ: Tensor,
     options: dict[str, int],
-) -> tuple[Tensor, Tensor] | None:
-    """Return the top k of what reaches the bound; None if a list has no room for it."""
+) -> tuple[tuple[Tensor, Tensor], Tensor, int]:
+    """Return the top k of what reaches the bound, how long the longest list is, and its room."""
     (num_groups, num_queries), device = max_GQ.shape, max_GQ.device
     num_super, room = triton.cdiv(num_groups, SUPER), 2 * k + SPARE
     key_QS = torch.empty(num_queries, num_super, dtype=torch.int64, device=device)
@@ -307,7 +312,7 @@ def _by_bound(
         **options,
     )
     best = _scores_and_indices(key_Qr.topk(k, 1, sorted=True).values)
-    return None if int(count_2Q.max()) > room else best
+    return best, count_2Q.max(), room
 
 
 def _by_groups(
