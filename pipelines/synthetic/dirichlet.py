@@ -114,6 +114,39 @@ class DirichletStream:
                     columns={"category": categories.reshape(-1)},
                 )
 
+    def best_hit_rate(self, records: Ints, k: int) -> float:
+        """Return the HR@k over these records, but for their first events, that no model can exceed.
+
+        A ranking that knew categories, prior and concentration of each record, and which items are
+        open, would know of each event the category's probability given those before it,
+        (alpha H_c + n_c) / (alpha + n - 1), and nothing of the item within: its k best are items of
+        the category with the largest share for each of its open items, then of the next.
+
+        Args:
+            records: numbers of records.
+            k: cut-off of the hit rate.
+        """
+        total, num = 0.0, 0
+        for record in records.tolist():
+            categories, prior, alpha = self.parameters(record)
+            opened = np.array([self._num_open_of(c, record) for c in categories])
+            (made,) = self.sessions([np.array([record])], self.config.length)
+            drawn = made.columns["category"][:, None] == categories
+            before = np.cumsum(drawn, 0)[:-1]  # of events 2 .. length
+            n = np.arange(1, self.config.length)[:, None]
+            share = (alpha * prior + before) / (alpha + n) / opened
+            order = np.argsort(-share, axis=1)
+            room = np.take_along_axis(np.broadcast_to(opened, share.shape), order, 1)
+            left = np.maximum(0, k - (np.cumsum(room, 1) - room))
+            taken = np.minimum(room, left)
+            total += float((np.take_along_axis(share, order, 1) * taken).sum())
+            num += len(share)
+        return total / num
+
+    def _num_open_of(self, category: int, record: int) -> int:
+        begin, end = self.offsets[category], self.offsets[category + 1]
+        return int(np.searchsorted(self.items[begin:end], self.num_open(record)))
+
     def histories(self, users: Iterable[Ints], chunk_events: int) -> None:
         """Return None: users start without a history."""
 

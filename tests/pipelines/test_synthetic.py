@@ -15,6 +15,7 @@ from pipelines.manifest import read_manifest, verify_checksums
 from pipelines.sessionize import sessionize
 from pipelines.stream import SessionStream
 from pipelines.synthetic.config import DirichletConfig, PolyaUrnConfig, SyntheticConfig
+from pipelines.synthetic.dirichlet import DirichletStream
 from pipelines.synthetic.synthesize import make_stream, synthesize
 
 # What the tests share takes long to make: one worker of pytest-xdist makes it.
@@ -467,3 +468,37 @@ def test_command(tmp_path, capsys):
     assert capsys.readouterr().out == f"wrote {manifest.num_events} events to {tmp_path / 'log'}\n"
     assert main(["synthesize", "configs/synthetic_urn_log.yaml", *overrides]) == 2
     assert "holds a session-end log already" in capsys.readouterr().err
+
+
+def test_no_ranking_hits_more_than_one_that_knows_the_process():
+    """Against the probability of every item, and against what the draws hit."""
+    config = DirichletConfig(
+        num_items=60, num_categories=6, num_records=150, length=12, max_categories=3
+    )
+    stream = DirichletStream(config, seed=5, start_ts=0)
+    records = np.arange(150)
+    for k in (3, 25):
+        expected, hits = [], []
+        for record in records.tolist():
+            categories, prior, alpha = stream.parameters(record)
+            (made,) = stream.sessions([np.array([record])], 10**6)
+            of_item = {}
+            for c in range(config.num_categories):
+                for item in stream.items[stream.offsets[c] : stream.offsets[c + 1]].tolist():
+                    if item < stream.num_open(record):
+                        of_item[item] = c
+            size = Counter(of_item.values())
+            seen = made.columns["category"].tolist()
+            for n in range(1, config.length):
+                share = {
+                    c: (alpha * h + seen[:n].count(c)) / (alpha + n)
+                    for c, h in zip(categories.tolist(), prior.tolist(), strict=True)
+                }
+                chance = {i: share.get(c, 0.0) / size[c] for i, c in of_item.items()}
+                assert sum(chance.values()) == pytest.approx(1)
+                best = sorted(chance, key=lambda i: -chance[i])[:k]
+                expected.append(sum(chance[i] for i in best))
+                hits.append(made.item_id[n] in best)
+        bound = stream.best_hit_rate(records, k)
+        assert bound == pytest.approx(np.mean(expected), rel=1e-9)
+        assert abs(np.mean(hits) - bound) < 4 * np.std(hits) / len(hits) ** 0.5
