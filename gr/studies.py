@@ -155,7 +155,7 @@ def read_study_records(folder: Path) -> list[StudyRecord]:
 
 
 def study_section(study: StudyConfig, records: Sequence[StudyRecord], command: str) -> list[str]:
-    """Return the part of the page, in Markdown; empty without records.
+    """Return the part of the page, in Markdown; empty without records and without a conclusion.
 
     Args:
         study: its rows, in order.
@@ -165,10 +165,12 @@ def study_section(study: StudyConfig, records: Sequence[StudyRecord], command: s
     groups = {
         name: found for name in study.rows if (found := [r for r in records if r.row == name])
     }
-    if not groups:
+    if not groups and not study.conclusion:
         return []
     parts = [f"## {study.title}\n"]
     parts += [f"{text.strip()}\n" for text in (study.conclusion, study.note) if text]
+    if not groups:
+        return [*parts, f"Not run yet: `python -m launch sweep {study.sweep}`.\n"]
     names = [_title(metric) for metric in study.metrics]
     lines = [
         [

@@ -95,6 +95,17 @@ def test_the_last_window_alone(tmp_path, page, runs):
     assert "| no time | 0.4550 ± 0.0124 | 0.1000 ± 0.0000 " in (tmp_path / "results.md").read_text()
 
 
+def test_what_is_known_from_elsewhere_stands_there_before_the_runs(tmp_path, page, runs):
+    later = "  later_one:\n    title: Later\n    sweep: x.yaml\n    metrics: [auc]\n    rows: {}\n"
+    page.write_text(PAGE + later)
+    results(page, runs, tmp_path / "results.md")
+    assert "## Not run yet\n\nLater.\n" in (tmp_path / "results.md").read_text()
+    page.write_text(PAGE + later + "    conclusion: Nobody knows.\n")
+    results(page, runs, tmp_path / "results.md")
+    text = (tmp_path / "results.md").read_text()
+    assert "## Later\n\nNobody knows.\n\nNot run yet: `python -m launch sweep x.yaml`." in text
+
+
 def test_a_row_may_be_held_against_several(tmp_path, page, runs):
     page.write_text(PAGE.replace("baselines: [none]", "baselines: [none, hour]"))
     results(page, runs, tmp_path / "results.md")
