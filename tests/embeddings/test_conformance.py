@@ -38,15 +38,13 @@ CUDA_CACHED = Case("sharded", "adamw", ("table_wise",), "cuda", cached=True)
 CUDA_CACHED_AHEAD = replace(CUDA_CACHED, ahead=True)
 CUDA_DEDUP = Case("sharded", "adamw", ("row_wise",), "cuda", index_dedup="on", ahead=True)
 CUDA_ALL = replace(CUDA_CACHED, momentum="host", index_dedup="on", sharding=("row_wise",))
-BY_ROW_AHEAD = replace(BY_ROW, ahead=True)
-DEDUP_AHEAD = replace(BY_ROW_AHEAD, index_dedup="on")
+BY_ROW_AHEAD = replace(BY_ROW, ahead=True, index_dedup="on")
 FORMS = [
     pytest.param((REPLICATED, 1), id="replicated-1"),
     pytest.param((REPLICATED, 2), id="replicated-2"),
     pytest.param((BY_ROW, 1), id="row_wise-1"),
     pytest.param((BY_ROW_AHEAD, 2), id="row_wise-2"),
     pytest.param((BY_TABLE, 2), id="table_wise-2"),
-    pytest.param((DEDUP_AHEAD, 2), id="dedup-2"),
     pytest.param((CUDA_BY_ROW, 1), id="cuda-row_wise-1", marks=pytest.mark.gpu),
     pytest.param((CUDA_BY_TABLE, 1), id="cuda-table_wise-1", marks=pytest.mark.gpu),
     pytest.param((CUDA_HOST, 1), id="cuda-host-1", marks=pytest.mark.gpu),
@@ -66,7 +64,6 @@ HEIRS = {
     (BY_ROW, 1): [(BY_TABLE, 2)],
     (BY_ROW_AHEAD, 2): [(BY_ROW, 1), (BY_TABLE, 2), (Case("replicated", "adagrad"), 1)],
     (BY_TABLE, 2): [(BY_ROW, 2), (BY_TABLE, 1)],
-    (DEDUP_AHEAD, 2): [(BY_TABLE, 1)],
     (CUDA_BY_ROW, 1): [(CUDA_BY_TABLE, 1), (REPLICATED, 1)],
     (CUDA_BY_TABLE, 1): [(CUDA_BY_ROW, 1)],
     (CUDA_HOST, 1): [(CUDA_BY_ROW, 1), (CUDA_CACHED, 1)],
