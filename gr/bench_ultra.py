@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -140,18 +140,19 @@ def measure_transformer(shape: Shape) -> Figures:
     }
 
 
-def measure_int4(shape: Shape) -> Figures:
+def measure_int4(
+    shape: Shape, num_rows: int = 1_000_000, counts: Sequence[int] = (8192, 131_072)
+) -> Figures:
     """Rows of 128 from host memory to the GPU, waited for: 4-bit against float16, wall clock.
 
     Row numbers are in host memory. `by_gpu`: they are copied, and the GPU reads the rows itself.
     """
-    num_rows, dim = 1_000_000, 128
-    found: Figures = {}
+    dim, found = 128, Figures()
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(num_rows, dim, generator=generator)
     table, halves = Int4Table(quantize_int4(rows)), rows.half()
     halves = halves.pin_memory() if shape.device == "cuda" else halves
-    for count in (8192, 131_072):
+    for count in counts:
         index = torch.randint(num_rows, (count,), generator=generator)
 
         def copy_halves(index: Tensor = index) -> None:

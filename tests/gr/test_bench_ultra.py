@@ -13,7 +13,7 @@ from gr.bench_encoders import (
     structure,
     truncation,
 )
-from gr.bench_ultra import measure_step, table
+from gr.bench_ultra import measure_int4, measure_step, table
 from tests.gr.hstu_oracle import make_info, make_sequences
 
 SMALL = Shape(dim=16, num_heads=2, num_layers=6, candidates=4, device="cpu")
@@ -54,3 +54,9 @@ def test_lengths_are_those_of_stochastic_length():
     whole = sum(s == n for n, s in long) / len(long)
     expected = sum(8192**1.6 / n**2 for n, _ in long) / len(long)
     assert whole == pytest.approx(expected, rel=0.1)
+
+
+def test_rows_in_4_bits_are_a_quarter():
+    found = measure_int4(SMALL, num_rows=1000, counts=(64,))
+    assert found["bytes_ratio"] == pytest.approx(256 / 68)
+    assert found["latency_64"] == pytest.approx(found["ms_int4_64"] / found["ms_float16_64"])
