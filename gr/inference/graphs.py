@@ -19,7 +19,7 @@ from torch import Tensor
 from gr.inference.cache import KeyValueStore
 from gr.inference.stack import Layout, Pass, Stack
 from gr.sequence import Before, SequenceInfo
-from kernels.hstu_attention.cached import PAGE
+from kernels.hstu_attention.cached import PAGE, is_aligned
 
 MAX_GRAPHS = 64
 """Kept at a time, of one stack: the least recently used gives way."""
@@ -67,6 +67,8 @@ class PassGraphs:
         self.stack, self.store = stack, store
         self._graphs: OrderedDict[Size, Captured] = OrderedDict()
         self._seen: set[Size] = set()
+        # What goes by way of whole sequences waits for the device.
+        self._is_aligned = all(is_aligned(stack.dtype, x.qk_dim, x.v_dim) for x in stack.shapes)
         self._pool: Any = None
 
     def takes(self, given: Pass) -> bool:
@@ -74,7 +76,7 @@ class PassGraphs:
         info, layout = given.info, given.layouts[0]
         count = len(info.offsets) - 1
         fits = 0 < len(info.timestamp) <= MOST_ROWS and 0 < count <= MOST_SEQUENCES
-        if len(given.layouts) > 1 or not fits:
+        if len(given.layouts) > 1 or not fits or not self._is_aligned:
             return False
         if given.of_tails:  # as many rows are wanted of each graph's pass
             fits = count == 1 and int(info.tail_offsets[1]) == TAIL

@@ -75,7 +75,8 @@ def hstu_attention_cached(
         mask: which keys a query sees.
         num_candidates: (B,) int64, candidates at the end of the new tokens. None means none.
         bias: query_time and key_time are those of the new tokens.
-        impl: which implementation runs.
+        impl: which implementation runs. The kernel takes K and V of multiples of 16 in 16 bits:
+            others go by way of whole sequences laid out side by side, as in the reference.
 
     Returns:
         (R, H, V), dtype of q.
@@ -94,7 +95,7 @@ def hstu_attention_cached(
             raise ValueError("bias.time_table needs cached.time, got None")
     implementation = resolve(impl, q)
     with torch.no_grad():
-        if implementation is not Impl.REFERENCE:
+        if implementation is not Impl.REFERENCE and is_aligned(q.dtype, q.shape[2], v.shape[2]):
             from kernels.hstu_attention._triton.cached import hstu_attention_cached as run
 
             check_supported(q, v)
@@ -126,7 +127,17 @@ def hstu_attention_cached(
             mask=mask,
             num_candidates=num_candidates,
             bias=bias,
+            # Windowed candidates are the cached kernel's and the reference's.
+            impl=Impl.REFERENCE if mask.windowed_candidates else implementation,
         )
+
+
+def is_aligned(dtype: torch.dtype, *dims: int) -> bool:
+    """Return whether the kernel takes heads of these dims; others go by way of whole sequences.
+
+    In 16 bits they must be multiples of 16 (kernels/hstu_attention/_triton/align.py).
+    """
+    return dtype.itemsize > 2 or all(dim % 16 == 0 for dim in dims)
 
 
 def cache_rows(pages_BG: Tensor, first_B: Tensor, count_B: Tensor, total: int) -> Tensor:
@@ -198,7 +209,6 @@ def _gathered(
         q_offsets=offsets,
         max_q_len=max_len,
         bias=bias,
-        impl=Impl.REFERENCE,
         **options,  # type: ignore[arg-type]
     )
 

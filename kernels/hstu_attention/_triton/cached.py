@@ -81,15 +81,15 @@ def _add_block(
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["num_blocks", "num_pages", "num_rows", "splits"])
+@triton.jit(do_not_specialize=["num_blocks", "num_pages", "num_rows"])
 def _cached_kernel(
     q_ptr, k_ptr, v_ptr, cached_k_ptr, cached_v_ptr, out_ptr, max_ptr, sum_ptr,
     pages_ptr, lengths_ptr, offsets_ptr, num_candidates_ptr,
     position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr, cached_time_ptr,
     stride_qr, stride_qh, stride_kr, stride_kh, stride_vr, stride_vh,
     stride_ck, stride_ckh, stride_cv, stride_cvh,
-    num_rows, num_blocks, num_pages, splits, alpha, scale,
-    IN_SHARES: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr, REACH: tl.constexpr,
+    num_rows, num_blocks, num_pages, alpha, scale,
+    SPLITS: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr, REACH: tl.constexpr,
     NUM_BUCKETS: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
     NUM_CONTEXT: tl.constexpr, CONTEXT: tl.constexpr, WINDOW: tl.constexpr,
@@ -97,10 +97,10 @@ def _cached_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    split = pid % splits
-    head = (pid // splits) % H
-    block = (pid // (splits * H)) % num_blocks
-    b = pid // (splits * H) // num_blocks
+    split = pid % SPLITS
+    head = (pid // SPLITS) % H
+    block = (pid // (SPLITS * H)) % num_blocks
+    b = pid // (SPLITS * H) // num_blocks
     start = tl.load(offsets_ptr + b)
     num_new = (tl.load(offsets_ptr + b + 1) - start).to(tl.int32)
     first = block * BLOCK_M
@@ -133,7 +133,7 @@ def _cached_kernel(
         far_blocks: tl.constexpr = (NUM_CONTEXT + GLOBAL_COLUMNS + BLOCK_N - 1) // BLOCK_N
         far = tl.minimum(far_blocks, near)
         visited = far + cached_blocks - near
-        share = tl.cdiv(visited, splits)
+        share = tl.cdiv(visited, SPLITS)
         begin = split * share
         end = tl.minimum(begin + share, visited)
         cols = tl.arange(0, BLOCK_N)
@@ -163,7 +163,7 @@ def _cached_kernel(
                 NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS, WINDOWED,
             )  # fmt: skip
 
-        if split == splits - 1:
+        if split == SPLITS - 1:
             # Of the new tokens: history up to the rows, then the rows themselves.
             events = history - num_cached
             seen_end = tl.minimum(first + BLOCK_M, num_new)
@@ -189,7 +189,7 @@ def _cached_kernel(
 
         rows = first + tl.arange(0, BLOCK_M)
         if SOFTMAX:
-            if IN_SHARES:
+            if SPLITS > 1:
                 at_row = (split * num_rows + start + rows) * H + head
                 tl.store(max_ptr + at_row, row_max, mask=rows < num_new)
                 tl.store(sum_ptr + at_row, row_sum, mask=rows < num_new)
@@ -201,10 +201,10 @@ def _cached_kernel(
         store_rows(out_base, first, num_new, H * V, acc, V, BLOCK_M, BLOCK_V)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "splits"])
+@triton.jit(do_not_specialize=["num_pairs"])
 def _combine_kernel(
-    part_ptr, max_ptr, sum_ptr, out_ptr, num_pairs, splits,
-    SOFTMAX: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
+    part_ptr, max_ptr, sum_ptr, out_ptr, num_pairs,
+    SPLITS: tl.constexpr, SOFTMAX: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add up the shares of pairs of row and head."""
@@ -216,23 +216,18 @@ def _combine_kernel(
     acc = tl.zeros([BLOCK, BLOCK_V], tl.float32)
     if SOFTMAX:
         top = tl.full([BLOCK], float("-inf"), tl.float32)
-        for s in range(splits):
+        for s in tl.static_range(SPLITS):
             top = tl.maximum(top, tl.load(max_ptr + s * num_pairs + pair, mask=inside, other=0.0))
         total = tl.zeros([BLOCK], tl.float32)
-        for s in range(splits):
-            at_share = s * num_pairs + pair  # pair is int64
-            shrink = tl.exp(tl.load(max_ptr + at_share, mask=inside, other=0.0) - top)
-            total += shrink * tl.load(sum_ptr + at_share, mask=inside, other=1.0)
-            part = tl.load(
-                part_ptr + tl.cast(s, tl.int64) * num_pairs * V + at, mask=mask, other=0.0
-            )
+        for s in tl.static_range(SPLITS):
+            shrink = tl.exp(tl.load(max_ptr + s * num_pairs + pair, mask=inside, other=0.0) - top)
+            total += shrink * tl.load(sum_ptr + s * num_pairs + pair, mask=inside, other=1.0)
+            part = tl.load(part_ptr + s * num_pairs * V + at, mask=mask, other=0.0)
             acc += shrink[:, None] * part
         acc = acc / total[:, None]
     else:
-        for s in range(splits):
-            acc += tl.load(
-                part_ptr + tl.cast(s, tl.int64) * num_pairs * V + at, mask=mask, other=0.0
-            )
+        for s in tl.static_range(SPLITS):
+            acc += tl.load(part_ptr + s * num_pairs * V + at, mask=mask, other=0.0)
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -259,7 +254,7 @@ def hstu_attention_cached(
     out = q.new_empty(R, H, V)
     if not R:
         return out
-    blocks = _blocks(q, v, cached, max_len, has_bias=bias is not None)
+    blocks = _blocks(q, v, max_len, has_bias=bias is not None)
     num_blocks = triton.cdiv(max_len, blocks["BLOCK_M"])
     programs = num_blocks * num_sequences * H
     # About as many of those programs have queries: blocks of a short sequence have none.
@@ -288,9 +283,9 @@ def hstu_attention_cached(
         position, time, threshold, query_time, key_time, cached_time,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         *cached.k.stride()[:2], *cached.v.stride()[:2],
-        R, num_blocks, cached.pages.shape[1], splits, float(alpha),
+        R, num_blocks, cached.pages.shape[1], float(alpha),
         1.0 if scaling_length is None else 1.0 / scaling_length,
-        IN_SHARES=splits > 1, SOFTMAX=softmax, FAST=is_fast(q.dtype),
+        SPLITS=splits, SOFTMAX=softmax, FAST=is_fast(q.dtype),
         REACH=0 if position is None else position.numel() // 2,
         NUM_BUCKETS=0 if time is None else time.numel() - 1,
         H=H, PAGE=page, **dims, **mask_constants(mask), WINDOWED=mask.windowed_candidates,
@@ -299,20 +294,18 @@ def hstu_attention_cached(
     if splits > 1:
         rows = 16
         _combine_kernel[(triton.cdiv(R * H, rows),)](
-            part, top, total, out, R * H, splits,
-            SOFTMAX=softmax, V=V, BLOCK_V=dims["BLOCK_V"], BLOCK=rows,
+            part, top, total, out, R * H,
+            SPLITS=splits, SOFTMAX=softmax, V=V, BLOCK_V=dims["BLOCK_V"], BLOCK=rows,
         )  # fmt: skip
     return out
 
 
-def _blocks(q: Tensor, v: Tensor, cached: Any, max_len: int, *, has_bias: bool) -> dict[str, int]:
+def _blocks(q: Tensor, v: Tensor, max_len: int, *, has_bias: bool) -> dict[str, int]:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return {"BLOCK_M": 32, "BLOCK_N": 16, "STAGES": 1, "num_warps": 4}
     dim = max(q.shape[2], v.shape[2])
     if q.dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "STAGES": 1, "num_warps": 4 if dim <= 128 else 8}
-    if not _is_aligned(cached):
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "STAGES": 1, "num_warps": 8}
     if has_bias:
         looped = 64 if dim <= 128 else 32
         return {"BLOCK_M": 64, "BLOCK_N": looped, "STAGES": 1, "num_warps": 8}
@@ -322,23 +315,16 @@ def _blocks(q: Tensor, v: Tensor, cached: Any, max_len: int, *, has_bias: bool) 
     return {"BLOCK_M": 128, "BLOCK_N": 64, "STAGES": stages, "num_warps": 4 if dim <= 64 else 8}
 
 
-def _is_aligned(cached: Any) -> bool:
-    """Return whether every row of a head begins at a multiple of 16 bytes.
-
-    Triton 3.6 on Hopper gives wrong results for pipelined loads of 16-bit rows that do not.
-    """
-    return all(
-        x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in x.stride()[:2])
-        for x in (cached.k, cached.v)
-    )
-
-
 def _splits(programs: int, key_blocks: int, device: torch.device) -> int:
-    """Return into how many shares the cached keys go: enough for every processor, not too small."""
+    """Return into how many shares the cached keys go: enough for every processor, not too small.
+
+    A power of two: each is compiled.
+    """
     if os.environ.get("TRITON_INTERPRET") == "1":
         return max(1, min(3, key_blocks // 2))
     wanted = max(1, round(_processors(device) / programs))
-    return max(1, min(wanted, key_blocks // LEAST_BLOCKS, 64))
+    most = max(1, min(wanted, key_blocks // LEAST_BLOCKS, 64))
+    return 1 << (most.bit_length() - 1)
 
 
 @functools.cache
