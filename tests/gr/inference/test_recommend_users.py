@@ -92,4 +92,3 @@ def test_mistakes_are_one_message(served_run, written, tmp_path, capsys):
     assert "recommendations of another time" in fails(written, "--top", "3", "--time", "5")
     (tmp_path / "x").write_text("x")
     assert "holds nothing of gr recommend" in fails(tmp_path, "--top", "3")
-    assert "is a file" in fails(tmp_path / "x", "--top", "3")
