@@ -316,9 +316,9 @@ def kept_bytes(stack: Stack) -> int:
 
 
 def free() -> None:
-    """Give back what the last measurement held."""
-    gc.collect()
+    """Give back what the last measurement held on the GPU."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
