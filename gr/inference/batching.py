@@ -74,6 +74,18 @@ class Batcher(Generic[Question, Answer]):
         self.is_closing = False
         self._task = asyncio.get_running_loop().create_task(self._run())
 
+    def require_room(self) -> None:
+        """Refuse what `ask` would refuse now.
+
+        Raises:
+            QueueFullError: if max_queue questions wait.
+            ClosingError: before `start` and after `close`.
+        """
+        if self.is_closing:
+            raise ClosingError
+        if len(self._waiting) >= self.max_queue:
+            raise QueueFullError
+
     async def ask(self, question: Question) -> Answer:
         """Return the answer.
 
@@ -84,10 +96,7 @@ class Batcher(Generic[Question, Answer]):
                 still waits.
             Exception: what answering this question alone raised.
         """
-        if self.is_closing:
-            raise ClosingError
-        if len(self._waiting) >= self.max_queue:
-            raise QueueFullError
+        self.require_room()
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         waiting = _Waiting(question, time.monotonic(), future)
         self._waiting.append(waiting)

@@ -173,6 +173,7 @@ def build_app(recommender: Recommender, config: ServeConfig) -> FastAPI:
     @app.post("/recommend", response_model=Answer, responses=PROBLEMS)
     async def recommend(body: question_model) -> Response:  # type: ignore[valid-type]
         """Score candidates, or find items and rank them, with one checkpoint."""
+        batcher.require_room()  # before the work of encoding a request that is refused
         question = translator.question(body, int(time.time()))
         found = await batcher.ask(question)
         meters.items.inc(len(found.item_ids))
@@ -183,6 +184,7 @@ def build_app(recommender: Recommender, config: ServeConfig) -> FastAPI:
     @app.post("/sequences", response_model=SequencesAnswer, responses=PROBLEMS)
     async def sequences(body: sequences_model) -> SequencesAnswer:  # type: ignore[valid-type]
         """Say which items come next, several steps ahead, by beam search."""
+        batcher.require_room()
         question = translator.sequence_question(body, int(time.time()))
         found = await batcher.ask(question)
         meters.items.inc(sum(len(x.item_ids) for x in found))
@@ -364,7 +366,7 @@ def _listening(config: ServeConfig) -> socket.socket:
         ValueError: if the address cannot be had.
     """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    # Named TCP, because asyncio turns Nagle's delay off for sockets that are: it cost 40 ms an answer.
+    # Named TCP: asyncio spares sockets that are Nagle's delay, which was 40 ms an answer.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
