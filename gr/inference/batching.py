@@ -65,6 +65,11 @@ class Batcher(Generic[Question, Answer]):
         """Questions that no batch has yet."""
         return len(self._waiting)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether a question would be refused for want of room."""
+        return len(self._waiting) >= self.max_queue
+
     def start(self) -> None:
         """Begin to answer; inside a running event loop, before the first question."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="answers")
@@ -83,7 +88,7 @@ class Batcher(Generic[Question, Answer]):
         """
         if self.is_closing:
             raise ClosingError
-        if len(self._waiting) >= self.max_queue:
+        if self.is_full:
             raise QueueFullError
 
     async def ask(self, question: Question) -> Answer:

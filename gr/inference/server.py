@@ -4,6 +4,7 @@ Every answer that is not 200 is {"error": ...}: what was expected, what was foun
 shows the OpenAPI description, which is made of the columns that the run reads.
 """
 
+import asyncio
 import signal
 import socket
 import sys
@@ -47,7 +48,11 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     503: {"model": Problem, "description": "The server is stopping"},
     504: {"model": Problem, "description": "It took too long"},
 }
+QUESTION_PATHS = ("/recommend", "/sequences")
 _MOST_ERRORS = 5
+_SWITCH_INTERVAL_S = 1e-4
+_REFUSAL_S = 0.25
+"""After which a client that was refused hears of it."""
 
 
 class Meters:
@@ -121,6 +126,32 @@ class BodyLimit:
         )
 
 
+class QueueGate:
+    """Refuses questions before their bodies are read, while as many wait as may.
+
+    Refusing must cost little, and takes its time: clients that ask again at once would otherwise
+    leave the thread of answers no turn.
+
+    Args:
+        app: what is behind it.
+        batcher: whose queue it is.
+        refusals: counts them, by path and status.
+    """
+
+    def __init__(self, app: ASGIApp, batcher: Batcher[Any, Any], refusals: Counter) -> None:
+        self.app, self.batcher, self.refusals = app, batcher, refusals
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        path = scope.get("path")
+        if scope["type"] == "http" and path in QUESTION_PATHS and self.batcher.is_full:
+            self.refusals.labels(path, "429").inc()
+            await asyncio.sleep(_REFUSAL_S)
+            await _too_many(self.batcher.max_queue)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+
 def build_app(recommender: Recommender, config: ServeConfig) -> FastAPI:
     """Return the application.
 
@@ -166,6 +197,9 @@ def build_app(recommender: Recommender, config: ServeConfig) -> FastAPI:
         meters.requests.labels(path, str(response.status_code)).inc()
         meters.seconds.labels(path).observe(time.perf_counter() - start)
         return response
+
+    # The last one added is the first one asked.
+    app.add_middleware(QueueGate, batcher=batcher, refusals=meters.requests)
 
     question_model, events_model = translator.schemas.question, translator.schemas.events
     sequences_model = translator.schemas.sequences
@@ -270,8 +304,7 @@ def _add_handlers(app: FastAPI, config: ServeConfig) -> None:
 
     @app.exception_handler(QueueFullError)
     async def full(_: Request, __: QueueFullError) -> JSONResponse:
-        text = f"{config.max_queue} requests wait already: try again later"
-        return _problem(429, text, {"Retry-After": "1"})
+        return _too_many(config.max_queue)
 
     @app.exception_handler(TimeoutError)
     async def late(_: Request, __: TimeoutError) -> JSONResponse:
@@ -284,6 +317,11 @@ def _add_handlers(app: FastAPI, config: ServeConfig) -> None:
     @app.exception_handler(Exception)
     async def defect(_: Request, __: Exception) -> JSONResponse:
         return _problem(500, "a defect of the server: its log has the traceback")
+
+
+def _too_many(max_queue: int) -> JSONResponse:
+    text = f"{max_queue} requests wait already: try again later"
+    return _problem(429, text, {"Retry-After": "1"})
 
 
 def _problem(status: int, text: str, headers: dict[str, str] | None = None) -> JSONResponse:
@@ -343,7 +381,23 @@ def _run(
         access_log=False,
         timeout_graceful_shutdown=max(1, round(config.timeout_s)),
     )
-    _Server(settings).run(sockets=[listener])
+    with _quick_turns():
+        _Server(settings).run(sockets=[listener])
+
+
+@contextmanager
+def _quick_turns() -> Iterator[None]:
+    """Let the thread of answers have the interpreter soon, however many requests are refused.
+
+    It asks for the interpreter after each operator of torch, and by default waits 5 ms for a
+    thread that is busy: a server that refuses a thousand requests a second answered none.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 class _Server(uvicorn.Server):

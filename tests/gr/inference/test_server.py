@@ -241,9 +241,12 @@ def test_too_many_are_refused_and_late_ones_told(fresh):
         threads[1].start()
         while client.get("/health").json()["waiting"] != 1:
             time.sleep(0.001)
-        refused = client.post("/recommend", json=body)
+        refused = client.post("/recommend", content=b"not even read")
         assert refused.status_code == 429
         assert refused.headers["retry-after"] == "1"
+        assert client.post("/events", json={}).status_code == 422  # has no queue
+        metrics = client.get("/metrics").text
+        assert 'gr_requests_total{path="/recommend",status="429"} 1.0' in metrics
         for thread in threads:
             thread.join()
         assert statuses == [504, 504]
