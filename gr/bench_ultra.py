@@ -8,13 +8,7 @@ takes. `eager` are the same steps launched by the host. The loss reads 64 candid
 the end of each sequence. Plain HSTU and ULTRA-HSTU run on the same kernels.
 """
 
-import argparse
-import json
-import os
-import sys
-import traceback
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -35,6 +29,7 @@ from gr.bench_encoders import (
     shortened,
     truncation,
 )
+from gr.bench_main import measure
 from gr.bench_memory import measure_longest, measure_memory
 from gr.config import ModelConfig
 
@@ -226,7 +221,7 @@ MEASUREMENTS: dict[str, Callable[[Shape], Figures]] = {
 }
 
 
-def table(found: dict[str, Figures]) -> list[str]:
+def table(found: Mapping[str, Figures]) -> list[str]:
     """Return the lines of the report, in Markdown: what, target, aim, measured."""
     rows = []
 
@@ -288,50 +283,5 @@ def table(found: dict[str, Figures]) -> list[str]:
     return ["| what | at least | aim | measured |", "|---|---|---|---|", *rows]
 
 
-def main() -> None:
-    """Measure what is named, all of it by default."""
-    parser = argparse.ArgumentParser(prog="python -m gr.bench_ultra")
-    parser.add_argument("what", nargs="*", help=f"of {', '.join(MEASUREMENTS)}; all by default")
-    parser.add_argument("--records", type=Path, help="JSON lines, appended")
-    options = parser.parse_args()
-    names = options.what or list(MEASUREMENTS)
-    unknown = [name for name in names if name not in MEASUREMENTS]
-    if unknown:
-        parser.error(f"expected measurements of {list(MEASUREMENTS)}, got {unknown}")
-    if not torch.cuda.is_available():
-        parser.error("these are measurements of a GPU, and there is none")
-    found, failed = {}, []
-    for name in names:
-        free()
-        try:
-            figures = MEASUREMENTS[name](Shape())
-        except Exception:
-            # What comes next can be measured.
-            traceback.print_exc()
-            failed.append(name)
-            continue
-        found[name] = figures
-        print(
-            f"{name}: {json.dumps({k: float(f'{v:.4g}') for k, v in figures.items()})}", flush=True
-        )
-        if options.records is not None:
-            with options.records.open("a") as lines:
-                lines.write(json.dumps(describe(name, figures)) + "\n")
-    print("\n".join(table(found)), flush=True)
-    if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
-
-
-def describe(name: str, figures: Figures) -> dict[str, object]:
-    """Return a line of the records."""
-    return {
-        "what": name,
-        "figures": {key: float(f"{value:.6g}") for key, value in figures.items()},
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "commit": os.environ.get("GR_COMMIT", ""),
-    }
-
-
 if __name__ == "__main__":
-    main()
+    measure("gr.bench_ultra", MEASUREMENTS, Shape(), table)

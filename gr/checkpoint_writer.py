@@ -147,8 +147,8 @@ class _Placed(SavePlanner):
         return self.values[write_item.index]
 
     def set_up_planner(self, *args: Any, **options: Any) -> None:
-        """Not of a planner that has its plan."""
-        raise NotImplementedError
+        """Refuse, as the other three do: the plan is made in the process that trains."""
+        raise NotImplementedError("the writer of a checkpoint is given its plan and makes none")
 
     create_local_plan = create_global_plan = finish_plan = set_up_planner  # type: ignore[assignment]
 

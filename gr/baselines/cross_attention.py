@@ -6,12 +6,10 @@ Letters: L tokens, R rows of the result, D model dim, H heads, K = D / H.
 from functools import partial
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from gr.baselines.attention import softmax_attention
-from gr.baselines.transformer import NORM_EPS
+from gr.baselines.transformer import NORM_EPS, LayerModules, rms_norm
 from gr.config import ModelConfig
-from gr.flops import transformer_ffn_dim
 from gr.hstu import tail_if_shorter
 from gr.sequence import SequenceInfo
 from kernels.hstu_layer import Attend
@@ -44,7 +42,7 @@ class CrossAttentionEncoder(nn.Module):
             info: structure of the batch.
         """
         tail_R = tail_if_shorter(info, x_LD)
-        normed_LD = self.token_norm(x_LD)
+        normed_LD = rms_norm(x_LD, self.token_norm)
         y_RD = x_LD if tail_R is None else x_LD.index_select(0, tail_R)
         for layer in self.layers:
             y_RD = layer(y_RD, normed_LD, info, of_tails=tail_R is not None)
@@ -52,10 +50,10 @@ class CrossAttentionEncoder(nn.Module):
 
     def normed(self, y_RD: Tensor) -> Tensor:
         """Return rows of the last layer after the final norm."""
-        return self.final_norm(y_RD)  # type: ignore[no-any-return]
+        return rms_norm(y_RD, self.final_norm)
 
 
-class CrossAttentionLayer(nn.Module):
+class CrossAttentionLayer(LayerModules):
     """One layer, S the rows that go through it and X the normed tokens.
 
         Z = S + dropout(W_o softmax(W_q rms_norm(S) (W_k X)^T / sqrt(K)) W_v X)
@@ -64,24 +62,6 @@ class CrossAttentionLayer(nn.Module):
     Args:
         config: as of the encoder.
     """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        dim = config.dim
-        ffn_dim = config.transformer.ffn_dim or transformer_ffn_dim(dim)
-        self.num_heads = config.transformer.num_heads
-        self.dropout = nn.Dropout(config.transformer.dropout)
-        self.attention_norm = nn.RMSNorm(dim, eps=NORM_EPS)
-        self.query = nn.Linear(dim, dim, bias=False)
-        self.key_value = nn.Linear(dim, 2 * dim, bias=False)
-        self.output = nn.Linear(dim, dim, bias=False)
-        self.ffn_norm = nn.RMSNorm(dim, eps=NORM_EPS)
-        self.ffn_in = nn.Linear(dim, 2 * ffn_dim, bias=False)
-        self.ffn_out = nn.Linear(ffn_dim, dim, bias=False)
-        for linear in (self.query, self.key_value, self.ffn_in):
-            nn.init.normal_(linear.weight, std=0.02)
-        for linear in (self.output, self.ffn_out):  # as in Transformer++
-            nn.init.normal_(linear.weight, std=0.02 / (2 * config.num_layers) ** 0.5)
 
     def forward(
         self, y_RD: Tensor, normed_LD: Tensor, info: SequenceInfo, *, of_tails: bool
@@ -101,11 +81,8 @@ class CrossAttentionLayer(nn.Module):
     def around(self, y_RD: Tensor, normed_LD: Tensor, attend: Attend) -> Tensor:
         """Return (R, D) with the caller's attention, (q_RHK, k_LHK, v_LHK) -> (R, H, K)."""
         k_LD, v_LD = self.key_value(normed_LD).chunk(2, dim=1)
-        q_RD = self.query(self.attention_norm(y_RD))
+        q_RD = self.query(rms_norm(y_RD, self.attention_norm))
         q_RHK, k_LHK, v_LHK = (x.unflatten(1, (self.num_heads, -1)) for x in (q_RD, k_LD, v_LD))
         attended_RHK = attend(q_RHK, k_LHK, v_LHK)
         z_RD = y_RD + self.dropout(self.output(attended_RHK.flatten(1)))
-        gate_RF, value_RF = self.ffn_in(self.ffn_norm(z_RD)).chunk(2, dim=1)
-        hidden_RF = functional.silu(gate_RF) * value_RF
-        result_RD: Tensor = z_RD + self.dropout(self.ffn_out(hidden_RF))
-        return result_RD
+        return self.feed_forward(z_RD)

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from gr.baselines.attention import softmax_attention
 from gr.config import ModelConfig, RotaryConfig
+from gr.flops import transformer_ffn_dim
 from gr.hstu import tail_if_shorter
 from gr.rotary import rotations
 from gr.sequence import SequenceInfo
@@ -72,7 +73,7 @@ class TransformerEncoder(nn.Module):
 
     def normed(self, y_RD: Tensor) -> Tensor:
         """Return rows of the last layer after the final norm."""
-        return _rms_norm(y_RD, self.final_norm)
+        return rms_norm(y_RD, self.final_norm)
 
     def rotations(self, x_LD: Tensor, info: SequenceInfo) -> tuple[Rotation, Rotation]:
         """Return what the queries and the keys of all tokens are turned by."""
@@ -85,28 +86,24 @@ class TransformerEncoder(nn.Module):
         )
 
 
-def _rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+def rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """Return norm(x), in one pass."""
     # Torch's fused kernel wants the weight in the dtype of x; without it, a norm is five passes.
     weight = norm.weight.to(x.dtype)
     return functional.rms_norm(x, tuple(norm.normalized_shape), weight, norm.eps)
 
 
-class TransformerLayer(nn.Module):
-    """One layer.
-
-        N = rms_norm(X);   Z = X + dropout(W_o softmax(rope(W_q N) rope(W_k N)^T / sqrt(K)) W_v N)
-        M = rms_norm(Z);   Y = Z + dropout(W_2 (silu(W_g M) * W_1 M))               (no biases)
+class LayerModules(nn.Module):
+    """What a layer learns: norms, products of the attention and the gated feed-forward part.
 
     Args:
         config: as of the encoder.
-        attend: likewise.
     """
 
-    def __init__(self, config: ModelConfig, attend: Attend = softmax_attention) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attend = attend
         dim = config.dim
-        ffn_dim = config.transformer.ffn_dim or -(-(8 * dim) // (3 * 8)) * 8
+        ffn_dim = config.transformer.ffn_dim or transformer_ffn_dim(dim)
         self.num_heads = config.transformer.num_heads
         self.dropout = nn.Dropout(config.transformer.dropout)
         self.attention_norm = nn.RMSNorm(dim, eps=NORM_EPS)
@@ -121,6 +118,28 @@ class TransformerLayer(nn.Module):
         # Two residual branches a layer: their sum starts no larger in deep stacks (GPT-2).
         for linear in (self.output, self.ffn_out):
             nn.init.normal_(linear.weight, std=0.02 / (2 * config.num_layers) ** 0.5)
+
+    def feed_forward(self, z_RD: Tensor) -> Tensor:
+        """Return Z + dropout(W_2 (silu(W_g M) * W_1 M)), M = rms_norm(Z)."""
+        gate_RF, value_RF = self.ffn_in(rms_norm(z_RD, self.ffn_norm)).chunk(2, dim=1)
+        hidden_RF = functional.silu(gate_RF) * value_RF
+        return z_RD + self.dropout(self.ffn_out(hidden_RF))  # type: ignore[no-any-return]
+
+
+class TransformerLayer(LayerModules):
+    """One layer.
+
+        N = rms_norm(X);   Z = X + dropout(W_o softmax(rope(W_q N) rope(W_k N)^T / sqrt(K)) W_v N)
+        M = rms_norm(Z);   Y = Z + dropout(W_2 (silu(W_g M) * W_1 M))               (no biases)
+
+    Args:
+        config: as of the encoder.
+        attend: likewise.
+    """
+
+    def __init__(self, config: ModelConfig, attend: Attend = softmax_attention) -> None:
+        super().__init__(config)
+        self.attend = attend
 
     def forward(
         self,
@@ -157,7 +176,7 @@ class TransformerLayer(nn.Module):
             tail_R: tokens whose rows are wanted; None means all.
         """
         of_queries, of_keys = rotations
-        normed_LD = _rms_norm(x_LD, self.attention_norm)
+        normed_LD = rms_norm(x_LD, self.attention_norm)
         k_LD, v_LD = self.key_value(normed_LD).chunk(2, dim=1)
         k_LHK, v_LHK = (x.unflatten(1, (self.num_heads, -1)) for x in (k_LD, v_LD))
         k_LHK = rotary(k_LHK, of_keys)
@@ -167,6 +186,4 @@ class TransformerLayer(nn.Module):
         q_RHK = rotary(self.query(normed_LD).unflatten(1, (self.num_heads, -1)), of_queries)
         attended_RHK = attend(q_RHK, k_LHK, v_LHK)
         z_RD = x_RD + self.dropout(self.output(attended_RHK.flatten(1)))
-        gate_RF, value_RF = self.ffn_in(_rms_norm(z_RD, self.ffn_norm)).chunk(2, dim=1)
-        hidden_RF = functional.silu(gate_RF) * value_RF
-        return z_RD + self.dropout(self.ffn_out(hidden_RF))  # type: ignore[no-any-return]
+        return self.feed_forward(z_RD)

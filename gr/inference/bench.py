@@ -11,21 +11,16 @@ attention: the kernel of cached keys by itself.
 Times are medians of calls in turn, within one process; ratios are of the same process.
 """
 
-import argparse
-import json
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gr.bench_encoders import Shape, free, median_ms, structure
-from gr.bench_ultra import describe
+from gr.bench_encoders import Shape, median_ms, structure
+from gr.bench_main import measure
 from gr.config import ModelConfig
 from gr.flops import inference_flops, layer_flops
 from gr.hstu import HSTUEncoder
@@ -332,36 +327,5 @@ MEASUREMENTS: dict[str, Callable[[Shape], Figures]] = {
 }
 
 
-def main() -> None:
-    """Measure what is named, all of it by default."""
-    parser = argparse.ArgumentParser(prog="python -m gr.inference.bench")
-    parser.add_argument("what", nargs="*", help=f"of {', '.join(MEASUREMENTS)}; all by default")
-    parser.add_argument("--records", type=Path, help="JSON lines, appended")
-    options = parser.parse_args()
-    names = options.what or list(MEASUREMENTS)
-    unknown = [name for name in names if name not in MEASUREMENTS]
-    if unknown:
-        parser.error(f"expected measurements of {list(MEASUREMENTS)}, got {unknown}")
-    if not torch.cuda.is_available():
-        parser.error("these are measurements of a GPU, and there is none")
-    failed = []
-    for name in names:
-        free()
-        try:
-            figures = MEASUREMENTS[name](Shape(num_layers=6))
-        except Exception:
-            # What comes next can be measured.
-            traceback.print_exc()
-            failed.append(name)
-            continue
-        shown = json.dumps({k: float(f"{v:.4g}") for k, v in figures.items()})
-        print(f"{name}: {shown}", flush=True)
-        if options.records is not None:
-            with options.records.open("a") as lines:
-                lines.write(json.dumps(describe(name, figures)) + "\n")
-    if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
-
-
 if __name__ == "__main__":
-    main()
+    measure("gr.inference.bench", MEASUREMENTS, Shape(num_layers=6))
