@@ -15,7 +15,7 @@ from gr.checkpoint import CheckpointManager
 from gr.config import TrainConfig
 from gr.config_io import load_config
 from gr.flops import sequence_costs
-from gr.logs import open_log, window_name
+from gr.logs import Log, open_log, window_name
 from gr.metrics import WindowResult
 from gr.parallel import World
 from gr.runlog import CONFIG, RunDir, Value, json_line, readable
@@ -71,20 +71,12 @@ def evaluate(
         ValueError: if there is no such checkpoint, it is of another model, the log cannot be used,
             or the ranks do not agree.
     """
-    parallel.set_determinism(config.deterministic)
-    world = parallel.start(
-        config.device,
-        needs_group=config.embeddings.form == "sharded",
-        timeout_minutes=config.timeout_minutes,
-    )
-    try:
+    with parallel.joined(config) as world:
         world.agree("configuration", OmegaConf.to_yaml(OmegaConf.structured(config)))
         source = open_log(config.data)
         world.agree("log", source.fingerprint)
         run = RunDir(run_dir)
-        checkpoints = CheckpointManager(run.checkpoints, apart=(EVALUATION,))
-        step = find_step(checkpoints, step)
-        world.agree("checkpoint", str(step))
+        trainer, step = load_learnt(config, run, world=world, source=source, step=step)
         batches: Iterable[SequenceBatch]
         if source.users is not None:
             epochs = LeaveOneOutStream(
@@ -100,13 +92,6 @@ def evaluate(
                 cost=sequence_costs(config.model),
             )
             num_batches = stream.num_steps
-        trainer = Trainer(
-            config,
-            world,
-            utc_offset=source.utc_offset,
-            sequences_per_step=source.sequences_per_step,
-        )
-        trainer.load_learnt(checkpoints, step)
         origin: dict[str, Value] = {
             "step": step,
             "log": config.data.log,
@@ -115,8 +100,6 @@ def evaluate(
         rows = score(config.data, world, trainer, with_bar(world, batches, num_batches), origin)
         lines = "".join(json_line(row) for row in rows)
         world.on_main(lambda: write_atomically(run.path / EVALUATE, lines))
-    finally:
-        parallel.stop(world)
 
 
 def score(
@@ -181,6 +164,35 @@ def with_bar(
     silent = not (world.is_main and sys.stderr.isatty())
     shown: Iterable[SequenceBatch] = tqdm(batches, total=num_batches, unit="batch", disable=silent)
     return shown
+
+
+def load_learnt(
+    config: TrainConfig, run: RunDir, *, world: World, source: Log, step: int | None
+) -> tuple[Trainer, int]:
+    """Return a trainer with the weights of a checkpoint, and the checkpoint's step.
+
+    Args:
+        config: `run_config` of the run.
+        run: its directory.
+        world: all ranks that call this.
+        source: the log that the configuration names.
+        step: of the checkpoint; None means the newest.
+
+    Raises:
+        ValueError: if there is no such checkpoint, it is of another model, or ranks find different
+            ones.
+    """
+    checkpoints = CheckpointManager(run.checkpoints, apart=(EVALUATION,))
+    step = find_step(checkpoints, step)
+    world.agree("checkpoint", str(step))
+    trainer = Trainer(
+        config,
+        world,
+        utc_offset=source.utc_offset,
+        sequences_per_step=source.sequences_per_step,
+    )
+    trainer.load_learnt(checkpoints, step)
+    return trainer, step
 
 
 def find_step(checkpoints: CheckpointManager, step: int | None) -> int:

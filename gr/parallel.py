@@ -2,7 +2,8 @@
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from gr.config import TrainConfig
 
 # In messages of gloo, of NCCL and of the store.
 _SIGNS_OF_A_LOST_RANK = (
@@ -171,6 +174,28 @@ def stop(world: World) -> None:
         # process would never end (torch 2.13, gloo). So a reference is kept.
         _ended_groups.append(dist.group.WORLD)
         dist.destroy_process_group()
+
+
+@contextmanager
+def joined(config: TrainConfig) -> Iterator[World]:
+    """Join the job as the configuration of a run says, and leave it at the end.
+
+    Args:
+        config: `device`, `deterministic`, `timeout_minutes` and `embeddings.form` are read.
+
+    Raises:
+        ValueError: as `start`.
+    """
+    set_determinism(config.deterministic)
+    world = start(
+        config.device,
+        needs_group=config.embeddings.form == "sharded",
+        timeout_minutes=config.timeout_minutes,
+    )
+    try:
+        yield world
+    finally:
+        stop(world)
 
 
 def device_name(device: torch.device) -> str:

@@ -45,13 +45,7 @@ def train(config: TrainConfig, resolved: DictConfig, overrides: Sequence[str] = 
             or the ranks do not agree on them.
         FloatingPointError: if a loss is not finite.
     """
-    parallel.set_determinism(config.deterministic)
-    world = parallel.start(
-        config.device,
-        needs_group=config.embeddings.form == "sharded",
-        timeout_minutes=config.timeout_minutes,
-    )
-    try:
+    with parallel.joined(config) as world:
         world.agree("configuration", OmegaConf.to_yaml(resolved))
         source = open_log(config.data)
         world.agree("log", source.fingerprint)
@@ -133,8 +127,6 @@ def train(config: TrainConfig, resolved: DictConfig, overrides: Sequence[str] = 
         with closing(log), closing(checkpoints):
             loop(config, world, trainer, stream, log, checkpoints, snapshots)
         world.on_main(lambda: shutil.rmtree(snapshots.folder, ignore_errors=True))
-    finally:
-        parallel.stop(world)
 
 
 def loop(

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gr.checkpoint import CheckpointManager
 from gr.config import TrainConfig
-from gr.evaluate import find_step
+from gr.evaluate import load_learnt
 from gr.inference.catalogue import ItemCatalogue, catalogue_of
 from gr.inference.mfalcon import Scorer, trainer_lookup
 from gr.inference.prefix import why_unstable
@@ -25,7 +24,7 @@ from gr.logs import open_log
 from gr.model import SequenceModel
 from gr.parallel import World
 from gr.runlog import RunDir
-from gr.trainer import EVALUATION, Trainer
+from gr.trainer import Trainer
 from pipelines.history import TIMESTAMP, Ints
 
 Scores = NDArray[np.float32]
@@ -319,17 +318,8 @@ def load_trainer(
             "data.window=epoch numbers the users and items of an event log anew, so answers could "
             "not name them: serve a run over a session-end log"
         )
-    checkpoints = CheckpointManager(RunDir(run_dir).checkpoints, apart=(EVALUATION,))
-    step = find_step(checkpoints, step)
     source = open_log(config.data)
-    trainer = Trainer(
-        config,
-        world,
-        utc_offset=source.utc_offset,
-        sequences_per_step=source.sequences_per_step,
-    )
-    trainer.load_learnt(checkpoints, step)
-    return trainer, step
+    return load_learnt(config, RunDir(run_dir), world=world, source=source, step=step)
 
 
 def recommender_of(

@@ -18,15 +18,14 @@ from tqdm import tqdm
 
 from gr import parallel
 from gr.atomic import sync_folder, write_atomically
-from gr.checkpoint import CheckpointManager
 from gr.config import TrainConfig
-from gr.evaluate import find_step, scored_data, with_bar
+from gr.evaluate import load_learnt, scored_data, with_bar
 from gr.flops import sequence_costs
 from gr.inference.score_tables import tables_of
 from gr.logs import open_log
 from gr.parallel import World
 from gr.runlog import RunDir, json_line
-from gr.trainer import EVALUATION, Trainer
+from gr.trainer import Trainer
 from pipelines.batch import SequenceBatch, StreamPosition
 from pipelines.stream import SessionStream
 
@@ -70,25 +69,11 @@ def recommend(
             "data.window=epoch numbers the users and items of an event log anew, so scores could "
             "not name them: gr recommend reads session-end logs. Use gr evaluate for metrics."
         )
-    parallel.set_determinism(config.deterministic)
-    world = parallel.start(
-        config.device,
-        needs_group=config.embeddings.form == "sharded",
-        timeout_minutes=config.timeout_minutes,
-    )
-    try:
+    with parallel.joined(config) as world:
         world.agree("configuration", OmegaConf.to_yaml(OmegaConf.structured(config)))
         source = open_log(config.data)
         world.agree("log", source.fingerprint)
-        checkpoints = CheckpointManager(RunDir(run_dir).checkpoints, apart=(EVALUATION,))
-        step = find_step(checkpoints, step)
-        trainer = Trainer(
-            config,
-            world,
-            utc_offset=source.utc_offset,
-            sequences_per_step=source.sequences_per_step,
-        )
-        trainer.load_learnt(checkpoints, step)
+        trainer, step = load_learnt(config, RunDir(run_dir), world=world, source=source, step=step)
         origin = {
             "run": str(Path(run_dir).resolve()),
             "step": step,
@@ -110,8 +95,6 @@ def recommend(
             cost=sequence_costs(config.model),
         )
         _score(trainer, stream, files, steps_per_file)
-    finally:
-        parallel.stop(world)
 
 
 @dataclass(frozen=True)

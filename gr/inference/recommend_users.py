@@ -87,13 +87,7 @@ def recommend_users(
         ValueError: if the checkpoint or the log cannot be used, the model does not retrieve, the
             output holds something else, or tables are sharded over several ranks.
     """
-    parallel.set_determinism(config.deterministic)
-    world = parallel.start(
-        config.device,
-        needs_group=config.embeddings.form == "sharded",
-        timeout_minutes=config.timeout_minutes,
-    )
-    try:
+    with parallel.joined(config) as world:
         form = config.embeddings.form
         is_sharded = form == "sharded" or (form == "auto" and world.device.type == "cuda")
         if world.size > 1 and is_sharded:
@@ -122,8 +116,6 @@ def recommend_users(
         world.on_main(lambda: _open(folder, origin))
         users = recommender.store.users()
         _write_files(recommender, users, folder, what, time, world, users_per_file)
-    finally:
-        parallel.stop(world)
 
 
 def _write_files(
