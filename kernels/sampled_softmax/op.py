@@ -213,6 +213,7 @@ def _backward(
     positive_id: Tensor,
     negative_id: Tensor,
     negative_log_q: Tensor | None,
+    loss: Tensor,
     lse: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,6 +229,7 @@ def _backward(
         positive_id.contiguous(),
         negative_id.contiguous(),
         _contiguous(negative_log_q),
+        loss,
         lse,
         temperature,
     )
@@ -244,6 +246,7 @@ def _(
     positive_id: Tensor,
     negative_id: Tensor,
     negative_log_q: Tensor | None,
+    loss: Tensor,
     lse: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -256,7 +259,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     # positive_log_q is in the sum of the exponentials.
-    ctx.save_for_backward(*inputs[:7], inputs[8], output[1])
+    ctx.save_for_backward(*inputs[:7], inputs[8], *output)
     ctx.temperature = inputs[9]
 
 

@@ -163,8 +163,10 @@ def test_large_within_error_budget(rows, negatives, D, dtype):
 
 
 @pytest.mark.interpret
-def test_large_logits_do_not_overflow():
-    vectors, structure, dloss = make([40, 7], [90, 20], 16, torch.float32)
+@pytest.mark.parametrize("seed", [0, 5])
+def test_large_logits_neither_overflow_nor_lose_digits(seed):
+    """Logits of thousands: a rounding of one is 5e-4 of its probability."""
+    vectors, structure, dloss = make([40, 7], [90, 20], 16, torch.float32, seed=seed)
     check([x * 30 for x in vectors], structure, dloss)
 
 

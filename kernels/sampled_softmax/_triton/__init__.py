@@ -7,6 +7,7 @@ Forward:  lse_r = log(exp(logit_r) + sum_n exp(logit_rn)), kept;  loss_r = lse_r
 Backward: p_rn = exp(logit_rn - lse_r) is computed again in tiles, c_r = dloss_r / T:
           dq_r = c_r (sum_n p_rn k_n + (p_r - 1) pos_r),  dpos_r = c_r (p_r - 1) q_r
           dk_n = sum_r c_r p_rn q_r
+          1 - p_r is the sum of the p_rn where that is below 1/2, else 1 - exp(-loss_r)
 
 R rows, N negatives, D dims. A program owns a block of rows (of negatives for dk) of one group; it
 finds its group by binary search in the number of blocks of the groups before. Every sum has one

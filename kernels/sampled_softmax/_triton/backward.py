@@ -27,6 +27,7 @@ def _sampled_softmax_bwd_rows_kernel(
     positive_id_ptr,
     negative_id_ptr,
     negative_log_q_ptr,
+    loss_ptr,
     lse_ptr,
     dquery_ptr,
     dpositive_ptr,
@@ -68,8 +69,11 @@ def _sampled_softmax_bwd_rows_kernel(
             others += tl.sum(p, 1)
         positive = load_vectors(positive_ptr, rows, stride_positive, is_row, cols, D)
         c = tl.load(dloss_ptr + rows, mask=is_row, other=0.0) * inverse_t
-        # Not the positive's probability less 1, which is rounding where it is nearly 1: optimizers
-        # that divide by a gradient's size would step by that.
+        # 1 less the positive's probability, of float32 numbers, is rounding where that is nearly 1:
+        # optimizers that divide by a gradient's size would step by it. Elsewhere it is the better
+        # one, for the sum has the rounding of lse in every term: 5e-4 where logits are thousands.
+        loss = tl.load(loss_ptr + rows, mask=is_row, other=0.0)
+        others = tl.where(others < 0.5, others, 1.0 - tl.exp(-loss))
         dq = c[:, None] * (dq - others[:, None] * positive.to(tl.float32))
         dpositive = -(c * others)[:, None] * q.to(tl.float32)
         mask = is_row[:, None] & (cols < D)[None, :]
@@ -145,6 +149,7 @@ def sampled_softmax_bwd(
     positive_id: Tensor,
     negative_id: Tensor,
     negative_log_q: Tensor | None,
+    loss: Tensor,
     lse: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,6 +173,7 @@ def sampled_softmax_bwd(
         positive_id,
         negative_id,
         negative_log_q,
+        loss,
         lse,
         dquery,
         dpositive,
