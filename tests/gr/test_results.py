@@ -94,6 +94,24 @@ def test_the_validation_run_alone_chooses_the_epoch(tmp_path, runs):
     assert found["base", 0].config == {"model.dim": 4}
 
 
+def test_a_row_of_cut_runs_counts_the_epochs_that_all_have(tmp_path, runs):
+    for run in runs[-2:]:  # better, seed 1; the best validation epoch is the third
+        lines = (run / "eval.jsonl").read_text().splitlines(keepends=True)
+        (run / "eval.jsonl").write_text("".join(lines[:-1]))
+    limit = "within: 0.02\n        up_to_epoch: "
+    for most, epochs in ((2, [1, 2]), (3, [1, 3])):
+        text = PAGE.replace("within: 0.02", f"{limit}{most}")
+        (tmp_path / "page.yaml").write_text(text)
+        page, _ = load_config(PageConfig, tmp_path / "page.yaml")
+        found = [r for r in make_records(page, runs) if r.row == "better"]
+        assert [r.epoch for r in found] == epochs
+        assert {len(r.test_curve) for r in found} == {most}
+    (tmp_path / "page.yaml").write_text(PAGE.replace("within: 0.02", f"{limit}4"))
+    page, _ = load_config(PageConfig, tmp_path / "page.yaml")
+    with pytest.raises(ValueError, match="is not finished"):
+        make_records(page, runs)
+
+
 def test_the_page_says_what_the_records_say(tmp_path, runs):
     output = tmp_path / "docs" / "results.md"
     said = results(tmp_path / "page.yaml", runs, output)
@@ -134,6 +152,19 @@ def test_a_missed_target_is_called_missed(tmp_path, runs):
     assert "| MISSED |" in (tmp_path / "results.md").read_text()
 
 
+def test_an_aim_is_met_by_the_mean_or_missed(tmp_path, runs):
+    for aim, verdict in ((0.25, "met"), (0.2501, "MISSED")):
+        aims = f"within: 0.02\n        aims: {{hr@10: 0.5, ndcg@10: {aim}}}"
+        (tmp_path / "page.yaml").write_text(PAGE.replace("within: 0.02", aims))
+        results(tmp_path / "page.yaml", runs, tmp_path / "results.md")
+        text = (tmp_path / "results.md").read_text()
+        wanted = f"HR@10 0.500, NDCG@10 {aim:.3f}"
+        (line,) = [line for line in text.splitlines() if wanted in line]
+        assert [x.strip() for x in line.split("|")[1:-1]] == [
+            *("Better", "0.5000", "0.2500", wanted, verdict)
+        ]
+
+
 def test_what_is_no_pair_is_refused(tmp_path, runs, capsys):
     def fails(*given, page="page.yaml"):
         output = tmp_path / "results.md"
@@ -158,7 +189,7 @@ def test_what_is_no_pair_is_refused(tmp_path, runs, capsys):
     assert "baseline=nobody is no row" in fails(page="twice.yaml")
 
 
-SWEEPS = ["published", "published_small", "published_amazon", "latest_small_time"]
+SWEEPS = ["published", "published_small", "published_amazon"]
 
 
 def rows_of_sweep(path: str) -> dict[str, str]:
