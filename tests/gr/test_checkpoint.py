@@ -108,8 +108,15 @@ def _fill_the_disk(folder: str, asynchronous: bool) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("world_size", "asynchronous"),
+    [
+        (1, True),
+        (2, False),
+        pytest.param(1, False, marks=pytest.mark.slow),
+        pytest.param(2, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, world_size, asynchronous):
     for seen in run_distributed(_fill_the_disk, world_size, str(tmp_path), asynchronous):
         assert seen[0] == seen[2] == "saved"
