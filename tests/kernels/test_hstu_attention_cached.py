@@ -1,5 +1,7 @@
 """Attention over cached keys, against the attention of the whole sequence in float64."""
 
+from dataclasses import astuple
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -154,6 +156,27 @@ def test_triton(seed, device):
     on_gpu = device == "cuda"
     dtypes = [torch.float32, torch.float16] + [torch.bfloat16] * on_gpu
     check((lengths, mask, bias, seed >= 3, seed), dtypes[seed % len(dtypes)], device, "triton")
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_operator_and_graph(impl, device):
+    made, _ = make_call(
+        [140, 5], [3, 0], [2, 4], MASKS[1], "position_time", False, torch.float32, device
+    )
+    (q, k, v, offsets, cached), options = made
+    bias = options["bias"]
+    flat = (*cached, options["num_candidates"], bias.position_table, bias.time_table)
+    flat += (bias.query_time, bias.key_time, options["max_len"])
+    flat += (0.3, 17.0, "silu", *astuple(MASKS[1]), "" if impl == "triton" else impl)
+    arguments = (q, k, v, offsets, *flat)
+    torch.library.opcheck(torch.ops.gr.hstu_attention_cached.default, arguments)
+
+    def attend(q):
+        return hstu_attention_cached(q, k, v, offsets, cached, **options, impl=impl) * 2
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q), attend(q), rtol=0, atol=0)
 
 
 @pytest.mark.gpu

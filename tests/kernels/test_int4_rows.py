@@ -66,6 +66,20 @@ def test_any_rows_in_any_order(impl, data):
 
 
 @pytest.mark.interpret
+def test_operator_and_graph(device):
+    rows, index = packed_rows(5, 12).to(device), torch.tensor([3, 0, 3], device=device)
+    for chosen in (index, None):
+        arguments = (rows, chosen, torch.float16)
+        torch.library.opcheck(torch.ops.gr.dequantize_int4.default, arguments)
+
+        def read(rows, chosen=chosen):
+            return dequantize_int4(rows, chosen, dtype=torch.float16, impl="triton") * 2
+
+        compiled = torch.compile(read, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(rows), read(rows), rtol=0, atol=0)
+
+
+@pytest.mark.interpret
 def test_a_row_that_is_not_there_is_nan(device):
     rows = packed_rows(3, 8).to(device)
     got = dequantize_int4(rows, torch.tensor([1, 3, -1], device=device), impl="triton")

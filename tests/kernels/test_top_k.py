@@ -119,6 +119,19 @@ def test_what_reaches_the_bound_is_all_that_is_kept(monkeypatch):
         torch.testing.assert_close(found.scores, wanted.scores, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.interpret
+def test_operator_and_graph():
+    queries, items = integers(3, 16, 3, 0), integers(40, 16, 3, 1)
+    for is_item in (None, torch.arange(40, device=DEVICE) % 3 == 0):
+        torch.library.opcheck(torch.ops.gr.top_k.default, (queries, items, 5, is_item))
+
+        def find(queries, is_item=is_item):
+            return top_k(queries, items, 5, is_item_E=is_item, impl="triton").rows + 1
+
+        compiled = torch.compile(find, fullgraph=True, backend="aot_eager")
+        assert compiled(queries).tolist() == find(queries).tolist()
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_no_queries_and_no_items(impl):
     empty = torch.zeros(0, 8, device=DEVICE)
