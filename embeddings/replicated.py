@@ -86,6 +86,12 @@ class ReplicatedTables(Tables):
         weight: Tensor = self.weights[table]
         return weight
 
+    def local_weight(self, table: str) -> Tensor | None:
+        """Return the rows (see Tables)."""
+        self.table_config(table)
+        weight: Tensor = self.weights[table].detach()
+        return weight
+
     @torch.no_grad()
     def set_rows(self, table: str, rows_U: Tensor, values_UD: Tensor) -> None:
         """Give rows new values, and moments of zero (see Tables)."""

@@ -172,6 +172,15 @@ class ShardedTables(Tables):
             "only, use all_rows"
         )
 
+    def local_weight(self, table: str) -> Tensor | None:
+        """Return the rows of a table that is whole on the only rank (see Tables)."""
+        config = self.table_config(table)
+        if self.cached_kernels or dist.get_world_size(self.group) > 1:
+            return None
+        shards = _local_rows(self._weights()[table])
+        is_whole = len(shards) == 1 and len(shards[0][1]) == config.num_embeddings
+        return shards[0][1] if is_whole else None
+
     @torch.no_grad()
     def set_rows(self, table: str, rows_U: Tensor, values_UD: Tensor) -> None:
         """Give those of the rows that this rank holds new values, and moments of zero."""

@@ -98,6 +98,14 @@ class Tables(nn.Module, ABC):
             ValueError: if the form does not hold the whole table on this rank.
         """
 
+    def local_weight(self, table: str) -> Tensor | None:
+        """Return (rows, dim), the live rows, where this process reads all of them by itself.
+
+        None where they are spread over ranks, or a cache stands before them.
+        """
+        self.table_config(table)
+        return None
+
     @abstractmethod
     def set_rows(self, table: str, rows_U: Tensor, values_UD: Tensor) -> None:
         """Give rows new values, and moments of zero. On all ranks alike, between steps.

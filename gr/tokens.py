@@ -114,7 +114,8 @@ class TokenEmbedding(nn.Module):
         for name in self.bags.names:
             x_LD = x_LD + self._sum((name,), {name: self.bags(name, batch, rows)})
         for index, name in enumerate(self.context_features):
-            if name in self.bags.names:
+            is_left_out = batch.num_context == 0 and name not in batch.context_positions
+            if name in self.bags.names or is_left_out:  # of a part of a sequence (gr/inference)
                 continue
             is_number = name in batch.numbers
             vectors = (

@@ -33,7 +33,7 @@ from gr.inference.encoded import (
     history_pass,
     part_of,
 )
-from gr.inference.graphs import PassGraphs
+from gr.inference.graphs import PassGraphs, runs_alike
 from gr.inference.stack import Layout, Pass, Stack
 from gr.sequence import Before, SequenceInfo
 from kernels.hstu_attention import CachedKeys, hstu_attention, hstu_attention_cached
@@ -70,11 +70,13 @@ class Decoder:
         self.info = replace(whole, num_candidates=torch.ones(1, dtype=torch.int64))
         self.cache: StackCache | None = None
 
-    def run(self, x_RD: Tensor, given: Pass) -> Tensor:
+    def run(self, x_RD: Tensor, given: Pass, runs: int = 1) -> Tensor:
         is_gpu = self.device.type == "cuda"
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, is_gpu):
-            if self.graphs is not None and self.graphs.takes(given):
-                return self.graphs.run(x_RD, given)
+            if self.graphs is not None and self.graphs.takes(given, runs):
+                return self.graphs.run(x_RD, given, runs)
+            if runs > 1:
+                return torch.cat([self.run(x, given) for x in x_RD.chunk(runs)])
             return self.stack.run(x_RD, given.to(self.device), self.store)
 
     def encode(self) -> Tensor:
@@ -90,14 +92,16 @@ class Decoder:
         count = len(x_MD)
         info = structure([count], count, self.model, "cpu")
         found = []
-        size, given = 0, None
-        for begin in range(0, count, microbatch):
+        size, begin, given = 0, 0, None
+        while begin < count:
             if given is None or size != min(microbatch, count - begin):
                 size = min(microbatch, count - begin)
                 _, part = part_of(info, torch.tensor([begin]), torch.tensor([size]))
                 the_one = torch.zeros(1, dtype=torch.int64)
                 given = candidate_pass(part, self.cache, the_one, windowed=False)
-            found.append(self.run(x_MD[begin : begin + size], given))
+            runs = runs_alike(np.array([count]), begin, microbatch) if self.graphs else 1
+            found.append(self.run(x_MD[begin : begin + runs * size], given, runs))
+            begin += runs * size
         return torch.cat(found)
 
     def go_on(self, x_RD: Tensor, candidates: int) -> Tensor:

@@ -2,24 +2,28 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from embeddings.config import EmbeddingsConfig, TableConfig
+from embeddings.replicated import ReplicatedTables
 from gr.bench_encoders import Shape
 from gr.config import EncodingConfig, HeadConfig, TrainConfig
+from gr.ids import IdRows
 from gr.inference.cache import page_bytes, pages_for
+from gr.inference.lookup import TableLookup
 from gr.inference.mfalcon import Scorer
 from gr.inference.requests import Candidates, Requests
 from gr.inference.stack import Stack
 from gr.model import SequenceModel, dense_model, feature_dims
-from pipelines.batch import SequenceBatch
 from pipelines.config import ActionConfig, DataConfig, TaskConfig
 
 START = 1_650_000_000
+NUM_ITEMS = 100_000
 Figures = dict[str, float]
 
 
@@ -33,22 +37,16 @@ def measure_requests(shape: Shape) -> Figures:
     torch.manual_seed(0)
     model = dense_model(config, feature_dims(config), 0).to(shape.device).eval()
     assert isinstance(model, SequenceModel)
-    table = torch.randn(1_000_001 if on_gpu else 1001, shape.dim, device=shape.device) * 0.02
     device = torch.device(shape.device)
-
-    def lookup(batch: SequenceBatch) -> tuple[SequenceBatch, dict[str, Tensor]]:
-        batch = batch.to(device, non_blocking=True)
-        rows = table.index_select(0, batch.ids.values() + 1)
-        parts = torch.split(rows, batch.ids.length_per_key())
-        return batch, dict(zip(batch.ids.keys(), parts, strict=True))
-
+    tables = ReplicatedTables(config.embeddings, device=device, seed=0)
+    lookup = TableLookup(model, IdRows(config, tables, "item"), tables)
     stack = Stack(model.encoder, torch.bfloat16 if on_gpu else torch.float32)
     page = page_bytes(stack.shapes, stack.dtype)
     budget = page * (num_users + together + 3) * (pages_for(tokens + 4 * new) + 2)
     scorer = Scorer(config, model, lookup, device, cache_bytes=budget)
     plain = Scorer(config, model, lookup, device, cache_bytes=budget, graphs=False)
     rng = np.random.default_rng(0)
-    num_items = len(table) - 1
+    num_items = config.data.num_items
 
     def ask(users: list[int], count: int) -> tuple[Requests, Candidates]:
         """Return requests of users who have so many events each."""
@@ -73,8 +71,8 @@ def measure_requests(shape: Shape) -> Figures:
         requests, candidates = ask(users, count)
         _wait()
         start = time.perf_counter()
-        history, _ = which.answer(requests, candidates)
-        _wait()
+        history, scores = which.answer(requests, candidates)
+        {name: x.cpu() for name, x in scores.ranking.items()}
         return 1e3 * (time.perf_counter() - start), int(history.reused.min())
 
     half = tokens // 2
@@ -96,6 +94,11 @@ def measure_requests(shape: Shape) -> Figures:
         skip = max(2, len(asking) // 3)  # these compile and capture
         figures[f"ms_first{name}"] = statistics.median(first[skip:])
         figures[f"ms_second{name}"] = statistics.median(second[skip:])
+        if on_gpu:
+            for place, count in (("first", half), ("second", half + new)):
+                users = [u + 10**6 for u in asking[0]] if place == "first" else users
+                asked = ask(users, count)
+                figures[f"ms_{place}{name}_on_device"] = device_ms(partial(which.answer, *asked))
     figures["speedup_together"] = figures["ms_first_together"] / figures["ms_second_together"]
     figures["speedup"] = figures["ms_first"] / figures["ms_second"]
     figures["speedup_of_eager_first"] = figures["ms_first_eager"] / figures["ms_second"]
@@ -113,11 +116,13 @@ def request_config(shape: Shape, tokens: int) -> TrainConfig:
             max_history_tokens=2 * tokens,
             actions={"click": ActionConfig()},
             tasks={"click": TaskConfig(action="click")},
-            num_items=1000,
+            num_items=NUM_ITEMS,
             num_negatives=1,
         ),
         embeddings=EmbeddingsConfig(
-            tables={"item": TableConfig(num_embeddings=1001, dim=shape.dim, features=features)}
+            tables={
+                "item": TableConfig(num_embeddings=NUM_ITEMS + 1, dim=shape.dim, features=features)
+            }
         ),
         model=replace(
             shape.hstu(tokens),
@@ -125,6 +130,17 @@ def request_config(shape: Shape, tokens: int) -> TrainConfig:
             head=HeadConfig(ranking_hidden=(512,)),
         ),
     )
+
+
+def device_ms(call: Callable[[], object]) -> float:
+    """Return how long the kernels and copies of a call take by themselves, ms."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    microseconds: float = sum(x.self_device_time_total for x in profiler.key_averages())
+    return microseconds / 1e3
 
 
 def _wait() -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from gr.config import TrainConfig
 from gr.evaluate import load_learnt
 from gr.inference.catalogue import ItemCatalogue, catalogue_of
+from gr.inference.encoded import EncodedHistory
 from gr.inference.mfalcon import Scorer, trainer_lookup
 from gr.inference.prefix import why_unstable
 from gr.inference.requests import Candidates, Requests
@@ -166,20 +167,21 @@ class Recommender:
         for question in questions:
             self.check(question)
         requests = requests_of(questions)
-        encoded = self.scorer.encode_history(requests)
-        ids, rows, retrieval = self._candidates(questions, encoded.user_vectors)
+        if any(self._compares(question) for question in questions):
+            encoded = self.scorer.encode_history(requests)
+            ids, rows, retrieval = self._candidates(questions, encoded.user_vectors)
+            ranking = self._score(encoded, ids, rows)
+        else:
+            ids, rows, retrieval = self._candidates(questions, None)
+            candidates = self._encoded_items(ids, rows)
+            encoded, scored = self.scorer.answer(requests, candidates)
+            ranking = scored.ranking
         counts = np.array([len(x) for x in ids], np.int64)
         scores: list[dict[str, Scores]] = [{} for _ in questions]
-        if self.tasks:
-            num_items = int(counts.sum())
-            floats = np.full((num_items, self.encoder.encoder.num_floats), np.nan, np.float32)
-            candidates = Candidates(counts, np.concatenate([*rows, *_no_rows(self)]), floats)
-            ranking = self.scorer.score(encoded, candidates).ranking
-            ends = np.cumsum(counts)
-            for name, task in self.tasks.items():
-                values = prediction(ranking[name].float().cpu(), task).float().numpy()
-                for b, part in enumerate(np.split(values, ends[:-1])):
-                    scores[b][name] = part
+        for name, outputs in ranking.items():
+            values = prediction(outputs.float().cpu(), self.tasks[name]).float().numpy()
+            for b, part in enumerate(np.split(values, np.cumsum(counts)[:-1])):
+                scores[b][name] = part
         for b, found in enumerate(retrieval):
             if found is not None:
                 scores[b][RETRIEVAL] = found
@@ -192,17 +194,26 @@ class Recommender:
             for b, question in enumerate(questions)
         ]
 
+    def _encoded_items(self, ids: Sequence[Ints], rows: Sequence[Ints]) -> Candidates:
+        counts = np.array([len(x) for x in ids], np.int64)
+        num_floats = self.encoder.encoder.num_floats
+        floats = np.full((int(counts.sum()), num_floats), np.nan, np.float32)
+        return Candidates(counts, np.concatenate([*rows, *_no_rows(self)]), floats)
+
+    def _score(
+        self, encoded: EncodedHistory, ids: Sequence[Ints], rows: Sequence[Ints]
+    ) -> dict[str, torch.Tensor]:
+        if not self.tasks:
+            return {}
+        return self.scorer.score(encoded, self._encoded_items(ids, rows)).ranking
+
     @torch.no_grad()
     def raw(self, question: Question) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         """Return what the heads say of a question's candidates and its user, as they say it."""
         assert question.candidates is not None
         encoded = self.scorer.encode_history(requests_of([question]))
-        rows = question.candidates
-        floats = np.full((len(rows), self.encoder.encoder.num_floats), np.nan, np.float32)
-        ranking: dict[str, torch.Tensor] = {}
-        if self.tasks:
-            candidates = Candidates(np.array([len(rows)]), rows, floats)
-            ranking = self.scorer.score(encoded, candidates).ranking
+        ids = [question.candidates[:, 0]]
+        ranking = self._score(encoded, ids, [question.candidates])
         return ranking, None if encoded.user_vectors is None else encoded.user_vectors[0]
 
     def _compares(self, question: Question) -> bool:

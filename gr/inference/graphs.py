@@ -9,8 +9,9 @@ Letters: R rows of a graph, B its sequences with the one that is left over, G pa
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from gr.inference.cache import KeyValueStore
 from gr.inference.stack import Layout, Pass, Stack
 from gr.sequence import Before, SequenceInfo
 from kernels.hstu_attention.cached import PAGE, is_aligned
+from pipelines.history import Ints
 
 MAX_GRAPHS = 64
 """Kept at a time, of one stack: the least recently used gives way."""
@@ -27,6 +29,12 @@ MOST_ROWS = 1 << 14
 TAIL = 2
 """Rows that are read of a history: its last token, and the unknown item behind it."""
 MOST_SEQUENCES = 64
+MOST_RUNS = 16
+"""Passes alike that one graph makes."""
+NUM_STREAMS = 2
+"""That they are spread over: where one pass leaves processors idle, another uses them."""
+
+Found = TypeVar("Found")
 
 
 class Size(NamedTuple):
@@ -41,6 +49,8 @@ class Size(NamedTuple):
     of_tails: bool
     windowed: bool
     num_context: int
+    runs: int = 1
+    """Passes that differ in the tokens only."""
 
 
 @dataclass
@@ -70,8 +80,11 @@ class PassGraphs:
         # What goes by way of whole sequences waits for the device.
         self._is_aligned = all(is_aligned(stack.dtype, x.qk_dim, x.v_dim) for x in stack.shapes)
         self._pool: Any = None
+        self._streams: list[Any] = []
+        if store.k[0].is_cuda:
+            self._streams = [torch.cuda.Stream() for _ in range(NUM_STREAMS)]  # type: ignore[no-untyped-call]
 
-    def takes(self, given: Pass) -> bool:
+    def takes(self, given: Pass, runs: int = 1) -> bool:
         """Return whether to `run` a pass: it can be one of a graph, and such a one came before."""
         info, layout = given.info, given.layouts[0]
         count = len(info.offsets) - 1
@@ -82,7 +95,9 @@ class PassGraphs:
             fits = count == 1 and int(info.tail_offsets[1]) == TAIL
         elif layout.max_len == 0:
             fits = False
-        size = _size(given)
+        if runs > 1 and (layout.rows is not None or given.of_tails):
+            return False
+        size = _size(given, runs)
         if not fits or size in self._seen:
             return fits
         if len(self._seen) >= 8 * MAX_GRAPHS:
@@ -90,14 +105,15 @@ class PassGraphs:
         self._seen.add(size)
         return False
 
-    def run(self, x_RD: Tensor, given: Pass) -> Tensor:
+    def run(self, x_RD: Tensor, given: Pass, runs: int = 1) -> Tensor:
         """Return as Stack.run does, for a pass in host memory.
 
         Args:
-            x_RD: on the device.
+            x_RD: on the device; the tokens of all passes.
             given: a pass that `takes` takes.
+            runs: passes that differ in their tokens only, and keep nothing.
         """
-        size, rows = _size(given), len(x_RD)
+        size, rows = _size(given, runs), len(x_RD) // runs
         captured = self._graphs.get(size)
         if captured is None:
             captured = self._capture(size, x_RD)
@@ -108,10 +124,11 @@ class PassGraphs:
             _fill(host.numpy(), size, given, rows)
             captured.numbers.copy_(host, non_blocking=True)
             captured.given = given
-        captured.x[:rows].copy_(x_RD)
+        captured.x[:, :rows].copy_(x_RD.view(runs, rows, -1))
         captured.graph.replay()
         # The memory of graphs is shared: the next one may write over it.
-        return captured.y[: TAIL if given.of_tails else rows].clone()
+        y = captured.y[:, : TAIL if given.of_tails else rows]
+        return y.clone(memory_format=torch.contiguous_format).flatten(0, 1)
 
     def clear(self) -> None:
         """Forget all graphs: the weights have changed."""
@@ -120,7 +137,7 @@ class PassGraphs:
     def _capture(self, size: Size, like: Tensor) -> Captured:
         device = like.device
         numbers = torch.zeros(_total(size), dtype=torch.int64, device=device)
-        x = torch.zeros(size.rows, like.shape[1], dtype=like.dtype, device=device)
+        x = torch.zeros(size.runs, size.rows, like.shape[1], dtype=like.dtype, device=device)
         given = _static(size, numbers)
         # Something that can be computed: a history of TAIL tokens, and candidates without one.
         first = min(TAIL, size.rows)
@@ -129,18 +146,7 @@ class PassGraphs:
         view.tail_offsets[1:] = TAIL * size.of_tails
         view.num_candidates[0], view.num_candidates[-1] = 1, size.rows - first
         numbers.copy_(torch.from_numpy(view.all))
-        enabled = torch.is_autocast_enabled(device.type)
-        # Without its cache: what it casts would be freed under the graph.
-        with torch.autocast(device.type, torch.bfloat16, enabled, cache_enabled=False):
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):
-                    self.stack.run(x, given, self.store)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                y = self.stack.run(x, given, self.store)
+        graph, y = captured_graph(lambda: self._passes(x, given), self._pool)
         self._pool = graph.pool()
         captured = Captured(graph, x, numbers, y)
         self._graphs[size] = captured
@@ -148,18 +154,56 @@ class PassGraphs:
             self._graphs.popitem(last=False)
         return captured
 
+    def _passes(self, x: Tensor, given: Pass) -> Tensor:
+        """Return (runs, rows, D): what Stack.run gives for each of the passes."""
+        if len(x) == 1:
+            return self.stack.run(x[0], given, self.store)[None]
+        main = torch.cuda.current_stream()
+        for stream in self._streams:
+            stream.wait_stream(main)
+        found = []
+        for number, tokens in enumerate(x):
+            with torch.cuda.stream(self._streams[number % len(self._streams)]):
+                found.append(self.stack.run(tokens, given, self.store))
+        for stream in self._streams:
+            main.wait_stream(stream)
+        return torch.stack(found)
 
-def _size(given: Pass) -> Size:
+
+def captured_graph(compute: Callable[[], Found], pool: Any) -> tuple[torch.cuda.CUDAGraph, Found]:
+    """Return a graph of what a function does on the device, and the memory that it writes to.
+
+    Args:
+        compute: may be called several times.
+        pool: of graphs that never run at one time; None: a new one.
+    """
+    enabled = torch.is_autocast_enabled("cuda")
+    # Without its cache: what it casts would be freed under the graph.
+    with torch.autocast("cuda", torch.bfloat16, enabled, cache_enabled=False):
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                compute()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            found = compute()
+    return graph, found
+
+
+def _size(given: Pass, runs: int = 1) -> Size:
     """Return the size of the graph that a pass is one of."""
     info, cached = given.info, given.layouts[0].max_len
     return Size(
-        rows=_row_bucket(len(info.timestamp)),
+        rows=padded(len(info.timestamp)),
         sequences=1 << (len(info.offsets) - 2).bit_length(),
-        pages=_round_up(-(-cached // PAGE), 16) if cached else 0,
+        pages=round_up(-(-cached // PAGE), 16) if cached else 0,
         keeps=given.layouts[0].rows is not None,
         of_tails=given.of_tails,
         windowed=given.windowed_candidates,
         num_context=info.num_context,
+        runs=runs,
     )
 
 
@@ -183,13 +227,16 @@ class _Numbers:
         """Read as int32: more than B G of them."""
 
     def _take(self, count: int) -> Any:
-        self._end += count
-        return self.all[self._end - count : self._end]
+        first = self._end
+        # Kernels are compiled anew for other alignments than those of tensors by themselves.
+        self._end = round_up(first + count, 16)
+        return self.all[first : first + count]
 
 
 def _total(size: Size) -> int:
     B, R = size.sequences + 1, size.rows
-    return 2 * (B + 1) + 4 * B + 3 * R + B * size.pages // 2 + B
+    counts = (B + 1, B + 1, B, B, B, B, R, R, R, B * size.pages // 2 + B)
+    return sum(round_up(n, 16) for n in counts)
 
 
 def _static(size: Size, numbers: Tensor) -> Pass:
@@ -246,12 +293,25 @@ def _fill(out: np.ndarray, size: Size, given: Pass, rows: int) -> None:
         table.reshape(-1, size.pages)[:count, : mine.shape[1]] = mine
 
 
-def _row_bucket(rows: int) -> int:
+def runs_alike(counts: Ints, begin: int, microbatch: int) -> int:
+    """Return how many microbatches of one request from `begin` on a graph makes: a power of two.
+
+    Args:
+        counts: (B,) int64: candidates of each request. Of several, one at a time.
+        begin: candidates before them.
+        microbatch: candidates of each.
+    """
+    whole = min((int(counts[0]) - begin) // microbatch, MOST_RUNS) if len(counts) == 1 else 1
+    return 1 << max(0, whole.bit_length() - 1)
+
+
+def padded(rows: int) -> int:
     """Return for how many rows a graph is captured that takes so many."""
     if rows <= 512:
-        return _round_up(rows, 64)
-    return _round_up(rows, 256) if rows <= 2048 else _round_up(rows, 512)
+        return round_up(rows, 64)
+    return round_up(rows, 256) if rows <= 2048 else round_up(rows, 512)
 
 
-def _round_up(n: int, step: int) -> int:
+def round_up(n: int, step: int) -> int:
+    """Return the least multiple of `step` that is not below n."""
     return -(-n // step) * step

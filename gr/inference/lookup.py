@@ -1,28 +1,88 @@
 """From raw ids to rows: what a Scorer needs of embedding tables."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from embeddings.tables import Tables
+from embeddings.vocabulary import Vocabulary
 from pipelines.batch import SequenceBatch
+from pipelines.history import Ints
 
 Lookup = Callable[[SequenceBatch], tuple[SequenceBatch, Mapping[str, Tensor]]]
 """A batch of raw ids in host memory -> the batch on the device, and its rows by feature."""
 
 
-def trainer_lookup(trainer: Any) -> Lookup:
-    """Return the lookup of a gr.trainer.Trainer, whose tables must be of one process."""
+class LocalRows:
+    """Rows of tables that lie whole in this process's memory: a CUDA graph can read them.
 
-    def lookup(batch: SequenceBatch) -> tuple[SequenceBatch, Mapping[str, Tensor]]:
-        vector_rows, _ = trainer.model.find_vectors(batch)
+    Args:
+        vocabulary: maps ids of static and hashed tables.
+        weights: feature -> its table's name, and the table (rows, width) on the device.
+        dtype: of what is looked up.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        weights: Mapping[str, tuple[str, Tensor]],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.vocabulary, self._weights, self.dtype = vocabulary, weights, dtype
+
+    def rows_of(self, feature: str, ids: Ints) -> Ints:
+        """Return (n,) int64: the rows of ids, on the host.
+
+        Raises:
+            ValueError: for an id outside a static table.
+        """
+        rows = self.vocabulary.row_of(self._weights[feature][0], torch.from_numpy(ids))
+        found: Ints = rows.numpy()
+        return found
+
+    def vectors(self, feature: str, rows_n: Tensor) -> Tensor:
+        """Return (n, width) of rows, on the device."""
+        return self._weights[feature][1].index_select(0, rows_n).to(self.dtype)
+
+
+class TableLookup:
+    """A Lookup in the tables of a run.
+
+    Args:
+        model: the dense part, which finds pretrained vectors.
+        id_rows: gr.ids.IdRows of the tables.
+        tables: of one process.
+    """
+
+    def __init__(self, model: Any, id_rows: Any, tables: Tables) -> None:
+        self.model, self.id_rows, self.tables = model, id_rows, tables
+
+    def __call__(self, batch: SequenceBatch) -> tuple[SequenceBatch, Mapping[str, Tensor]]:
+        """Return the batch on the device, and its rows by feature."""
+        vector_rows, _ = self.model.find_vectors(batch)
         batch = replace(batch, vector_rows=vector_rows)
-        batch, is_event = trainer.id_rows.rows_on_host(batch)
-        device = trainer.tables.device
+        batch, is_event = self.id_rows.rows_on_host(batch)
+        device = self.tables.device
         batch = batch.to(device)
         is_event = {name: x.to(device) for name, x in is_event.items()}
-        batch, _ = trainer.id_rows.rows_on_device(batch, is_event)
-        return batch, trainer.tables.lookup(batch.ids)
+        batch, _ = self.id_rows.rows_on_device(batch, is_event)
+        return batch, self.tables.lookup(batch.ids)
 
-    return lookup
+    def local(self, features: Sequence[str]) -> LocalRows | None:
+        """Return the rows of features where this process holds all of them; else None."""
+        weights = {}
+        for name, table in self.tables.config.tables.items():
+            for feature in {*table.features} & {*features}:
+                weight = None if table.ids == "dynamic" else self.tables.local_weight(name)
+                if weight is None:
+                    return None
+                weights[feature] = name, weight
+        return LocalRows(self.id_rows.vocabulary, weights)
+
+
+def trainer_lookup(trainer: Any) -> TableLookup:
+    """Return the lookup of a gr.trainer.Trainer, whose tables must be of one process."""
+    return TableLookup(trainer.model, trainer.id_rows, trainer.tables)

@@ -12,8 +12,7 @@ Source: HSTU (arXiv 2402.17152), section 3.4 and appendix H.
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,7 +21,6 @@ from torch import Tensor
 
 from gr.config import TrainConfig
 from gr.hstu import kept_history
-from gr.inference.cache import KeyValueStore, pages_for
 from gr.inference.encoded import (
     EncodedHistory,
     Part,
@@ -35,19 +33,19 @@ from gr.inference.encoded import (
     part_of,
     read_structure,
 )
-from gr.inference.graphs import PassGraphs
+from gr.inference.graphs import PassGraphs, runs_alike
 from gr.inference.lookup import Lookup as Lookup
 from gr.inference.lookup import trainer_lookup as trainer_lookup
+from gr.inference.next_requests import NextRequests, local_rows
+from gr.inference.passes import Passes
 from gr.inference.plan import Plan
 from gr.inference.prefix import why_unstable
 from gr.inference.requests import Candidates, RequestEncoder, Requests
 from gr.inference.series import hide
-from gr.inference.stack import Pass, Stack, tokens_within
+from gr.inference.stack import Pass, tokens_within
 from gr.inference.users import UserCache
-from gr.mixture import MixtureEncoder, mixture_groups
+from gr.mixture import mixture_groups
 from gr.model import SequenceModel
-from gr.sequence import SequenceInfo, info_of_copy
-from pipelines.batch import SequenceBatch
 from pipelines.history import Ints
 
 MICROBATCH = 1024
@@ -102,12 +100,8 @@ class Scorer:
             )
         self.config, self.model, self.lookup, self.device = config, model, lookup, device
         self.encoder = RequestEncoder(config.data)
-        is_bf16 = config.precision == "bf16"
-        self.dtype = torch.bfloat16 if is_bf16 else next(model.encoder.parameters()).dtype
-        encoders = [model.encoder]
-        if isinstance(model.encoder, MixtureEncoder):
-            encoders = list(model.encoder.stacks.values())
-        self.stacks = [Stack(encoder, self.dtype) for encoder in encoders]
+        self.passes = Passes(config, model, lookup, device)
+        self.dtype, self.stacks = self.passes.dtype, self.passes.stacks
         self.groups = mixture_groups(config.model, config.data)
         self.keep_history = kept_history(config.model)
         self.windowed_candidates = config.data.anchor == "event"
@@ -116,22 +110,32 @@ class Scorer:
         self.users: UserCache | None = None
         if cache_bytes:
             self.users = UserCache(
-                self._new_stores([tokens_within(cache_bytes, self.stacks)]),
+                self.passes.new_stores([tokens_within(cache_bytes, self.stacks)]),
                 has_context=config.data.context == "prefix",
             )
-        self._graphs: list[PassGraphs] = []
+        self.next: NextRequests | None = None
+        """What answers cached users in one graph, where that can be."""
         if self.users is not None and graphs and device.type == "cuda":
-            self._graphs = [
-                PassGraphs(stack, store)
-                for stack, store in zip(self.stacks, self.users.stores, strict=True)
+            stores = self.users.stores
+            self.passes.graphs = [
+                PassGraphs(*each) for each in zip(self.stacks, stores, strict=True)
             ]
+            rows = local_rows(config, model, self.encoder, lookup, self.stacks)
+            if rows is not None and not self.unstable:
+                self.next = NextRequests(
+                    model,
+                    self.encoder,
+                    self.stacks[0],
+                    stores[0],
+                    rows,
+                    windowed=self.windowed_candidates,
+                )
 
     def refresh(self) -> None:
         """Read the weights anew and forget cached users; to be called when they have changed."""
-        for stack in self.stacks:
-            stack.refresh()
-        for graphs in self._graphs:
-            graphs.clear()
+        self.passes.refresh()
+        if self.next is not None:
+            self.next.clear()
         if self.users is not None:
             self.users.clear()
 
@@ -143,7 +147,7 @@ class Scorer:
         Raises:
             ValueError: for an id outside a static table.
         """
-        with self._evaluating():
+        with self.passes.evaluating():
             return self._encode(requests, None, MICROBATCH)[0]
 
     def answer(
@@ -163,7 +167,7 @@ class Scorer:
             ValueError: as both of them.
         """
         self._check(requests, candidates, microbatch)
-        with self._evaluating():
+        with self.passes.evaluating():
             history, scored = self._encode(requests, candidates, microbatch)
             return history, self._score(history, candidates, microbatch, scored)
 
@@ -186,7 +190,7 @@ class Scorer:
                 microbatch is not positive, or an id is outside a static table.
         """
         self._check(history.requests, candidates, microbatch)
-        with self._evaluating():
+        with self.passes.evaluating():
             return self._score(history, candidates, microbatch, [])
 
     def _check(self, requests: Requests, candidates: Candidates, microbatch: int) -> None:
@@ -208,10 +212,13 @@ class Scorer:
     ) -> tuple[EncodedHistory, list[Scored]]:
         """Return the histories, and the candidates that were scored with them."""
         plan = Plan(self.encoder, requests, self.users, self.unstable)
+        has_history = torch.ones(len(requests.counts), dtype=torch.bool, device=self.device)
+        if not requests.counts.all():
+            has_history = torch.from_numpy(requests.counts > 0).to(self.device)
         history = EncodedHistory(
             requests=requests,
             user_vectors=None,
-            has_history=torch.from_numpy(requests.counts > 0).to(self.device),
+            has_history=has_history,
             reused=plan.reused,
             reasons=plan.reasons,
         )
@@ -223,27 +230,29 @@ class Scorer:
                     counts = candidates.counts[chosen]
                     if counts.min() > 0 and counts.max() <= microbatch:
                         items = candidates.of(chosen)
-                part, rows, y_MD = self._encode_part(plan, chosen, items)
+                part, own, ranking = self._encode_part(plan, chosen, items)
                 history.parts.append(part)
                 if items is not None and candidates is not None:
-                    scored.append(self._ranked(candidates.rows_of(chosen), y_MD))
+                    scored.append((candidates.rows_of(chosen), ranking))
                     part.is_scored = True
-                if self.model.retrieval is not None:
-                    vectors.append(self.model.retrieval(rows))
+                if own is not None:
+                    vectors.append(own)
         except BaseException:
             plan.release()
             raise
         weakref.finalize(history, plan.release)
-        if vectors:
+        if len(vectors) > 1:
             order = torch.from_numpy(np.concatenate([x.chosen for x in history.parts])).argsort()
-            together = torch.cat(vectors)[order.to(self.device)]
-            history.user_vectors = together * history.has_history[:, None]
+            vectors = [torch.cat(vectors)[order.to(self.device)]]
+        if vectors:
+            is_all = bool(requests.counts.all())
+            history.user_vectors = vectors[0] * (1 if is_all else has_history[:, None])
         return history, scored
 
     def _encode_part(
         self, plan: Plan, chosen: Ints, items: Candidates | None
-    ) -> tuple[Part, Tensor, Tensor]:
-        """Return requests of one group of the plan, the rows that retrieval reads, and the items'.
+    ) -> tuple[Part, Tensor | None, dict[str, Tensor]]:
+        """Return requests of one group of the plan, user vectors, and what ranking says of items.
 
         Args:
             plan: of all requests.
@@ -251,36 +260,47 @@ class Scorer:
             items: behind what is cached; None: an unknown one behind each history.
         """
         requests, users = plan.requests.of(chosen), plan.users_of(chosen)
+        is_asked = items is not None and self.model.ranking is not None
         items = self.encoder.no_item(requests) if items is None else items
-        before = None
         if users:
-            before = behind_cache(users, self.encoder.num_context)
             first = np.array([len(x.ints) for x in users])
             known = [x.known for x in users]
             requests, items = self.encoder.after(requests, first, known, items)
+        stores, pages = plan.pages_of(chosen, self.passes.new_stores)
+        if users and self.next is not None and self.next.takes(users, requests, items):
+            found = self.next.run(chosen, users, pages[0], requests, items)
+            if found is not None:
+                plan.keep_next(chosen, requests)
+                return found
+        before = behind_cache(users, self.encoder.num_context) if users else None
         batch = self.encoder.batch(requests, items)
         host = read_structure(
             batch, before=before, keep_history=self.keep_history, groups=self.groups
         )
-        x_LD = self._tokens(batch, host)
+        x_LD = self.passes.tokens(batch, host)
         new = new_tokens(host, users)
-        stores, pages = plan.pages_of(chosen, self._new_stores)
         y_RD, y_MD, caches = [], [], []
         windowed = self.windowed_candidates
         for stack, mine, store, own in zip(self.stacks, new, stores, pages, strict=True):
             given, cache, rows = history_pass(mine, store, own, stack.layouts, windowed=windowed)
-            x_RD = x_LD if not self.groups and not users else self._rows(x_LD, mine.tokens)
-            y = self._run(stack, x_RD, given, store)
-            y_RD.append(self._rows(y, rows))
-            y_MD.append(self._rows(y, item_rows(given)))
+            x_RD = x_LD if not self.groups and not users else self.passes.rows(x_LD, mine.tokens)
+            y = self.passes.run(stack, x_RD, given, store)
+            y_RD.append(self.passes.rows(y, rows))
+            y_MD.append(self.passes.rows(y, item_rows(given)))
             caches.append(cache)
         part = Part(chosen, caches, *history_end(batch, before))
         plan.keep(chosen, batch, new, part)
-        return part, torch.cat(y_RD, 1), torch.cat(y_MD, 1)
+        vectors, ranking = None, {}
+        if self.model.retrieval is not None:
+            vectors = self.model.retrieval(torch.cat(y_RD, 1))
+        if is_asked:
+            ranking = self._ranked(torch.cat(y_MD, 1))
+        return part, vectors, ranking
 
-    def _ranked(self, items: Ints, y_MD: Tensor) -> Scored:
+    def _ranked(self, y_MD: Tensor) -> dict[str, Tensor]:
         assert self.model.ranking is not None
-        return items, self.model.ranking(y_MD)
+        ranking: dict[str, Tensor] = self.model.ranking(y_MD)
+        return ranking
 
     def _score(
         self,
@@ -298,12 +318,15 @@ class Scorer:
                 items, mine = candidates.rows_of(chosen), candidates.of(chosen)
                 made = list(self._score_part(history, part, asked, mine, microbatch))
                 rows = torch.cat([rows for rows, _ in made]).numpy()
-                scored = [*scored, self._ranked(items[rows], torch.cat([y for _, y in made]))]
+                scored = [*scored, (items[rows], self._ranked(torch.cat([y for _, y in made])))]
         names = self.config.data.tasks
         if not scored:
             nothing = torch.zeros(0, device=self.device)
             return Scores(dict.fromkeys(names, nothing), candidates.counts)
-        ranking = {name: torch.cat([x[name] for _, x in scored]) for name in names}
+        if len(scored) == 1:
+            ranking = scored[0][1]
+        else:
+            ranking = {name: torch.cat([x[name] for _, x in scored]) for name in names}
         order = np.concatenate([items for items, _ in scored])
         if (order[1:] < order[:-1]).any():
             place = torch.from_numpy(order).argsort().to(self.device)
@@ -332,12 +355,13 @@ class Scorer:
             read_structure(batch, before=before),
             session_start=part.session_start[rows_B] - before.num_tokens,
         )
-        x_LD = self._tokens(batch, info)
+        x_LD = self.passes.tokens(batch, info)
         first_B = batch.offsets[:-1] + batch.num_context
         starts_B = torch.from_numpy(np.cumsum(candidates.counts) - candidates.counts)
         passes: list[Pass] = []
         last_B = torch.zeros(0)
-        for begin in range(0, int(candidates.counts.max()), microbatch):
+        begin, runs = 0, 0
+        while begin < int(candidates.counts.max()):
             counts_B = torch.from_numpy(np.clip(candidates.counts - begin, 0, microbatch))
             rows_R, mine = part_of(info, first_B + begin, counts_B)
             if not torch.equal(counts_B, last_B):  # else all but the items is what it was
@@ -345,54 +369,14 @@ class Scorer:
                 for cache in part.stacks:
                     given = candidate_pass(mine, cache, rows_B, windowed=self.windowed_candidates)
                     passes.append(given)
-            x_RD = self._rows(x_LD, rows_R)
+            runs = runs_alike(candidates.counts, begin, microbatch) if self.passes.graphs else 1
+            if runs > 1:  # of one request: its items follow one another
+                rows_R = torch.arange(runs * microbatch) + rows_R[0]
+            x_RD = self.passes.rows(x_LD, rows_R)
             y_RD = [
-                self._run(stack, x_RD, given, cache.store)
+                self.passes.run(stack, x_RD, given, cache.store, runs)
                 for stack, given, cache in zip(self.stacks, passes, part.stacks, strict=True)
             ]
-            shift_R = torch.repeat_interleave(first_B - starts_B, counts_B)
+            begin += runs * microbatch
+            shift_R = torch.repeat_interleave(first_B - starts_B, runs * counts_B)
             yield rows_R - shift_R, torch.cat(y_RD, 1) if len(y_RD) > 1 else y_RD[0]
-
-    def _run(self, stack: Stack, x_RD: Tensor, given: Pass, store: KeyValueStore) -> Tensor:
-        graphs = next((x for x in self._graphs if x.store is store), None)
-        if graphs is not None and graphs.takes(given):
-            return graphs.run(x_RD, given)
-        return stack.run(x_RD, given.to(self.device), store)
-
-    def _rows(self, x_LD: Tensor, rows: Tensor) -> Tensor:
-        first, count = int(rows[0]) if len(rows) else 0, len(rows)
-        if count and int(rows[-1]) - first + 1 == count:  # they ascend: no index has to travel
-            return x_LD[first : first + count]
-        return x_LD.index_select(0, rows.to(self.device))
-
-    def _tokens(self, batch: SequenceBatch, host: SequenceInfo) -> Tensor:
-        """Return (L, D): the tokens as the first layer reads them."""
-        model = self.model
-        batch, rows = self.lookup(batch)
-        device = batch.offsets.device
-        info = info_of_copy(replace(host, groups=()), batch, lambda x: x.to(device))
-        before = None if host.before is None else host.before.to(device)
-        info = replace(info, session_start=host.session_start.to(device), before=before)
-        if model.content is not None:
-            rows = model.content.add(batch, rows)
-        x_LD: Tensor = model.encoding(model.tokens(batch, rows), info)
-        return x_LD
-
-    def _new_stores(self, num_tokens: Sequence[int]) -> list[KeyValueStore]:
-        """Return a store of each stack with room for sequences of so many tokens."""
-        pages = 1 + sum(pages_for(n) for n in num_tokens)
-        return [stack.new_store(pages, self.device) for stack in self.stacks]
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Evaluate as the trainer does: no gradient, no dropout, the run's precision."""
-        was_training = self.model.training
-        if was_training:
-            self.model.eval()
-        is_bf16 = self.config.precision == "bf16"
-        try:
-            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, is_bf16):
-                yield
-        finally:
-            if was_training:
-                self.model.train()

@@ -4,6 +4,7 @@ Letters: B requests.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from gr.inference.encoded import NewTokens, Part, before_last_event
 from gr.inference.requests import RequestEncoder, Requests
 from gr.inference.users import CachedUser, UserCache
 from pipelines.batch import SequenceBatch
-from pipelines.history import Ints
+from pipelines.history import TIMESTAMP, Ints
 from pipelines.unify import token_counts
 
 FRESH, KNOWN, ALONE = range(3)
@@ -151,6 +152,34 @@ class Plan:
                 known=self.encoder.known_before_last(requests, b),
             )
             cache.keep(user_id, user)
+            self._users[b] = user
+
+    def keep_next(self, chosen: Ints, after: Requests) -> None:
+        """Cache the events but the newest of users of whom something is cached.
+
+        Of layouts without series of the context, where each event has as many tokens.
+
+        Args:
+            chosen: a group that went through the layers.
+            after: RequestEncoder.after of it.
+        """
+        assert self.cache is not None
+        requests, ends = self.requests, np.cumsum(after.counts)
+        per_event = token_counts(self.encoder.data).per_history_event
+        whole_ends = np.cumsum(requests.counts)
+        for i, b in enumerate(chosen.tolist()):
+            user_id, old = int(requests.user_id[b]), self._users[b]
+            added = int(after.counts[i]) - 1
+            rows = slice(int(whole_ends[b] - requests.counts[b]), int(whole_ends[b]) - 1)
+            user = replace(
+                old,
+                ints=requests.ints[rows].copy(),
+                codes=requests.codes[rows].copy(),
+                num_tokens=old.num_tokens + added * per_event,
+                lengths=[n + added * per_event for n in old.lengths],
+                last_time=int(after.ints[ends[i] - 2, TIMESTAMP]) if added else old.last_time,
+            )
+            self.cache.keep(user_id, user)
             self._users[b] = user
 
     def release(self) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from gr.config import EncodingConfig, HSTUConfig, RotaryConfig
 from gr.inference import graphs
+from gr.inference.graphs import runs_alike
 from gr.inference.mfalcon import Scorer
 from tests.gr.batches import data_config, train_config
 from tests.gr.inference.drawn import World, make_lookup, make_model, page_of
@@ -19,11 +20,13 @@ HSTU = HSTUConfig(
 class Replayed(graphs.PassGraphs):
     """Runs on a CPU what a graph would run."""
 
-    def takes(self, given):
-        super().takes(given)
-        return super().takes(given)  # as if it had been seen
+    def takes(self, given, runs=1):
+        super().takes(given, runs)
+        return super().takes(given, runs)  # as if it had been seen
 
-    def run(self, x_RD, given):
+    def run(self, x_RD, given, runs=1):
+        if runs > 1:
+            return torch.cat([self.run(x, given) for x in x_RD.chunk(runs)])
         info, layout, rows = given.info, given.layouts[0], len(x_RD)
         pages = -(-layout.max_len // graphs.PAGE) + 3 if layout.max_len else 0
         size = graphs.Size(
@@ -56,16 +59,26 @@ def test_what_is_left_over_changes_nothing(lengths):
     plain, padded = (
         Scorer(config, model, lookup, torch.device("cpu"), cache_bytes=budget) for _ in range(2)
     )
-    padded._graphs = [Replayed(padded.stacks[0], padded.users.stores[0])]
+    padded.passes.graphs = [Replayed(padded.stacks[0], padded.users.stores[0])]
+    microbatch = 5 if len(lengths) == 1 else 1024
     world = World(config, 1, lengths)
     for _ in range(3):
         requests = world.requests()
-        candidates = world.candidates(requests, [4] * len(lengths))
-        (one, expected), (two, got) = (s.answer(requests, candidates) for s in (plain, padded))
+        candidates = world.candidates(requests, [14] * len(lengths))
+        (one, expected), (two, got) = (
+            s.answer(requests, candidates, microbatch=m)
+            for s, m in ((plain, 1024), (padded, microbatch))
+        )
         assert one.reused.tolist() == two.reused.tolist()
         torch.testing.assert_close(two.user_vectors, one.user_vectors, rtol=1e-9, atol=1e-9)
         for name, x in got.ranking.items():
             torch.testing.assert_close(x, expected.ranking[name], rtol=1e-9, atol=1e-9)
         del one, two
         world.grow([3] * len(lengths))
-    assert padded._graphs[0].count >= 3
+    assert padded.passes.graphs[0].count >= 3
+
+
+def test_microbatches_that_one_graph_makes():
+    assert [runs_alike(np.array([14]), begin, 5) for begin in (0, 5, 10)] == [2, 1, 1]
+    assert runs_alike(np.array([16_385]), 0, 1024) == graphs.MOST_RUNS
+    assert runs_alike(np.array([16_384, 16_384]), 0, 1024) == 1

@@ -110,7 +110,7 @@ def test_requests_that_go_on_in_bfloat16(options, graphs):
         del encoded
         world.grow([9])
     if graphs:
-        assert scorer._graphs[0]._graphs
+        assert scorer.passes.graphs[0]._graphs
 
 
 def error(got, true):

@@ -1,0 +1,379 @@
+"""What cached users ask next, from ids to scores: one copy to the device, one CUDA graph.
+
+A few new events and candidates take a GPU less time than Python takes to launch what their tokens
+and heads are made of. So all of it is one graph, captured for a number of events, candidates,
+sequences and pages when requests of that size come for the second time. What is left over is one
+more sequence of unknown events and candidates, none of which sees another.
+
+Letters: B sequences with the one that is left over, E events, I = E + M items of events and
+candidates, R rows (tokens), F features, S action signals, G pages of a sequence.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from gr.config import TrainConfig
+from gr.inference.cache import KeyValueStore, rows_in_pages
+from gr.inference.encoded import Part, StackCache
+from gr.inference.graphs import (
+    MAX_GRAPHS,
+    MOST_ROWS,
+    MOST_SEQUENCES,
+    captured_graph,
+    padded,
+    round_up,
+)
+from gr.inference.lookup import LocalRows, Lookup, TableLookup
+from gr.inference.requests import Candidates, RequestEncoder, Requests
+from gr.inference.stack import Layout, Pass, Stack
+from gr.inference.users import CachedUser
+from gr.model import SequenceModel
+from gr.sequence import Before, SequenceInfo
+from kernels.hstu_attention.cached import PAGE, is_aligned
+from pipelines.batch import SequenceBatch, StreamPosition, TokenKind
+from pipelines.history import TIMESTAMP, Ints
+from pipelines.unify import token_counts
+
+Places = tuple[dict[str, tuple[slice, tuple[int, ...]]], int]
+"""Name of a part -> where it is in an array and its shape; length of the array."""
+
+
+class NextSize(NamedTuple):
+    """What a graph is captured for."""
+
+    events: int
+    items: int
+    """Candidates."""
+    sequences: int
+    """Without the one that is left over."""
+    pages: int
+
+
+@dataclass
+class Captured:
+    """A graph and the memory that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    numbers: Tensor
+    found: tuple[Tensor | None, Tensor | None]
+
+
+class NextRequests:
+    """Graphs of next requests. Layouts that `local_rows` gives rows for.
+
+    Args:
+        model: the dense part.
+        encoder: of the requests.
+        stack: the layers of the model.
+        store: holds what is cached.
+        rows: of the features of items.
+        windowed: whether a window applies to candidates.
+    """
+
+    def __init__(
+        self,
+        model: SequenceModel,
+        encoder: RequestEncoder,
+        stack: Stack,
+        store: KeyValueStore,
+        rows: LocalRows,
+        *,
+        windowed: bool,
+    ) -> None:
+        self.model, self.encoder, self.stack, self.store = model, encoder, stack, store
+        self.rows, self.windowed = rows, windowed
+        self.per_event = token_counts(encoder.data).per_history_event
+        columns = {slot.name: slot.first for slot in encoder.encoder.item_slots}
+        self.columns = {f: columns.get(f, 0) for f in model.tokens.item_features}
+        self.num_signals = encoder.encoder.num_codes - 1
+        self._graphs: OrderedDict[NextSize, Captured] = OrderedDict()
+        self._seen: set[NextSize] = set()
+        self._known_places: dict[NextSize, Places] = {}
+        self._pool: Any = None
+
+    def takes(self, users: Sequence[CachedUser], requests: Requests, items: Candidates) -> bool:
+        """Return whether to `run` requests: they fit a graph, and such ones came before."""
+        size = self._size(users, requests, items)
+        rows = size.events * self.per_event + size.items
+        if rows > MOST_ROWS or len(users) > MOST_SEQUENCES:
+            return False
+        if size in self._seen:
+            return True
+        if len(self._seen) >= 8 * MAX_GRAPHS:
+            self._seen.clear()
+            self._known_places.clear()
+        self._seen.add(size)
+        return False
+
+    def run(
+        self,
+        chosen: Ints,
+        users: Sequence[CachedUser],
+        pages: list[list[int]],
+        requests: Requests,
+        items: Candidates,
+    ) -> tuple[Part, Tensor | None, dict[str, Tensor]] | None:
+        """Return the requests, (n, item dim) user vectors, and task -> (M,) what ranking says.
+
+        None: an id has no row, which the lookup of a batch reports.
+
+        Args:
+            chosen: (n,) int64: which requests of a plan they are.
+            users: what is cached of each.
+            pages: of each, with room for the new events.
+            requests: RequestEncoder.after of what is cached.
+            items: likewise.
+        """
+        size, count = self._size(users, requests, items), len(users)
+        try:
+            numbers = self._numbers(size, users, pages, requests, items)
+        except ValueError:
+            return None
+        vectors, ranking = self._found(size, numbers)
+        new_B = torch.from_numpy(self.per_event * requests.counts)
+        whole_B = torch.tensor([x.num_tokens for x in users]) + new_B
+        lengths_B = torch.tensor([x.lengths[0] for x in users]) + new_B
+        ends = np.cumsum(requests.counts) - 1
+        before = Before(
+            num_tokens=whole_B - self.encoder.num_context,
+            first_time=torch.tensor([x.whole_first_time for x in users]),
+            last_time=torch.from_numpy(requests.ints[ends, TIMESTAMP]),
+        )
+        first_time = torch.tensor([x.first_time[0] for x in users])
+        cache = StackCache(self.store, pages, lengths_B[None], first_time)
+        part = Part(chosen, [cache], before, whole_B)
+        # The memory of graphs is shared: the next one may write over it.
+        outputs: dict[str, Tensor] = {}
+        if ranking is not None and self.model.ranking is not None:
+            mine = ranking[:, : len(items.ints)].clone()
+            outputs = dict(zip(self.model.ranking.tasks, mine, strict=True))
+        return part, None if vectors is None else vectors[:count].clone(), outputs
+
+    def clear(self) -> None:
+        """Forget all graphs: the weights have changed."""
+        self._graphs.clear()
+
+    def _size(self, users: Sequence[CachedUser], requests: Requests, items: Candidates) -> NextSize:
+        cached = max(user.lengths[0] for user in users)
+        return NextSize(
+            events=round_up(len(requests.ints), 8),
+            items=padded(len(items.ints)),
+            sequences=1 << (len(users) - 1).bit_length(),
+            pages=round_up(-(-cached // PAGE), 16),
+        )
+
+    def _views(self, size: NextSize, numbers: Any) -> dict[str, Any]:
+        """Return the parts of the one array that a graph reads, of numpy or of torch."""
+        parts, _ = self._places(size)
+        return {name: numbers[at].reshape(shape) for name, (at, shape) in parts.items()}
+
+    def _places(self, size: NextSize) -> Places:
+        """Return where the parts are and how they are shaped, and the length of the array."""
+        if size in self._known_places:
+            return self._known_places[size]
+        B, items = size.sequences + 1, size.events + size.items
+        R = size.events * self.per_event + size.items
+        shapes: dict[str, tuple[int, ...]] = {
+            "offsets": (B + 1,),
+            **dict.fromkeys(("candidates", "cached", "first_time", "session", "last_row"), (B,)),
+            **dict.fromkeys(("before", "whole_first_time", "last_time"), (B,)),
+            **dict.fromkeys(("kind", "time", "query_time", "kept"), (R,)),
+            "rows": (len(self.columns), items),
+            "codes": (size.events, self.num_signals),
+            "candidate_rows": (size.items,),
+            "pages": (B * size.pages // 2 + 1,),
+        }
+        parts, at = {}, 0
+        for name, shape in shapes.items():
+            count = math.prod(shape)
+            parts[name] = slice(at, at + count), shape
+            at = round_up(at + count, 16)  # kernels are compiled anew for other alignments
+        self._known_places[size] = parts, at
+        return parts, at
+
+    def _numbers(
+        self,
+        size: NextSize,
+        users: Sequence[CachedUser],
+        pages: list[list[int]],
+        requests: Requests,
+        items: Candidates,
+    ) -> Tensor:
+        """Return what a graph reads, in host memory."""
+        on_gpu = self.store.k[0].is_cuda
+        numbers = torch.zeros(self._places(size)[1], dtype=torch.int64, pin_memory=on_gpu)
+        view = self._views(size, numbers.numpy())
+        events_B, items_B, count = requests.counts, items.counts, len(users)
+        E, M, per_event = len(requests.ints), len(items.ints), self.per_event
+        new_B = events_B * per_event
+        ends_B = np.cumsum(new_B + items_B)
+        starts_B, rows = ends_B - new_B - items_B, int(ends_B[-1])
+        events_before = np.cumsum(events_B) - events_B
+        items_before = np.cumsum(items_B) - items_B
+        event_E = np.arange(E)
+        row_E = per_event * event_E + np.repeat(starts_B - per_event * events_before, events_B)
+        row_M = np.arange(M) + np.repeat(starts_B + new_B - items_before, items_B)
+        left_over = rows + per_event * np.arange(size.events - E)
+
+        view["offsets"][1 : count + 1], view["offsets"][count + 1 :] = ends_B, rows
+        view["offsets"][-1] = len(view["kind"])
+        view["candidates"][:count], view["candidates"][-1] = items_B, len(view["kind"]) - rows
+        for name, values in (
+            ("cached", [x.lengths[0] for x in users]),
+            ("first_time", [x.first_time[0] for x in users]),
+            ("before", [x.num_tokens for x in users]),
+            ("whole_first_time", [x.whole_first_time for x in users]),
+            ("last_time", [x.last_time for x in users]),
+            ("last_row", starts_B + new_B - 1),
+        ):
+            view[name][:count] = values
+        kind, time, query_time, kept = (
+            view[name] for name in ("kind", "time", "query_time", "kept")
+        )
+        kind[:] = TokenKind.CANDIDATE
+        at = requests.ints[:, TIMESTAMP]
+        for part, kind_of in enumerate(
+            [TokenKind.ITEM, TokenKind.ACTION] if per_event == 2 else [TokenKind.EVENT]
+        ):
+            kind[row_E + part] = kind[left_over + part] = kind_of
+            time[row_E + part] = at
+        time[row_M] = np.repeat(requests.time, items_B)
+        query_time[: rows - 1] = time[1:rows]
+        query_time[ends_B - 1] = time[ends_B - 1]
+        cached = view["cached"][:count].tolist()
+        kept_n = rows_in_pages(pages, cached, new_B.tolist())
+        kept[(row_E[:, None] + np.arange(per_event)).reshape(-1)] = kept_n
+
+        # Items in the order of their tokens, which is sequence after sequence.
+        item_E = event_E + np.repeat(items_before, events_B)
+        item_M = np.arange(M) + np.repeat(events_before + events_B, items_B)
+        for number, (feature, column) in enumerate(self.columns.items()):
+            ids = np.empty(E + M, np.int64)
+            ids[item_E], ids[item_M] = requests.ints[:, column], items.ints[:, column]
+            view["rows"][number, : E + M] = self.rows.rows_of(feature, ids)
+        view["codes"][:E] = requests.codes[:, : self.num_signals]
+        view["candidate_rows"][:M] = row_M
+        table = view["pages"].view(np.int32)
+        for b, mine in enumerate(pages):
+            used = mine[: size.pages]
+            table[b * size.pages : b * size.pages + len(used)] = used
+        return numbers
+
+    def _found(self, size: NextSize, numbers: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return what `_compute` does of numbers in host memory."""
+        captured = self._graphs.get(size)
+        if captured is None:
+            on_device = numbers.to(self.store.k[0].device)
+            graph, found = captured_graph(lambda: self._compute(size, on_device), self._pool)
+            self._pool = graph.pool()
+            captured = self._graphs[size] = Captured(graph, on_device, found)
+            if len(self._graphs) > MAX_GRAPHS:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(size)
+        captured.numbers.copy_(numbers, non_blocking=True)
+        captured.graph.replay()
+        return captured.found
+
+    def _compute(self, size: NextSize, numbers: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return user vectors, and (tasks, candidates) what ranking says."""
+        model, view = self.model, self._views(size, numbers)
+        R, B = len(view["kind"]), size.sequences + 1
+        batch = _batch(view)
+        info = SequenceInfo(
+            offsets=view["offsets"],
+            tail_offsets=view["offsets"],
+            max_len=R,
+            max_tail_len=R,
+            timestamp=view["time"],
+            query_time=view["query_time"],
+            session_start=view["session"],
+            # Context tokens are cached: they count as any others do.
+            num_context=0,
+            num_candidates=view["candidates"],
+            num_rows=R,
+            before=Before(view["before"], view["whole_first_time"], view["last_time"]),
+        )
+        rows = {f: self.rows.vectors(f, view["rows"][i]) for i, f in enumerate(self.columns)}
+        x_RD = model.encoding(model.tokens(batch, rows), info)
+        own = Before(view["cached"], view["first_time"], view["first_time"])
+        layout = Layout(0, view["cached"], size.pages * PAGE, rows=view["kept"])
+        given = Pass(
+            replace(info, num_context=self.encoder.num_context, before=own),
+            view["pages"].view(torch.int32)[: B * size.pages].view(B, size.pages),
+            (layout,),
+            windowed_candidates=self.windowed,
+        )
+        y_RD = self.stack.run(x_RD, given, self.store)
+        vectors = ranking = None
+        if model.retrieval is not None:
+            vectors = model.retrieval(y_RD.index_select(0, view["last_row"][:-1]))
+        if model.ranking is not None:
+            outputs = model.ranking(y_RD.index_select(0, view["candidate_rows"]))
+            ranking = torch.stack(list(outputs.values()))
+        return vectors, ranking
+
+
+def local_rows(
+    config: TrainConfig,
+    model: SequenceModel,
+    encoder: RequestEncoder,
+    lookup: Lookup,
+    stacks: Sequence[Stack],
+) -> LocalRows | None:
+    """Return the rows of the features of items; None where next requests are not one graph.
+
+    That is with tables that this process does not hold whole, and with what a batch has beside ids
+    and action codes: bags, numbers, pretrained vectors, content, a context that is merged or that
+    actions carry.
+    """
+    tokens, data = model.tokens, config.data
+    has_more = (
+        bool(config.model.mixture or tokens.bags.names or tokens.item_numbers)
+        or bool(len(tokens.pretrained) or len(tokens.action_context))
+        or model.content is not None
+        or data.context == "merged"
+    )
+    (stack, *others) = stacks
+    shapes = stack.shapes
+    plain = all(is_aligned(stack.dtype, x.qk_dim, x.v_dim) for x in shapes) and stack.layouts == 1
+    if has_more or others or not plain or not isinstance(lookup, TableLookup):
+        return None
+    return lookup.local(tokens.item_features)
+
+
+def _batch(view: dict[str, Any]) -> SequenceBatch:
+    """Return a batch of which the token embedding reads its part."""
+    nothing = view["kind"][:0]
+    return SequenceBatch(
+        ids=KeyedJaggedTensor.empty(),
+        offsets=view["offsets"],
+        max_len=len(view["kind"]),
+        token_kind=view["kind"],
+        timestamp=view["time"],
+        query_time=view["query_time"],
+        num_context=0,
+        num_candidates=view["candidates"],
+        session_start=view["session"],
+        action_codes=view["codes"],
+        user_id=nothing,
+        session_id=nothing,
+        partition=nothing,
+        ranking_positions=nothing,
+        labels={},
+        weights={},
+        dense_features=nothing,
+        retrieval_positions=nothing,
+        retrieval_weights=nothing,
+        window=0,
+        position=StreamPosition((), 0),
+        num_events=0,
+        num_rejected={},
+    )
