@@ -1,6 +1,6 @@
 """Points to laws: a curve a family, predictions of what was held out, slopes compared."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,13 +8,16 @@ import numpy as np
 
 from gr.scaling.config import ScalingConfig
 from gr.scaling.fits import (
+    Array,
     Fit,
+    Law,
     LogLaw,
     central,
     fit_joint_law,
     fit_log_law,
     fit_power_law,
     fit_with_intervals,
+    leave_one_out,
 )
 from gr.scaling.points import Mean, Point, frontier, means_of
 
@@ -41,6 +44,11 @@ class Prediction:
         """Whether the mean lies in the interval."""
         return self.low <= self.mean.quality <= self.high
 
+    @property
+    def width(self) -> float:
+        """Of the interval, as a share of what was predicted."""
+        return (self.high - self.low) / abs(self.predicted)
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -53,7 +61,15 @@ class Curve:
     """mode=fixed_compute: sizes that are not the best at their budget."""
     held_out: tuple[Mean, ...]
     fits: dict[str, Fit]
+    left_out: dict[str, float]
+    """Law -> error of a fitted point as the others predict it (leave one out); of the laws that
+    leave a degree of freedom to judge an interval by."""
     predictions: tuple[Prediction, ...]
+
+    @property
+    def chosen(self) -> str:
+        """The law whose `left_out` is least: chosen by what was fitted, not what was held out."""
+        return min(self.left_out, key=lambda law: self.left_out[law])
 
 
 @dataclass(frozen=True)
@@ -123,8 +139,14 @@ def _curve(
         generator=generator,
         resamples=study.bootstrap,
     )
-    fits = {LOG_LAW: fit(fit_log_law, num_coefficients=2)}
-    fits[POWER_LAW] = fit(fit_power_law, num_coefficients=3)
+    laws: dict[str, tuple[Callable[[Array, Array], Law], int]]
+    laws = {LOG_LAW: (fit_log_law, 2), POWER_LAW: (fit_power_law, 3)}
+    fits = {law: fit(find, num_coefficients=number) for law, (find, number) in laws.items()}
+    left_out = {
+        law: leave_one_out(find, compute, quality)
+        for law, (find, number) in laws.items()
+        if len(fitted) > number
+    }
     predictions = [
         Prediction(
             mean,
@@ -135,7 +157,15 @@ def _curve(
         for mean in held_out
         for law, found in fits.items()
     ]
-    return Curve(family, tuple(fitted), tuple(others), tuple(held_out), fits, tuple(predictions))
+    return Curve(
+        family,
+        tuple(fitted),
+        tuple(others),
+        tuple(held_out),
+        fits,
+        left_out,
+        tuple(predictions),
+    )
 
 
 def _efficiency(curve: Curve, first: Curve) -> Efficiency:

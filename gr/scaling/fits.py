@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares, minimize_scalar
+from scipy.optimize import least_squares
 
 Array = NDArray[np.float64]
-ALPHAS = (1e-3, 3.0)
-"""Exponents that a power law may have."""
+ALPHAS = (1e-3, 1.0)
+"""Exponents that a power law may have; a few points that bend once allow anything above."""
 
 
 @dataclass(frozen=True)
@@ -99,38 +99,40 @@ def fit_log_law(compute_P: Array, quality_P: Array) -> LogLaw:
 
 
 def fit_power_law(compute_P: Array, quality_P: Array) -> PowerLaw:
-    """Return the power law with the least squared error.
+    """Return the power law with the least squared error, E at least 0.
 
     E and A follow from alpha by linear least squares, so that the search is along one number.
+    Without a bound on E, points that hardly bend are fitted as well by any small alpha, whose E and
+    A are huge and cancel: a loss or a share is never below 0, and saying so costs nothing.
 
     Raises:
         ValueError: with fewer than three different compute values.
     """
     _need(len(np.unique(compute_P)), 3, "a power law")
     unit = float(np.exp(np.log(compute_P).mean()))
-
     log_x_P = np.log(compute_P / unit)
-    centred_P = quality_P - quality_P.mean()
 
-    def slope_and_error(log_alpha_G: Array) -> tuple[Array, Array]:
+    def solve(log_alpha_G: Array) -> tuple[Array, Array, Array]:
+        """Return E, A and the squared error for each alpha."""
         column_GP = np.exp(-np.exp(log_alpha_G)[:, None] * log_x_P)
-        column_GP -= column_GP.mean(axis=1, keepdims=True)
-        A_G = column_GP @ centred_P / (column_GP**2).sum(axis=1)
-        return A_G, ((centred_P - A_G[:, None] * column_GP) ** 2).sum(axis=1)
+        mean_G = column_GP.mean(axis=1)
+        centred_GP = column_GP - mean_G[:, None]
+        A_G = centred_GP @ quality_P / (centred_GP**2).sum(axis=1)
+        E_G = quality_P.mean() - A_G * mean_G
+        alone_G = column_GP @ quality_P / (column_GP**2).sum(axis=1)
+        A_G, E_G = np.where(E_G < 0, alone_G, A_G), np.maximum(E_G, 0.0)
+        fitted_GP = E_G[:, None] + A_G[:, None] * column_GP
+        return E_G, A_G, ((quality_P - fitted_GP) ** 2).sum(axis=1)
 
     low, high = np.log(ALPHAS).tolist()
-    grid = np.linspace(low, high, 60)
-    best = int(np.argmin(slope_and_error(grid)[1]))
-    log_alpha = minimize_scalar(
-        lambda value: slope_and_error(np.array([value]))[1][0],
-        bounds=(grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]),
-        method="bounded",
-        options={"xatol": 1e-7},
-    ).x
-    A = float(slope_and_error(np.array([log_alpha]))[0][0])
-    alpha = float(np.exp(log_alpha))
-    E = float((quality_P - A * np.exp(-alpha * log_x_P)).mean())
-    return PowerLaw(E, A, alpha, unit)
+    for _ in range(5):
+        # Each grid spans two cells of the one before: 5 of them reach 1e-5 of ln alpha.
+        grid = np.linspace(low, high, 40)
+        best = int(np.argmin(solve(grid)[2]))
+        low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+    log_alpha = grid[best]
+    E, A, _ = (float(values[0]) for values in solve(np.array([log_alpha])))
+    return PowerLaw(E, A, float(np.exp(log_alpha)), unit)
 
 
 def fit_joint_law(names: Sequence[str], x_PX: Array, quality_P: Array) -> JointLaw:
@@ -260,6 +262,28 @@ def fit_with_intervals(
     noise_BP = sigmas[:, None] * generator.standard_normal((resamples, len(quality_P)))
     laws = tuple(fit(x, fitted_P + noise_P) for noise_P in noise_BP)
     return Fit(law, residuals, float(np.sqrt(rss / freedom)), laws, sigmas)
+
+
+def leave_one_out(fit: Callable[[Array, Array], Law], x: Array, quality_P: Array) -> float:
+    """Return the root mean square error of each point as the law of the others predicts it.
+
+    Laws of different numbers of coefficients are compared by it: a coefficient that follows the
+    noise of one point makes the prediction of another worse.
+
+    Args:
+        fit: takes (x, quality) and returns a law.
+        x: as `fit` takes it, P points.
+        quality_P: one value a point.
+
+    Raises:
+        ValueError: as `fit`, with one point fewer.
+    """
+    rows = np.arange(len(quality_P))
+    errors = [
+        float(fit(x[rows != row], quality_P[rows != row])(x[row : row + 1])[0] - quality_P[row])
+        for row in rows
+    ]
+    return float(np.sqrt(np.mean(np.square(errors))))
 
 
 def central(values: Sequence[float] | Array, level: float) -> tuple[float, float]:

@@ -127,11 +127,17 @@ def _points_table(study: ScalingConfig, analysis: Analysis) -> str:
 
 def _laws_table(analysis: Analysis) -> str:
     rows = [
-        [curve.family, law, _coefficients(fit), f"{fit.sigma:.2g}"]
+        [
+            curve.family,
+            f"{law} (chosen)" if law == curve.chosen else law,
+            _coefficients(fit),
+            f"{fit.sigma:.2g}",
+            f"{curve.left_out[law]:.2g}" if law in curve.left_out else "",
+        ]
         for curve in analysis.curves
         for law, fit in curve.fits.items()
     ]
-    head = ["family", "law", "coefficients (95 % intervals)", "error of a point"]
+    head = ["family", "law", "coefficients (95 % intervals)", "error of a point", "left out"]
     return f"## Laws\n\n{markdown_table(head, rows)}"
 
 
@@ -141,7 +147,7 @@ def _predictions_table(analysis: Analysis) -> str:
             curve.family,
             p.mean.size,
             f"{p.factor:.1f}",
-            p.law,
+            f"{p.law} (chosen)" if p.law == curve.chosen else p.law,
             f"{p.predicted:.4f}",
             f"{p.low:.4f} to {p.high:.4f}",
             f"{p.mean.quality:.4f}",
@@ -157,7 +163,8 @@ def _predictions_table(analysis: Analysis) -> str:
 def _verdict(prediction: Prediction) -> str:
     if math.isnan(prediction.low):
         return "no interval"
-    return "inside" if prediction.is_inside else "OUTSIDE"
+    where = "inside" if prediction.is_inside else "OUTSIDE"
+    return f"{where}, {prediction.width:.1%} wide"
 
 
 def _coefficients(fit: Fit) -> str:
@@ -196,6 +203,8 @@ def _record(study: ScalingConfig, analysis: Analysis) -> dict[str, Any]:
                     "coefficients": fit.law.coefficients,
                     "intervals_95": {n: fit.interval(n) for n in fit.law.coefficients},
                     "sigma": fit.sigma,
+                    "left_out": curve.left_out.get(law),
+                    "chosen": law == curve.chosen,
                 }
                 for law, fit in curve.fits.items()
             }

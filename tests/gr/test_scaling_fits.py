@@ -14,6 +14,7 @@ from gr.scaling.fits import (
     fit_log_law,
     fit_power_law,
     fit_with_intervals,
+    leave_one_out,
 )
 
 COMPUTE = np.geomspace(1e12, 1e15, 6)
@@ -34,7 +35,7 @@ def test_a_line_is_found(a, b):
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.floats(0.2, 2), st.floats(0.02, 1), st.floats(0.02, 1.5))
+@given(st.floats(0.2, 2), st.floats(0.02, 1), st.floats(0.02, 0.99))
 def test_a_power_law_is_found(E, A, alpha):
     unit = float(np.exp(np.log(COMPUTE).mean()))
     law = fit_power_law(COMPUTE, PowerLaw(E, A, alpha, unit)(COMPUTE))
@@ -51,6 +52,44 @@ def test_a_rising_power_law_is_found():
     law = fit_power_law(COMPUTE, truth(COMPUTE))
     assert pytest.approx(-0.2, rel=1e-3) == law.A
     assert law.alpha == pytest.approx(0.3, rel=1e-3)
+
+
+def test_points_that_hardly_bend_do_not_make_the_power_law_explode():
+    """Of a line in ln C the free fit has E below -1000 and A as large; predictions stay between."""
+    x = np.geomspace(7e11, 7e13, 5)
+    y = 0.52 - 0.026 * np.log(x / x[0]) + 0.002 * np.array([1, -1, 0.5, -1, 1])
+    found = fitted(fit_power_law, y, p=3, x=x, resamples=200)
+    assert 0 <= found.law.E < 1
+    assert all(0 <= law.E <= y.max() and law.alpha <= 1 for law in found.resampled)
+    _, low, high = found.predict(np.array([5 * x[-1]]), np.random.default_rng(0))
+    assert 0.3 < low < high < y[-1] + 0.02
+
+
+def test_a_bounded_fit_is_the_best_of_those_allowed():
+    """Against a brute search over E >= 0, A and alpha."""
+    x = np.geomspace(1e12, 1e15, 7)
+    for y in (1.2 - 0.03 * np.log(x / x[0]) ** 1.2, 0.4 + 0.3 * (x / x[0]) ** -0.3):
+        law = fit_power_law(x, y)
+        best = min(
+            float((((y - E) @ c / (c @ c) * c + E - y) ** 2).sum())
+            for alpha in np.geomspace(1e-3, 1, 100)
+            for c in [(x / law.C0) ** -alpha]
+            for E in np.linspace(0, y.min(), 60)
+        )
+        assert float(((law(x) - y) ** 2).sum()) <= best + 1e-12
+
+
+def test_leaving_one_out_is_the_error_of_predictions_and_finds_the_form():
+    random = np.random.default_rng(3)
+    x = np.geomspace(1e11, 1e15, 8)
+    y = 1.0 - 0.02 * np.log(x) + 0.003 * random.standard_normal(8)
+    # For least squares the error of a point left out is its residual over 1 - leverage.
+    design = np.stack([np.ones(8), np.log(x)], axis=1)
+    hat = design @ np.linalg.inv(design.T @ design) @ design.T
+    press = ((y - hat @ y) / (1 - np.diag(hat))) ** 2
+    assert leave_one_out(fit_log_law, x, y) == pytest.approx(np.sqrt(press.mean()))
+    bent = 0.8 + 0.3 * (x / 1e11) ** -0.4 + 0.002 * random.standard_normal(8)
+    assert leave_one_out(fit_power_law, x, bent) < leave_one_out(fit_log_law, x, bent)
 
 
 def test_a_joint_law_is_found():
@@ -86,8 +125,10 @@ def test_intervals_of_a_line_are_the_t_intervals():
     [
         (fit_log_law, 2, LogLaw(2.0, -0.04), 150),
         (fit_power_law, 3, PowerLaw(0.7, 0.15, 0.25, 1e13), 40),
+        # The bound E >= 0 is active in most resamples of the last.
+        pytest.param(fit_power_law, 3, PowerLaw(0.02, 0.9, 0.05, 1e13), 40, marks=pytest.mark.slow),
     ],
-    ids=["line", "power"],
+    ids=["line", "power", "power_at_its_bound"],
 )
 def test_a_held_out_point_is_inside_as_often_as_said(fit, p, truth, studies):
     random = np.random.default_rng(7)

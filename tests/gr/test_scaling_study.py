@@ -106,6 +106,10 @@ def test_laws_prediction_and_efficiency_of_a_known_study(study):
         assert p["factor"] == pytest.approx(5e12 / 6e11)
         assert p["interval"][0] <= p["measured"] <= p["interval"][1], p
     assert {p["law"] for p in record["predictions"]} == {LOG_LAW, POWER_LAW}
+    for laws in record["laws"].values():
+        errors = {name: law["left_out"] for name, law in laws.items() if law["left_out"]}
+        assert [name for name in laws if laws[name]["chosen"]] == [min(errors, key=errors.get)]
+    assert len([line for line in text.splitlines() if "(chosen)" in line and "% wide" in line]) == 2
     assert "| hstu   | big (held out)" in text
     assert len(record["points"]) == 20
     point = record["points"][0]
