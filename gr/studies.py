@@ -197,10 +197,12 @@ def _comparison(
     compared = [name for name in groups if any(name in column for column in columns.values())]
     if not compared:
         return []
+    sums = [metric for metric in study.metrics if metric in TRAINING]
     lines = [
         [
             study.rows[name].title,
             *(difference_cell(*c[name]) if name in c else "-" for c in columns.values()),
+            *(_relative(study, groups, metric, name, baseline) for metric in sums),
         ]
         for name in compared
     ]
@@ -208,9 +210,23 @@ def _comparison(
     first = metrics[0]
     return [
         f"Difference from {title} at the same seed, {DIFFERENCES}:\n",
-        markdown_table(["", *map(_title, metrics)], lines) + "\n",
+        markdown_table(["", *map(_title, [*metrics, *sums])], lines) + "\n",
         f"By {_title(first)}, against {title}: {_verdict(study, columns[first], first)}.\n",
     ]
+
+
+def _relative(
+    study: StudyConfig,
+    groups: dict[str, list[StudyRecord]],
+    metric: str,
+    name: str,
+    baseline: str,
+) -> str:
+    """Return by how much a sum over the training differs, in percent, at the seeds of both."""
+    values = _values(study, groups, metric)
+    both = values[name].keys() & values[baseline].keys()
+    base = sum(values[baseline][seed] for seed in both)
+    return f"{sum(values[name][seed] for seed in both) / base - 1:+.1%}" if base else "-"
 
 
 def _verdict(study: StudyConfig, column: dict[str, tuple[Difference, float]], metric: str) -> str:

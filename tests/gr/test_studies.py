@@ -89,6 +89,19 @@ def test_the_section_says_what_the_runs_say(tmp_path, page, runs):
     assert output.read_text() == text
 
 
+def test_sums_over_the_training_are_compared_in_percent_at_the_seeds_of_both(tmp_path, page, runs):
+    for run in runs:
+        row, tokens = run.name.split("_")[0], 1e6 * (1 + int(run.name.split("_s")[1][0]))
+        tokens *= {"none": 1, "hour": 0.25, "noise": 2}[row]
+        (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "tokens": tokens}) + "\n")
+    fewer = [run for run in runs if run.name != "hour_s2_00ff"]
+    results(page, fewer, tmp_path / "results.md")
+    text = (tmp_path / "results.md").read_text().split("Difference from")[1]
+    cells = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in text.splitlines()
+             if line.startswith("| ")}  # fmt: skip
+    assert cells == {"": "tokens, M", "hour": "-75.0%", "noise": "+100.0%"}
+
+
 def test_the_last_window_alone(tmp_path, page, runs):
     page.write_text(PAGE.replace("baselines: [none]", "baselines: [none]\n    window: last"))
     results(page, runs, tmp_path / "results.md")
