@@ -56,8 +56,8 @@ class Fp8Guard:
         return [name for name, layer in self.layers.items() if not layer.fp8_products]
 
     def load_state(self, names: Sequence[str]) -> None:
-        """Turn these layers to bf16."""
-        for name in names:
+        """Turn these layers to bf16; those that the configuration has in bf16 stay so."""
+        for name in self.layers.keys() & {*names}:
             self.layers[name].fp8_products = ()
 
     def after_forward(self, forward: Callable[[], object]) -> bool:

@@ -95,9 +95,9 @@ def measure_requests(shape: Shape) -> Figures:
         figures[f"ms_first{name}"] = statistics.median(first[skip:])
         figures[f"ms_second{name}"] = statistics.median(second[skip:])
         if on_gpu:
+            others = [user + 10**6 for user in asking[0]]
             for place, count in (("first", half), ("second", half + new)):
-                users = [u + 10**6 for u in asking[0]] if place == "first" else users
-                asked = ask(users, count)
+                asked = ask(others, count)
                 figures[f"ms_{place}{name}_on_device"] = device_ms(partial(which.answer, *asked))
     figures["speedup_together"] = figures["ms_first_together"] / figures["ms_second_together"]
     figures["speedup"] = figures["ms_first"] / figures["ms_second"]

@@ -1,13 +1,14 @@
 """Columns of requests as the data side reads those of a log, and how requests are laid out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from pipelines.config import DataConfig, LeaveOneOutConfig, StochasticLengthConfig
+from pipelines.config import DataConfig, LeaveOneOutConfig, StochasticLengthConfig, TaskConfig
 from pipelines.features import Column
 from pipelines.history import Ints
 
@@ -78,3 +79,26 @@ def column_array(what: str, column: Column, values: Any, num_rows: int) -> pa.Ar
     if len(array) != num_rows:
         raise ValueError(f"{what}.{column.name} must hold {num_rows} values, got {len(array)}")
     return array
+
+
+def check_finite(
+    numbers: Sequence[NDArray[Any]], floats_EG: NDArray[np.float32], tasks: Mapping[str, TaskConfig]
+) -> None:
+    """Refuse what has a log's sessions rejected.
+
+    Args:
+        numbers: values of each feature that is a number.
+        floats_EG: labels of the tasks, then dense features.
+        tasks: by name, in their order.
+
+    Raises:
+        ValueError: naming the task, if it is a label.
+    """
+    for number, (name, task) in enumerate(tasks.items()):
+        if np.isinf(floats_EG[:, number]).any():
+            least = f" above {-task.scale:g}" if task.log1p else ""
+            raise ValueError(
+                f"{task.action} must be null or finite{least}, as data.tasks.{name} reads it"
+            )
+    if any(bool(np.isinf(x).any()) for x in (*numbers, floats_EG)):
+        raise ValueError("numbers must be finite in float32, or null, as a log's must; got inf")

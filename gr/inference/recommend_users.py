@@ -85,7 +85,8 @@ def recommend_users(
 
     Raises:
         ValueError: if the checkpoint or the log cannot be used, the model does not retrieve, the
-            output holds something else, or tables are sharded over several ranks.
+            output holds something else, tables are sharded over several ranks, or ranks find
+            different checkpoints.
     """
     with parallel.joined(config) as world:
         form = config.embeddings.form
@@ -97,6 +98,7 @@ def recommend_users(
             )
         alone = World(0, 1, world.device)
         trainer, step = load_trainer(config, str(run_dir), world=alone, step=step)
+        world.agree("checkpoint", str(step))
         recommender = recommender_of(trainer, step)
         if recommender.index is None:
             raise ValueError("the model has no retrieval head, so it cannot find items for users")
@@ -112,6 +114,7 @@ def recommend_users(
             "users_per_file": users_per_file,
             "overrides": " ".join(sorted(overrides)),
         }
+        world.agree("arguments", json.dumps(origin))
         folder = Path(output)
         world.on_main(lambda: _open(folder, origin))
         users = recommender.store.users()

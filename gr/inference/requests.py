@@ -16,7 +16,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from gr.inference.columns import TYPES, Columns, column_array, integers, request_data
+from gr.inference.columns import (
+    TYPES,
+    Columns,
+    check_finite,
+    column_array,
+    integers,
+    request_data,
+)
 from gr.inference.series import hide, hide_repeated, last_known, nothing_known
 from pipelines.assemble import assemble
 from pipelines.batch import SequenceBatch, StreamPosition
@@ -386,8 +393,7 @@ class RequestEncoder:
         codes = rows.codes.reshape(num_rows, encoder.num_codes)
         floats = rows.floats.reshape(num_rows, encoder.num_floats)
         numbers = [read_numbers(ints, x) for x in encoder.item_slots if x.feature.is_number]
-        if any(bool(np.isinf(x).any()) for x in numbers) or bool(np.isinf(floats).any()):
-            raise ValueError("numbers must be finite in float32, or null, as a log's must; got inf")
+        check_finite(numbers, floats, self.data.tasks)
         return ints, codes, floats
 
 

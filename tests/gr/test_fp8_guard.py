@@ -122,3 +122,15 @@ def test_ranks_decide_together(log):
     assert of_rank_0 == of_rank_1
     assert of_rank_0[:2] == ([(), BF16, BF16], 0)
     assert math.isfinite(of_rank_0[2])
+
+
+def test_layers_that_were_turned_to_bf16_are_no_matter_where_all_are(log):
+    """A run in fp8 may be evaluated, served and exported in bf16."""
+    trainer = make_trainer(log)
+    trainer.guard.load_state(["encoder.layers.1"])
+    assert trainer.guard.state() == ["encoder.layers.1"]
+    hstu = replace(trainer.config.model.hstu, precision="bf16")
+    config = replace(trainer.config, model=replace(trainer.config.model, hstu=hstu))
+    plain = Trainer(config, WORLD, utc_offset=0, sequences_per_step=16)
+    plain.guard.load_state(["encoder.layers.1"])
+    assert in_fp8(plain) == [(), (), ()]

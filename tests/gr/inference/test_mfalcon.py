@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gr.inference import Scorer
 from tests.gr.inference.drawn import (
     World,
     alone,
@@ -35,6 +36,25 @@ def test_microbatches_equal_a_pass_of_each_candidate(config, counts, microbatch,
 @given(runs(), COUNTS, st.integers(1, 5), st.integers(0, 99))
 def test_microbatches_of_many_runs(config, counts, microbatch, seed):
     check_microbatches(config, counts, microbatch, seed)
+
+
+@settings(deadline=None, max_examples=4)
+@given(runs(), COUNTS, st.integers(1, 5), st.integers(0, 99))
+def test_in_float32_they_are_within_a_hundred_thousandth(config, counts, microbatch, seed):
+    """Of the largest score, against passes of the training code in float32 too."""
+    history, items = zip(*counts, strict=True)
+    world = World(config, seed, history)
+    requests = world.requests()
+    candidates = world.candidates(requests, items)
+    model, lookup = make_model(config).float(), make_lookup(config, torch.float32)
+    scorer = Scorer(config, model, lookup, torch.device("cpu"))
+    encoded = scorer.encode_history(requests)
+    if not sum(items) or not config.data.tasks:
+        return
+    ranking, _ = alone(config, model, lookup, requests, candidates)
+    found = scorer.score(encoded, candidates, microbatch=microbatch)
+    for name, x in found.ranking.items():
+        assert (x - ranking[name]).abs().max() <= 1e-5 * ranking[name].abs().max().clamp(min=1)
 
 
 def check_microbatches(config, counts, microbatch, seed):

@@ -15,6 +15,7 @@ from gr.checkpoint import CheckpointManager
 from gr.evaluate import EVALUATE, evaluate, run_config
 from gr.inference import recommend as module
 from gr.inference.recommend import PROGRESS, recommend
+from gr.inference.recommend_users import TopItems, recommend_users
 from gr.inference.score_tables import prediction
 from gr.parallel import World
 from gr.runlog import read_lines
@@ -153,6 +154,36 @@ def test_killed_it_goes_on_from_what_counts(ranks, run_dir, scores, tmp_path, mo
         assert ours[KEYS].equals(theirs[KEYS])
         for column in set(ours) - set(KEYS) - {"rank"}:
             np.testing.assert_allclose(ours[column], theirs[column], rtol=1e-5, atol=1e-6)
+
+
+def messages_of_commands(run_dirs, output):
+    """Return what each command says on this rank, which finds a run of its own."""
+    run_dir = run_dirs[torch.distributed.get_rank()]
+    config = run_config(run_dir)
+    commands = (
+        lambda: recommend(config, run_dir, output),
+        lambda: recommend_users(config, run_dir, output, TopItems(top=2)),
+        lambda: evaluate(config, run_dir),
+    )
+    found = []
+    for command in commands:
+        with pytest.raises(ValueError) as told:  # noqa: PT011 (the caller reads it)
+            command()
+        found.append(str(told.value))
+    return found
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_the_checkpoint(run_dir, tmp_path):
+    """Where one rank finds a newer checkpoint than another, nothing is scored."""
+    late = tmp_path / "late"
+    shutil.copytree(run_dir, late)
+    shutil.rmtree(late / "checkpoints" / "step_4")
+    output = tmp_path / "out"
+    for texts in run_distributed(messages_of_commands, 2, [str(run_dir), str(late)], str(output)):
+        for text in texts:
+            assert text.startswith("all ranks must have the same checkpoint, but rank 1 differs")
+    assert not output.exists()
 
 
 def test_what_is_complete_stays_as_it_is(run_dir, scores, capsys):

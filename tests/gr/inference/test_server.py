@@ -177,6 +177,11 @@ WRONG = [
     ({"history": [event(99, 5, True)], "candidates": [1]}, 422, "item 99 is not in"),
     ({"history": [event(1, -5, True)], "candidates": [1]}, 422, "greater than or equal to 0"),
     ({"history": [event(1, 5, "yes")], "candidates": [1]}, 422, "click"),
+    (
+        {"history": [event(1, 5, True) | {"watch_ms": -5000}], "candidates": [1]},
+        422,
+        "watch_ms must be null or finite above -1000, as data.tasks.watch reads it",
+    ),
     ({"history": [event(1, 5, True)] * 51, "candidates": [1]}, 422, "at most 50 items"),
     ({"user_id": 3, "candidates": [{"item_id": 1, "price": [2]}]}, 422, "price"),
 ]
