@@ -8,7 +8,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from embeddings.tables import Tables
 from kernels.int4_rows import dequantize_int4, row_bytes
 from kernels.int4_rows.reference import CONSTANTS
 
@@ -139,3 +141,46 @@ class Int4Table:
         )
         torch.index_select(self.rows_EW, 0, index_R, out=gathered)
         return dequantize_int4(gathered.to(device, non_blocking=True), dtype=dtype)
+
+
+class Int4Tables:
+    """Tables of a run in 4 bits, in host memory: they are looked up, and that is all.
+
+    Args:
+        tables: of one process, whose rows are quantised chunk by chunk. They are not kept.
+
+    Raises:
+        ValueError: as quantize_int4.
+    """
+
+    exchange = None
+    """As Tables.exchange: no stream brings ids to other ranks."""
+
+    def __init__(self, tables: Tables) -> None:
+        self.config, self.device = tables.config, tables.device
+        self.rows = {
+            name: Int4Table.of_chunks(
+                tables.all_rows(name), table.num_embeddings, table.dim, name=f"table {name!r}"
+            )
+            for name, table in tables.config.tables.items()
+        }
+
+    @property
+    def num_bytes(self) -> int:
+        """Host memory of all rows."""
+        return sum(table.num_bytes for table in self.rows.values())
+
+    def lookup(self, rows: KeyedJaggedTensor) -> dict[str, Tensor]:
+        """Return the rows of each feature, float32, on the tables' device (see Tables)."""
+        table_of = {f: name for name, table in self.config.tables.items() for f in table.features}
+        bounds = rows.offset_per_key()
+        return {
+            feature: self.rows[table_of[feature]].lookup(
+                rows.values()[bounds[i] : bounds[i + 1]], device=self.device
+            )
+            for i, feature in enumerate(rows.keys())
+        }
+
+    def local_weight(self, table: str) -> Tensor | None:
+        """Return None: there are no rows that can be read as numbers."""
+        return None

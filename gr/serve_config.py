@@ -30,6 +30,8 @@ class ServeConfig:
     model allows it (docs/inference.md); 0: none."""
     faiss: str = ""
     """Description of a FAISS index in the place of the exact search; empty: exact."""
+    tables: str = "fp32"
+    """fp32: rows as they were trained, on the device; int4: in 4 bits, in host memory."""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -45,6 +47,8 @@ class ServeConfig:
                 raise ValueError(f"{flag} must be at least {least}, got {getattr(self, name)}")
         if self.port > 65_535:
             raise ValueError(f"--port must be at most 65535, got {self.port}")
+        if self.tables not in ("fp32", "int4"):
+            raise ValueError(f"--tables must be fp32 or int4, got {self.tables!r}")
         if not 0 <= self.cache_mb < float("inf"):
             raise ValueError(f"--cache-mb must be at least 0, got {self.cache_mb}")
         for name in ("timeout_s", "max_body_mb"):

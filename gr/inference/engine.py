@@ -297,6 +297,7 @@ def load_recommender(
     step: int | None = None,
     faiss: str = "",
     cache_bytes: int = 0,
+    tables: str = "fp32",
 ) -> Recommender:
     """Return what answers questions with a checkpoint, knowing the users of the run's log.
 
@@ -308,13 +309,15 @@ def load_recommender(
         faiss: description of a FAISS index in the place of the exact one; empty: exact.
         cache_bytes: memory for keys and values from one request to the next, where the model allows
             it, or on a GPU, where it also holds those of one request.
+        tables: fp32, or int4: rows of histories and candidates in 4 bits, in host memory. Retrieval
+            compares with the items' vectors as they were trained.
 
     Raises:
         ValueError: if there is no such checkpoint, it is of another model, or the log cannot be
             used.
     """
     trainer, step = load_trainer(config, run_dir, world=world, step=step)
-    return recommender_of(trainer, step, faiss=faiss, cache_bytes=cache_bytes)
+    return recommender_of(trainer, step, faiss=faiss, cache_bytes=cache_bytes, tables=tables)
 
 
 def load_trainer(
@@ -334,7 +337,7 @@ def load_trainer(
 
 
 def recommender_of(
-    trainer: Trainer, step: int, *, faiss: str = "", cache_bytes: int = 0
+    trainer: Trainer, step: int, *, faiss: str = "", cache_bytes: int = 0, tables: str = "fp32"
 ) -> Recommender:
     """Return what answers questions with a trainer's weights.
 
@@ -343,6 +346,7 @@ def recommender_of(
         step: of the checkpoint.
         faiss: as `load_recommender`.
         cache_bytes: likewise.
+        tables: likewise; the trainer's own are gone after int4.
 
     Raises:
         ValueError: if the model cannot be asked, or the log cannot be used.
@@ -354,13 +358,14 @@ def recommender_of(
         )
     if device.type == "cpu" and why_unstable(config):
         cache_bytes = 0
-    scorer = Scorer(config, trainer.model, trainer_lookup(trainer), device, cache_bytes=cache_bytes)
     index: ExactIndex | None = None
     if trainer.model.retrieval is not None:
         catalogue = catalogue_of(trainer)
         index = FaissIndex(catalogue, faiss) if faiss else ExactIndex(catalogue)
     elif faiss:
         raise ValueError("a FAISS index needs a model with a retrieval head (model.head.retrieval)")
+    lookup = trainer_lookup(trainer, form=tables)
+    scorer = Scorer(config, trainer.model, lookup, device, cache_bytes=cache_bytes)
     return Recommender(scorer, index, read_users(scorer.encoder.data), step=step)
 
 

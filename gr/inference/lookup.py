@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from embeddings.int4 import Int4Tables
 from embeddings.tables import Tables
 from embeddings.vocabulary import Vocabulary
 from pipelines.batch import SequenceBatch
@@ -57,7 +58,7 @@ class TableLookup:
         tables: of one process.
     """
 
-    def __init__(self, model: Any, id_rows: Any, tables: Tables) -> None:
+    def __init__(self, model: Any, id_rows: Any, tables: Tables | Int4Tables) -> None:
         self.model, self.id_rows, self.tables = model, id_rows, tables
 
     def __call__(self, batch: SequenceBatch) -> tuple[SequenceBatch, Mapping[str, Tensor]]:
@@ -83,6 +84,22 @@ class TableLookup:
         return LocalRows(self.id_rows.vocabulary, weights)
 
 
-def trainer_lookup(trainer: Any) -> TableLookup:
-    """Return the lookup of a gr.trainer.Trainer, whose tables must be of one process."""
-    return TableLookup(trainer.model, trainer.id_rows, trainer.tables)
+def trainer_lookup(trainer: Any, *, form: str = "fp32") -> TableLookup:
+    """Return the lookup of a gr.trainer.Trainer, whose tables must be of one process.
+
+    Args:
+        trainer: with the weights of a checkpoint.
+        form: fp32, the trainer's own tables; or int4, a copy of them in 4 bits in host memory, in
+            whose place the trainer's can go.
+
+    Raises:
+        ValueError: for another form, or if a table cannot be had in 4 bits.
+    """
+    if form == "fp32":
+        return TableLookup(trainer.model, trainer.id_rows, trainer.tables)
+    if form != "int4":
+        raise ValueError(f"tables for serving must be fp32 or int4, got {form!r}")
+    tables = Int4Tables(trainer.tables)
+    # Nothing is left that would keep the rows that were trained.
+    trainer.id_rows.tables = trainer.tables = tables
+    return TableLookup(trainer.model, trainer.id_rows, tables)

@@ -357,6 +357,7 @@ def serve(
             step=step,
             faiss=serve_config.faiss,
             cache_bytes=int(serve_config.cache_mb * 1e6),
+            tables=serve_config.tables,
         )
         with _listening(serve_config) as listener:
             _run(recommender, serve_config, world, listener)

@@ -10,7 +10,7 @@ import torch
 from gr.runlog import read_lines
 from gr.trainer import Trainer
 from tests.dist import MANY_GPUS, run_distributed
-from tests.e2e.toy import run
+from tests.e2e.toy import ULTRA, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,18 +33,6 @@ def test_a_resumed_gpu_run_repeats_bit_for_bit(config, tmp_path):
     run(config, f"run_dir={tmp_path / 'cut'}", "device=cuda", "max_steps=8")
     cut = run(config, f"run_dir={tmp_path / 'cut'}", "device=cuda", "resume=true")
     np.testing.assert_array_equal(losses(whole), losses(cut))
-
-
-ULTRA = (
-    "model.num_layers=3",
-    "model.hstu.bias=none",
-    "data.layout=merged",
-    "data.anchor=session",
-    "model.hstu.semi_local={window: 6, global_rows: 3}",
-    "model.hstu.truncation={layers: 2, history: 10}",
-    "model.mixture={newest: {history: 8}, clicked: {actions: {click: 0.5}}}",
-    "data.stochastic_length={selection: weighted, max_length: 16}",
-)
 
 
 @pytest.mark.gpu

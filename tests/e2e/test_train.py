@@ -15,15 +15,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from sklearn.metrics import log_loss
 
+from gr import cli
 from gr.checkpoint import CheckpointManager
+from gr.evaluate import EVALUATE
 from gr.runlog import read_lines
 from gr.trainer import EVALUATION
 from pipelines.config import SessionizeConfig
 from pipelines.manifest import read_manifest
 from pipelines.sessionize import sessionize
 from tests.dist import run_distributed
-from tests.e2e.toy import ACTIONS, FEATURES, run, write_config, write_events, write_log
+from tests.e2e.toy import ACTIONS, FEATURES, ULTRA, run, write_config, write_events, write_log
 
 # What the tests share takes long to make: one worker of pytest-xdist makes it.
 pytestmark = pytest.mark.xdist_group("train")
@@ -315,18 +318,23 @@ def test_dlrm_and_the_other_encoders_run(config, tmp_path):
     assert "hr@10" not in lifetime(out)
 
 
-def test_semi_local_and_truncated_layers_of_a_mixture_learn_and_resume(config, tmp_path):
-    ultra = (
-        "model.num_layers=3",
-        "model.hstu.semi_local={window: 6, global_columns: 2}",
-        "model.hstu.truncation={layers: 2, history: 10}",
-        "model.mixture={newest: {history: 8}, clicked: {actions: {click: 0.5}}}",
-    )
-    whole = run(config, f"run_dir={tmp_path / 'whole'}", *ultra)
+def test_all_of_ultra_learns_resumes_and_is_evaluated_as_it_is_served(config, tmp_path):
+    whole = run(config, f"run_dir={tmp_path / 'whole'}", *ULTRA)
     assert lifetime(whole)["ne-click"] < 0.95
+    assert lifetime(whole)["hr@10"] > 0
     cut = f"run_dir={tmp_path / 'cut'}"
-    run(config, cut, *ultra, "max_steps=8")
-    assert_equal_runs(whole, run(config, cut, *ultra, "resume=true"))
+    run(config, cut, *ULTRA, "max_steps=8")
+    assert_equal_runs(whole, run(config, cut, *ULTRA, "resume=true"))
+
+    assert cli.main(["evaluate", str(whole)]) == 0
+    assert cli.main(["recommend", str(whole), str(tmp_path / "scores")]) == 0
+    scores = pq.read_table(tmp_path / "scores" / "ranking").to_pandas()
+    evaluated = read_lines(whole / EVALUATE)[-1]
+    assert evaluated["window"] == "all"
+    click = scores["click"].astype(float)
+    assert evaluated["logloss-click"] == pytest.approx(
+        log_loss(scores["click_label"], click), rel=1e-5
+    )
 
 
 def test_what_is_skipped_is_counted_and_written_down(tmp_path):

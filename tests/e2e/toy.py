@@ -52,6 +52,19 @@ device: cpu
 """
 
 
+ULTRA = (
+    "model.num_layers=3",
+    "model.hstu.bias=none",
+    "data.layout=merged",
+    "data.anchor=session",
+    "data.action_context=[price]",
+    "model.hstu.semi_local={window: 6, global_rows: 3, global_columns: 2}",
+    "model.hstu.truncation={layers: 2, history: 10}",
+    "model.mixture={newest: {history: 8}, clicked: {actions: {click: 0.5}}}",
+    "data.stochastic_length={selection: weighted, max_length: 16}",
+)
+"""Every component of ULTRA-HSTU: an action is its click, its length and the price of the item."""
+
 ACTIONS = {"click": "bool", "watch_ms": "int64"}
 FEATURES = {"price": "double"}
 
