@@ -173,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     child.add_argument("page", help="YAML file: which row of which table a run is")
     child.add_argument("runs", nargs="*", help="run directories of a sweep, or ROW=DIRECTORY")
     child.add_argument("--output", required=True, help="Markdown file; records go beside it")
+    child.add_argument("--again", nargs="+", default=[], help="runs of rows that are recorded")
     child.add_argument("--traceback", action="store_true", help="show it also for user errors")
 
     child = command("scaling", _scaling, "Train a ladder of sizes and fit scaling laws.")
@@ -374,7 +375,7 @@ def _report(arguments: argparse.Namespace) -> None:
 def _results(arguments: argparse.Namespace) -> None:
     from gr.results import results
 
-    print(results(arguments.page, arguments.runs, arguments.output))
+    print(results(arguments.page, arguments.runs, arguments.output, again=arguments.again))
 
 
 def _scaling(arguments: argparse.Namespace) -> None:

@@ -318,13 +318,20 @@ def read_records(folder: Path) -> list[Record]:
     return records
 
 
-def results(page: str | Path, runs: Sequence[str | Path], output: str | Path) -> str:
+def results(
+    page: str | Path,
+    runs: Sequence[str | Path],
+    output: str | Path,
+    *,
+    again: Sequence[str | Path] = (),
+) -> str:
     """Add runs to the records beside a page, and write the page of all records anew.
 
     Args:
         page: YAML file of PageConfig.
         runs: run directories; none: the page is made of the records that are there.
         output: Markdown file; records and plots go into the folder of its name without suffix.
+        again: run directories of rows and seeds that are recorded already, to be held against them.
 
     Returns:
         What was written.
@@ -332,6 +339,7 @@ def results(page: str | Path, runs: Sequence[str | Path], output: str | Path) ->
     Raises:
         ValueError: as `make_records` and `read_records`, or if there are no records.
     """
+    from gr.repeats import AGAIN, repeat_section
     from gr.results_page import write_page
     from gr.studies import STUDIES, make_study_records, read_study_records
 
@@ -346,6 +354,14 @@ def results(page: str | Path, runs: Sequence[str | Path], output: str | Path) ->
     if not records and not studies:
         raise ValueError(f"{folder} holds no records: name run directories of a sweep")
     command = f"gr results {page} RUNS --output {output}"
-    files = write_page(config, records, output, command=command, studies=studies)
+    repeats = folder / AGAIN
+    new_again, new_study_again = make_records(config, again), make_study_records(config, again)
+    repeat_section(config, [*records, *studies], [*new_again, *new_study_again])  # or raise
+    if again:
+        write_records(new_again, repeats)
+        write_records(new_study_again, repeats / STUDIES)
+    repeated: list[Record | StudyRecord] = [*read_records(repeats)]
+    repeated += read_study_records(repeats / STUDIES)
+    files = write_page(config, records, output, command=command, studies=studies, repeats=repeated)
     added, total = len(new) + len(new_studies), len(records) + len(studies)
     return f"{added} records added, {total} in all; wrote {', '.join(map(str, files))}"

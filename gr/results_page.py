@@ -12,6 +12,7 @@ import numpy as np
 
 from gr.atomic import write_atomically
 from gr.paired import compare
+from gr.repeats import repeat_section
 from gr.report import markdown_table
 from gr.results import METRICS, PageConfig, Record, RowConfig, TableConfig
 from gr.runs import metric_name
@@ -28,6 +29,7 @@ def write_page(
     *,
     command: str,
     studies: Sequence[StudyRecord] = (),
+    repeats: "Sequence[Record | StudyRecord]" = (),
 ) -> list[Path]:
     """Write the page and its plots.
 
@@ -37,15 +39,17 @@ def write_page(
         output: Markdown file; plots go into the folder of its name without suffix.
         command: what adds RUNS to the page, to be told to its readers.
         studies: records of its studies.
+        repeats: records of rows that were run again.
 
     Returns:
         The files.
 
     Raises:
-        ValueError: if a record belongs to no row of the page.
+        ValueError: if a record belongs to no row of the page, or a repeated run has none to be held
+            against.
     """
     rows = {name for part in page.parts.values() for name in part.rows}
-    everything: list[Record | StudyRecord] = [*records, *studies]
+    everything: list[Record | StudyRecord] = [*records, *studies, *repeats]
     unknown = sorted({record.file_name for record in everything if record.row not in rows})
     if unknown:
         raise ValueError(
@@ -73,6 +77,7 @@ def write_page(
         parts += section
         if not section:
             empty.append(study.title)
+    parts += repeat_section(page, [*records, *studies], repeats)
     if empty:
         parts.append(f"## Not run yet\n\n{'; '.join(empty)}.\n")
     write_atomically(output, "\n".join(parts))

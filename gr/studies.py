@@ -171,7 +171,7 @@ def study_section(study: StudyConfig, records: Sequence[StudyRecord], command: s
     parts += [f"{text.strip()}\n" for text in (study.conclusion, study.note) if text]
     if not groups:
         return [*parts, f"Not run yet: `python -m launch sweep {study.sweep}`.\n"]
-    names = [_title(metric) for metric in study.metrics]
+    names = [metric_title(metric) for metric in study.metrics]
     lines = [
         [
             study.rows[name].title,
@@ -210,8 +210,8 @@ def _comparison(
     first = metrics[0]
     return [
         f"Difference from {title} at the same seed, {DIFFERENCES}:\n",
-        markdown_table(["", *map(_title, [*metrics, *sums])], lines) + "\n",
-        f"By {_title(first)}, against {title}: {_verdict(study, columns[first], first)}.\n",
+        markdown_table(["", *map(metric_title, [*metrics, *sums])], lines) + "\n",
+        f"By {metric_title(first)}, against {title}: {_verdict(study, columns[first], first)}.\n",
     ]
 
 
@@ -272,7 +272,7 @@ def difference_cell(difference: Difference, p: float) -> str:
     return f"{difference.mean:+.4f}{half}{star}"
 
 
-def _title(metric: str) -> str:
+def metric_title(metric: str) -> str:
     """Return a metric as a reader expects it: hr@10/new_items -> HR@10, new items."""
     if metric in _NAMES:
         return _NAMES[metric]

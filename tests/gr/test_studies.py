@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 from gr.results import results
+from gr.runs import mean_interval
 
 PAGE = """
 title: Results
@@ -128,6 +129,33 @@ def test_a_row_may_be_held_against_several(tmp_path, page, runs):
     page.write_text(PAGE.replace("baselines: [none]", "baselines: [nobody]"))
     with pytest.raises(ValueError, match="clock: baseline=nobody is no row of it"):
         results(page, [], tmp_path / "results.md")
+
+
+def test_a_row_run_again_is_held_against_the_recorded_run_of_its_seed(tmp_path, page, runs):
+    output = tmp_path / "results.md"
+    results(page, runs, output)
+    _, half, _ = mean_interval(NE["hour"])
+    for by, verdict in ((0.9 * half, "agrees"), (1.1 * half, "DIFFERS"), (-1.1 * half, "DIFFERS")):
+        name = f"again{by}"
+        repeat = write_run(tmp_path / name, "hour", 1, NE["hour"][1] + by)
+        results(page, [], output, again=[repeat])
+        section = output.read_text().split("## Run again on a fresh clone")[1]
+        (line,) = [line for line in section.splitlines() if "NE click" in line]
+        cells = [x.strip() for x in line.split("|")[1:-1]]
+        assert cells[:2] + cells[3:] == [
+            *("hour", "1", "NE click", f"{NE['hour'][1]:.6f}", f"{NE['hour'][1] + by:.6f}"),
+            *(f"{half:.4f}", verdict),
+        ]
+    # The page of the records alone has it too, and the recorded runs are as they were.
+    text = output.read_text()
+    results(page, [], output)
+    assert output.read_text() == text
+    assert f"{NE['hour'][1]}" in (tmp_path / "results/studies/hour_seed1.json").read_text()
+    stranger = write_run(tmp_path / "other", "hour", 7, 0.8)
+    with pytest.raises(ValueError, match="hour, seed 7, was run again, but"):
+        results(page, [], output, again=[stranger])
+    results(page, [], output)
+    assert output.read_text() == text
 
 
 def test_lower_is_better_only_where_it_is(tmp_path, page, runs):
