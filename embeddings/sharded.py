@@ -25,10 +25,11 @@ from torchrec.distributed.types import ParameterSharding, ShardingEnv
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import EmbeddingsConfig
-from embeddings.distinct import Repeats, put_back_repeats, take_out_repeats
+from embeddings.distinct import put_back_repeats
 from embeddings.initial import BLOCK_ROWS, initial_rows
 from embeddings.memory import cache_fraction, table_bytes
 from embeddings.planning import plan_tables
+from embeddings.sent_lookup import SentLookup
 from embeddings.sharding import (
     Collections,
     check_trainable,
@@ -36,7 +37,7 @@ from embeddings.sharding import (
     sends_once,
     sharder,
 )
-from embeddings.tables import PendingLookup, Tables
+from embeddings.tables import PendingLookup, Tables, exchange_stream
 
 
 class ShardedTables(Tables):
@@ -100,7 +101,7 @@ class ShardedTables(Tables):
             # as leave to read the cache alone, but by then they are those of the next batch.
             kernel.gather_uvm_cache_stats = False
         if device.type == "cuda":
-            self.exchange = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self.exchange = exchange_stream(device)
         for name, weight in self._weights().items():
             for first, local_ED in _local_rows(weight):
                 _fill(local_ED, config, name, seed, first)
@@ -108,12 +109,12 @@ class ShardedTables(Tables):
     def send(self, rows: KeyedJaggedTensor) -> PendingLookup:
         """Start the exchange of row numbers (see Tables), on a GPU beside its other work."""
         self.check_served(rows.keys())
-        return _SentLookup(rows, self)
+        return SentLookup(rows, self)
 
     def lookup(self, rows: KeyedJaggedTensor | PendingLookup) -> dict[str, Tensor]:
         """Return the rows of each feature (see Tables)."""
         sent = self.send(rows) if isinstance(rows, KeyedJaggedTensor) else rows
-        assert isinstance(sent, _SentLookup)
+        assert isinstance(sent, SentLookup)
         if self.config.update_rule == "row_wise_adamw":
             # FBGEMM counts forwards, evaluation included; the bias correction must count steps.
             for kernel in self.kernels:
@@ -278,95 +279,6 @@ class ShardedTables(Tables):
         return {name: state[_key(self.config, name)] for name in self.config.tables}
 
 
-class _SentLookup(PendingLookup):
-    """Row numbers on their way through TorchRec's input_dist, each collection's on its own.
-
-    On a GPU that runs in the stream `exchange`, so that it does not wait for the batch in training.
-    """
-
-    def __init__(self, rows: KeyedJaggedTensor, tables: ShardedTables) -> None:
-        super().__init__(rows)
-        self.exchange = tables.exchange
-        self.cached_kernels = tables.cached_kernels
-        self.is_prefetched = False
-        self.collections = list(tables.sharded.module.collections.values())
-        self.contexts = [each.create_context() for each in self.collections]
-        self.values: list[Any] = []
-        self.event = None if self.exchange is None else torch.Event("cuda")
-        if self.exchange is not None and torch.cuda.current_stream() != self.exchange:
-            self.exchange.wait_stream(torch.cuda.current_stream())
-            for tensor in (rows.values(), rows.lengths()):
-                tensor.record_stream(self.exchange)
-        self.repeats: Repeats | None = None
-        with torch.cuda.stream(self.exchange):
-            asked = _with_features(rows, tables.features)
-            if tables.sends_once:
-                asked, self.repeats = take_out_repeats(asked, tables.config)
-            parts = asked.split(tables.feature_counts)
-            each_with = zip(self.collections, self.contexts, parts, strict=True)
-            # All collections send before the first is waited for.
-            self.lengths = [each.input_dist(context, part) for each, context, part in each_with]
-
-    def advance(self) -> None:
-        """Exchange the row numbers, now that their counts are known, and load them into caches."""
-        self._exchange()
-        if self.event is None:
-            return
-        forward_stream = torch.cuda.current_stream()
-        with torch.cuda.stream(self.exchange):
-            for values in self.values:
-                values.record_stream(forward_stream)
-            if self.cached_kernels:
-                # A row that found no place in a cache is updated where it lies: it may be brought
-                # only after that, and the host does not wait for a backward pass.
-                torch.cuda.current_stream().wait_stream(forward_stream)
-            self._prefetch(forward_stream)
-            self.event.record()
-
-    def finish(self) -> dict[str, Tensor]:
-        """Look the rows up and return those of each feature."""
-        if not self.values:
-            self._exchange()
-        if self.event is not None:
-            stream = torch.cuda.current_stream()
-            stream.wait_event(self.event)
-            for values, context in zip(self.values, self.contexts, strict=True):
-                values.record_stream(stream)
-                context.record_stream(stream)
-            if self.repeats is not None:
-                self.repeats.record_stream(stream)
-        if not self.is_prefetched:
-            self._prefetch(None)
-        each_with = zip(self.collections, self.contexts, self.values, strict=True)
-        pending = [
-            each.compute_and_output_dist(context, values) for each, context, values in each_with
-        ]
-        return {name: found.values() for one in pending for name, found in one.items()}
-
-    def _prefetch(self, forward_stream: torch.cuda.Stream | None) -> None:
-        """Load rows into the caches, in the current stream, for a lookup in another if given."""
-        self.is_prefetched = True
-        if not self.cached_kernels:
-            return
-        # Not by TorchRec's `prefetch`, which reports an error for each table without a cache.
-        for each, values in zip(self.collections, self.values, strict=True):
-            for lookup, rows in zip(each._lookups, values, strict=True):
-                parts = rows.split(lookup._feature_splits)
-                for group, part in zip(lookup._emb_modules, parts, strict=True):
-                    kernel = group.emb_module
-                    if any(kernel is cached for cached in self.cached_kernels):
-                        kernel.gather_uvm_cache_stats = True
-                        kernel.prefetch(part.values(), part.offsets(), forward_stream)
-                        kernel.gather_uvm_cache_stats = False
-
-    def _exchange(self) -> None:
-        with torch.cuda.stream(self.exchange):
-            on_their_way = [each.wait() for each in self.lengths]
-            self.values = [each.wait() for each in on_their_way]
-            if self.event is not None:
-                self.event.record()
-
-
 def _rows_by_rank(sharding: ParameterSharding) -> dict[int, int]:
     """Return rank -> rows that it holds, of the ranks that hold any."""
     rows: dict[int, int] = {}
@@ -381,33 +293,6 @@ _MOMENTS = {
     "row_wise_adagrad": {"second_moment": "momentum1"},
 }
 """Our names of the moments -> FBGEMM's."""
-
-
-def _with_features(rows: KeyedJaggedTensor, features: list[str]) -> KeyedJaggedTensor:
-    """Return `rows` with exactly these keys; a missing feature has no values.
-
-    TorchRec fixes the keys and their order at the first batch, and refuses a stride of 0.
-    """
-    if rows.keys() == features and rows.stride() > 0:
-        return rows
-    bounds = rows.offset_per_key()
-    stride = max(rows.stride(), 1)
-    position = {feature: i for i, feature in enumerate(rows.keys())}
-    lengths = rows.lengths().new_zeros(len(features), stride)
-    values, ends = [rows.values()[:0]], [0]
-    for i, feature in enumerate(features):
-        if feature in position and rows.stride() > 0:
-            j = position[feature]
-            lengths[i] = rows.lengths()[j * stride : (j + 1) * stride]
-            values.append(rows.values()[bounds[j] : bounds[j + 1]])
-        ends.append(ends[-1] + (values[-1].numel() if feature in position else 0))
-    return KeyedJaggedTensor(
-        keys=features,
-        values=torch.cat(values),
-        lengths=lengths.flatten(),
-        stride=stride,
-        offset_per_key=ends,
-    )
 
 
 def _fill(local_ED: Tensor, config: EmbeddingsConfig, table: str, seed: int, first: int) -> None:

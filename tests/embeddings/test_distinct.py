@@ -6,7 +6,12 @@ from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import EmbeddingsConfig, TableConfig
-from embeddings.distinct import put_back_repeats, take_out_repeats
+from embeddings.distinct import (
+    SEQUENCES,
+    put_back_repeats,
+    spread_evenly,
+    take_out_repeats,
+)
 
 CONFIG = EmbeddingsConfig(
     tables={
@@ -86,5 +91,25 @@ def test_many_ids_are_spread_over_sequences():
         CONFIG,
     )
     assert few.values().tolist() == list(range(40))
-    assert few.stride() == 1 + 4000 // 256
-    assert sorted(set(few.lengths()[:16].tolist())) == [2, 3]
+    assert few.stride() == SEQUENCES
+    assert sorted(set(few.lengths()[:SEQUENCES].tolist())) == [0, 1]
+
+
+@given(bags())
+def test_evenly_spread_ids_stay_in_their_order(bags):
+    long = {name: [ids * 500 for ids in of] for name, of in bags.items()}
+    rows = KeyedJaggedTensor(
+        keys=list(long),
+        values=torch.tensor([x for of in long.values() for ids in of for x in ids]).long(),
+        lengths=torch.tensor([len(ids) for of in long.values() for ids in of]),
+        stride=len(long["tag"]),
+    )
+    even = spread_evenly(rows)
+    assert even.keys() == rows.keys()
+    for name, of in long.items():
+        got = even[name]
+        assert got.values().tolist() == [x for ids in of for x in ids]
+        lengths = got.lengths()
+        assert int(lengths.max() - lengths.min()) <= 1
+        assert int(lengths.sum()) == got.values().numel()
+    assert even.stride() == SEQUENCES
