@@ -81,6 +81,11 @@ class DenseUpdates:
         """Count a batch whose backward pass has run."""
         self.num_accumulated += 1
 
+    def forget(self) -> None:
+        """Forget the gradients that no update has used."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.num_accumulated = 0
+
     def sum_over_ranks(self) -> None:
         """Average what each rank has summed, where no backward pass did it. On all ranks alike."""
         if self.world.size == 1 or not self.num_accumulated:
@@ -116,8 +121,7 @@ class DenseUpdates:
             self.optimizer.step()
         elif bool(is_finite):
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.num_accumulated = 0
+        self.forget()
         return is_finite
 
     def load(self, state: dict[str, Any]) -> None:

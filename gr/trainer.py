@@ -190,6 +190,8 @@ class Trainer:
 
         staged = batch if isinstance(batch, StagedBatch) else self._stage(batch)
         batch, info, rows = self._arrive(staged)
+        # Backward ends here, and goes on into the tables once the losses are known.
+        ends = {name: x.detach().requires_grad_(x.requires_grad) for name, x in rows.items()}
         catalogue = self.id_rows.catalogue()
         batch = self._with_content(batch, catalogue)
         learnt = self.id_rows.learnable(batch)
@@ -199,30 +201,33 @@ class Trainer:
             # The device may still be at work on the step before: the host's time costs nothing.
             self._bring_next(staged, ahead)
         with self.dense.gradients_of(self.progress.step):
-            predictions = self._predict(self.dense.module, batch, info, rows)
+            predictions = self._predict(self.dense.module, batch, info, ends)
             if maps_change:
                 # They wait for the step before, by which they were changed.
                 self._bring_next(staged, ahead)
+            if self.config.optim.accumulate > 1 and self.settle():
+                # What backward adds to gradients of batches before could not be taken back.
+                predictions = self._predict(self.dense.module, batch, info, ends)
             if ahead is not None:
-                # Behind the exchange of rows, and before any that waits for the forward pass.
-                ahead.advance()
-            loss, totals = self._loss(learnt, predictions, global_weights)
-            verdict = OnTheWay(totals)
-            # The step before is over on the device by now, and this forward pass is under way.
+                ahead.advance()  # its counts have come while this forward pass was launched
+            verdict, totals = self._passes(
+                batch, info, ends, predictions, learnt, global_weights, catalogue
+            )
             is_stale = self.settle()
-            self._score(batch, info, rows, predictions, catalogue)
-            while is_stale or self._overflowed_forward(verdict, batch, info, rows):
+            while is_stale or self._overflowed_forward(verdict, batch, info, ends):
                 self._take_back_score()
-                predictions = self._predict(self.dense.module, batch, info, rows)
-                loss, totals = self._loss(learnt, predictions, global_weights)
-                verdict = OnTheWay(totals)
-                self._score(batch, info, rows, predictions, catalogue)
+                self._forget_gradients(ends)
+                predictions = self._predict(self.dense.module, batch, info, ends)
+                verdict, totals = self._passes(
+                    batch, info, ends, predictions, learnt, global_weights, catalogue
+                )
                 is_stale = False
-            # All ranks decide alike, before backward, in which tables are updated: the one thing
-            # that a step waits for. What could be launched before it was.
+            # All ranks decide alike, before backward enters the tables, which are updated in it.
             is_finite = self._check_loss(verdict)
-            if is_finite:
-                loss.backward()  # type: ignore[no-untyped-call]
+            if not is_finite:
+                self._forget_gradients(ends)
+        if is_finite:
+            _go_on_backward(rows, ends)
         is_due = self.dense.is_due(self.progress.step)
         dense_is_finite = torch.ones((), dtype=torch.bool, device=world.device)
         if is_finite:
@@ -245,7 +250,7 @@ class Trainer:
         self._outcome = Outcome(OnTheWay(counts), batch.num_sessions)
         if is_finite and self.guard.is_needed:
             self._outcome.to_blame = lambda: self._overflowed_backward(
-                batch, info, rows, learnt, global_weights
+                batch, info, ends, learnt, global_weights
             )
         self.progress.step += 1
         self.progress.position = batch.position
@@ -292,6 +297,37 @@ class Trainer:
         if ahead is not None:
             ahead.fetch()
 
+    def _passes(
+        self,
+        batch: SequenceBatch,
+        info: SequenceInfo,
+        rows: dict[str, Tensor],
+        predictions: Predictions,
+        learnt: SequenceBatch,
+        global_weights: Tensor,
+        catalogue: Catalogue,
+    ) -> tuple[OnTheWay, Tensor]:
+        """Launch what follows a forward pass: loss, scoring, and backward as far as the rows.
+
+        Returns:
+            The sum of each loss over all ranks, on its way to the host; the same on the device.
+        """
+        loss, totals = self._loss(learnt, predictions, global_weights)
+        verdict = OnTheWay(totals)
+        self._score(batch, info, rows, predictions, catalogue)
+        # What is not finite can be taken back, but not out of a sum with batches before.
+        if self.config.optim.accumulate == 1 or _are_finite(verdict):
+            loss.backward()  # type: ignore[no-untyped-call]
+        return verdict, totals
+
+    def _forget_gradients(self, rows: dict[str, Tensor]) -> None:
+        """Forget what a backward pass left that does not count."""
+        for x in rows.values():
+            x.grad = None
+        if self.config.optim.accumulate == 1:
+            self.dense.forget()
+        self.tables.optimizer_zero_grad()
+
     def _loss(
         self, learnt: SequenceBatch, predictions: Predictions, global_weights: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -316,7 +352,7 @@ class Trainer:
         self, totals: OnTheWay, batch: SequenceBatch, info: SequenceInfo, rows: dict[str, Tensor]
     ) -> bool:
         """Return whether a layer in fp8 was to blame, and was turned to bf16: try again."""
-        if not self.guard.is_needed or all(map(math.isfinite, totals.values())):
+        if not self.guard.is_needed or _are_finite(totals):
             return False
         with torch.autocast(self.world.device.type, torch.bfloat16):
             return self.guard.after_forward(lambda: self.model(batch, info, rows))
@@ -669,6 +705,24 @@ class Trainer:
         self.loss_sums = state["loss_sums"]
         self.guard.load_state(state["progress"].get("bf16_layers", ()))
         return state
+
+
+def _are_finite(values: OnTheWay) -> bool:
+    return all(map(math.isfinite, values.values()))
+
+
+def _go_on_backward(rows: dict[str, Tensor], ends: dict[str, Tensor]) -> None:
+    """Let the gradients at `ends` flow through `rows`; on every rank alike, also where none came.
+
+    Args:
+        rows: what was looked up.
+        ends: the same, detached, after backward.
+    """
+    names = [name for name, x in rows.items() if x.requires_grad]
+    gradients = [
+        torch.zeros_like(x) if x.grad is None else x.grad for x in (ends[name] for name in names)
+    ]
+    torch.autograd.backward([rows[name] for name in names], gradients)
 
 
 def _numbers(first: int, rows: Tensor) -> Tensor:

@@ -25,12 +25,17 @@ def log(tmp_path_factory):
     return random_log(tmp_path_factory.mktemp("log") / "log")
 
 
-def make_trainer(log, world=WORLD) -> Trainer:
+def make_trainer(log, world=WORLD, accumulate=1) -> Trainer:
     hstu = HSTUConfig(num_heads=2, qk_dim=8, v_dim=8, precision="fp8")
     config = train_config(
         data_config(log, MODE), num_layers=3, encoding=EncodingConfig(position_buckets=32)
     )
-    config = replace(config, precision="bf16", model=replace(config.model, hstu=hstu))
+    config = replace(
+        config,
+        precision="bf16",
+        model=replace(config.model, hstu=hstu),
+        optim=replace(config.optim, accumulate=accumulate),
+    )
     trainer = Trainer(config, world, utc_offset=0, sequences_per_step=16)
     trainer.evaluation.roll(0)
     return trainer
@@ -92,6 +97,31 @@ def test_gradients_that_overflow_turn_the_layer_to_bf16(log, monkeypatch, capsys
     assert all(map(torch.equal, before, trainer.model.parameters()))
     trainer.train_step(second)
     assert not all(map(torch.equal, before, trainer.model.parameters()))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_pass_under_way_when_its_layer_is_turned_to_bf16_is_made_again(
+    log, monkeypatch, accumulate
+):
+    """With a batch ahead, a step hears of the one before only after its own backward pass."""
+    found = []
+    for looks_ahead in (True, False):
+        trainer = make_trainer(log, accumulate=accumulate)
+        with monkeypatch.context() as patch:
+            ahead = trainer.ahead(batches(trainer.config.data))
+            for number, staged in enumerate(ahead):
+                if number == accumulate - 1:
+                    break_scales(patch, trainer, 2, "columns")
+                trainer.train_step(staged, ahead if looks_ahead else None)
+                if number == accumulate - 1:
+                    assert in_fp8(trainer) == [BF16, BF16, BF16 if looks_ahead else ()]
+        trainer.finish_updates()
+        assert in_fp8(trainer) == [BF16, BF16, ()]
+        assert trainer.progress.nonfinite_steps == 0
+        tables = trainer.tables.checkpoint_state()["tables"]["item"].values()
+        found.append([*trainer.model.state_dict().values(), *tables])
+    assert all(x.isfinite().all() for x in found[0])
+    assert all(map(torch.equal, *found))
 
 
 def test_what_bf16_does_not_mend_is_not_blamed_on_fp8(log):

@@ -191,6 +191,20 @@ def test_accumulated_batches_make_one_dense_update(log):
     assert differing(states[3], flat(trainer)) & set(dense)
 
 
+def test_a_bad_batch_leaves_what_was_accumulated_before(log):
+    optim = OptimConfig(accumulate=2, max_nonfinite_steps=1)
+    trainer = make_trainer(train_config(data_config(log, MODE), optim=optim))
+    healthy = make_trainer(train_config(data_config(log, MODE), optim=optim))
+    first, second, *_ = batches(trainer.config.data)
+    healthy.train_step(first)
+    healthy.finish_updates()
+    trainer.train_step(first)
+    second.labels["watch"][0] = float("inf")
+    trainer.train_step(second)
+    same = ("dense", "tables", "optimizer")
+    assert not {k for k in differing(flat(trainer), flat(healthy)) if k.startswith(same)}
+
+
 def test_a_step_changes_all_that_learns(log):
     loss = LossConfig(retrieval="in_batch", logq_correction=True)
     trainer = make_trainer(train_config(data_config(log, MODE), loss=loss))
