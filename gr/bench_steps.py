@@ -117,12 +117,13 @@ class Bench:
         made = loop.run(steps)
         self._barrier()
         seconds = time.perf_counter() - start
+        slowest = self._slowest(loop, steps)
         stream.close()
         if len(made) < steps:
             raise ValueError(
                 f"the log ended after {len(made)} of {steps} steps: write a longer one"
             )
-        return self._figures(config, made, seconds)
+        return {**self._figures(config, made, seconds), "slowest_step_s": slowest}
 
     def profile(self, config: TrainConfig) -> dict[str, float]:
         """Return shares of the time of a few steps: communication alone, nothing at all."""
@@ -146,7 +147,11 @@ class Bench:
         return waits(communication, others)
 
     def checkpoint(self, config: TrainConfig, steps: int = 100) -> dict[str, float]:
-        """Return what 100 steps lose that hold an asynchronous checkpoint, a run's first or not."""
+        """Return what 100 steps lose that hold an asynchronous checkpoint, a run's first or not.
+
+        Against the mean of those before and after, which hold none. And the slowest step on any
+        rank: one that stalls is told from many slower ones.
+        """
         steps = 10 if self.settings.is_small else steps
         trainer = self._trainer(config)
         some = list(itertools.islice(_stream(config, self.world, trainer), 20))
@@ -158,8 +163,8 @@ class Bench:
         path = Path(folder[0])
         checkpoints = CheckpointManager(path, keep=1, apart=(EVALUATION,), asynchronous=True)
         checkpoints.reserve(trainer.state())
-        seconds, saved = [], time.perf_counter()
-        for saves in (False, True, True):
+        seconds, slowest, saved = [], [], time.perf_counter()
+        for saves in (False, True, False, True, False, True, False):
             self._barrier()
             start = time.perf_counter()
             loop.run(steps // 4)
@@ -169,15 +174,22 @@ class Bench:
             loop.run(steps - steps // 4)
             self._barrier()
             seconds.append(time.perf_counter() - start)
+            slowest.append(self._slowest(loop, steps))
             checkpoints.wait()
         written = time.perf_counter() - saved
         checkpoints.close()
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        plain, first, later = seconds
+        plain, saving = seconds[::2], seconds[1::2]
+        throughput = {
+            f"throughput_{i + 1}": (plain[i] + plain[i + 1]) / 2 / saving[i] for i in range(3)
+        }
         return {
-            "throughput": plain / later,
-            "throughput_first": plain / first,
-            "plain_s": plain,
+            **throughput,
+            "plain_s": sum(plain) / len(plain),
+            "plain_least_s": min(plain),
+            "plain_most_s": max(plain),
+            "plain_slowest_step_s": max(slowest[::2]),
+            "saving_slowest_step_s": max(slowest[1::2]),
             "written_after_s": written,
             "state_gb": size / 1e9 / self.world.size,
         }
@@ -282,6 +294,12 @@ class Bench:
             "max_over_mean": float(costs.amax(0).sum() / costs.mean(0).sum()),
         }
 
+    def _slowest(self, loop: "Loop", steps: int) -> float:
+        """Return the seconds of the slowest of the last steps, on any rank."""
+        slowest = torch.tensor(max(loop.seconds[-steps:]), device=self.world.device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        return float(slowest)
+
     def _barrier(self) -> None:
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
@@ -289,7 +307,11 @@ class Bench:
 
 
 class Loop:
-    """The loop of gr.train, a number of steps at a time."""
+    """The loop of gr.train, a number of steps at a time.
+
+    Attributes:
+        seconds: from step to step, by the host's clock: it waits for the device once in each.
+    """
 
     def __init__(self, trainer: Trainer, batches: Iterable[SequenceBatch]) -> None:
         self.trainer = trainer
@@ -297,13 +319,17 @@ class Loop:
         self._taken: list[SequenceBatch] = []
         self.ahead = trainer.ahead(self._watched())
         self._staged = iter(self.ahead)
+        self.seconds: list[float] = []
 
     def run(self, steps: int) -> list[SequenceBatch]:
         """Train on the next batches; return them as they were read."""
         first = self.trainer.progress.step
+        start = time.perf_counter()
         for staged in itertools.islice(self._staged, steps):
             self.trainer.evaluation.roll(staged.batch.window)
             self.trainer.train_step(staged, self.ahead)
+            self.seconds.append(time.perf_counter() - start)
+            start += self.seconds[-1]
         return self._taken[first : self.trainer.progress.step]
 
     def _watched(self) -> Iterator[SequenceBatch]:
