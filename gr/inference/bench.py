@@ -2,8 +2,9 @@
 
     python -m gr.inference.bench [MEASUREMENT ...] [--records FILE]
 
-candidates: 16,384 candidates behind 8,192 tokens, 6 layers of d=512, microbatches of 1,024, against
-a pass of its own for each candidate, and against encoding the history again for each microbatch.
+candidates: 16,384 candidates behind 8,192 tokens, 6 layers of d=512, microbatches of 1,024 (`wide`:
+4,096), against a pass of its own for each candidate, and against encoding the history again for
+each 1,024.
 requests: a user's second request, 32 new events and 64 candidates, against the first; everything
 from encoded events to scores. forward: 5 layers of d=512 over about 99k jagged tokens.
 attention: the kernel of cached keys by itself.
@@ -34,12 +35,14 @@ from gr.inference.encoded import (
     part_of,
 )
 from gr.inference.graphs import PassGraphs, runs_alike
+from gr.inference.mfalcon import MICROBATCH, MICROBATCH_ON_GPU
 from gr.inference.stack import Layout, Pass, Stack
 from gr.sequence import Before, SequenceInfo
 from kernels.hstu_attention import CachedKeys, hstu_attention, hstu_attention_cached
 from kernels.hstu_attention.cached import PAGE
 
 Figures = dict[str, float]
+GPU_MICROBATCHES = MICROBATCH_ON_GPU // MICROBATCH
 PUBLISHED_TOKENS_PER_S = 10.63e6
 """Meta's Triton inference on one H100 (generative-recommenders issue 530)."""
 
@@ -146,12 +149,20 @@ def measure_candidates(shape: Shape) -> Figures:
     if not error < 2e-2:
         raise ValueError(f"cached rows differ from passes of their own by {error:.1%}: not timed")
 
+    wide = GPU_MICROBATCHES * microbatch
+    several = x_MD[:wide].repeat(2, 1)  # so that the graph of two is the one that is timed
+    got = decoder.score(several, wide)[wide : wide + together].float()
+    error_wide = ((got - expected).norm() / expected.norm()).item()
+    if not error_wide < 2e-2:
+        raise ValueError(f"rows as tails differ by {error_wide:.1%}: not timed")
+
     sizes = [microbatch * 2**i for i in range(5) if microbatch * 2**i <= most]
     times = median_ms(
         {
             "history": decoder.encode,
             "history_eager": eager.encode,
             **{f"score_{m}": partial(decoder.score, x_MD[:m], microbatch) for m in sizes},
+            "wide": partial(decoder.score, x_MD, wide),
             "alone": partial(forward, alone_x, alone_info),
             "again": partial(forward, again_x, again_info),
         },
@@ -179,10 +190,15 @@ def measure_candidates(shape: Shape) -> Figures:
     )
     ours = flops_history + most * of_candidate
     total = times["history"] + times[f"score_{sizes[-1]}"]
+    total_wide = times["history"] + times["wide"]
     alone = times["alone"] / together * most
     again = times["again"] / together * (most / microbatch)
     figures = {
         "error": error,
+        "error_wide": error_wide,
+        "ms_total_wide": total_wide,
+        "share_alone_wide": (alone / total_wide) / (most * flops_alone / ours),
+        "speedup_again_wide": again / total_wide,
         "ms_first_request": times["first"],
         "ms_second_request": times["second"],
         "speedup_second_request": times["first"] / times["second"],

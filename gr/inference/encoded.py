@@ -225,6 +225,7 @@ def candidate_pass(info: SequenceInfo, cache: StackCache, asked: Tensor, *, wind
         pages=page_table([cache.pages[b] for b in asked.tolist()]),
         layouts=layouts,
         windowed_candidates=windowed,
+        of_one=len(asked) == 1,
     )
 
 

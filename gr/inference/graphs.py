@@ -31,7 +31,7 @@ TAIL = 2
 MOST_SEQUENCES = 64
 MOST_RUNS = 16
 """Passes alike that one graph makes."""
-NUM_STREAMS = 2
+NUM_STREAMS = 4
 """That they are spread over: where one pass leaves processors idle, another uses them."""
 
 Found = TypeVar("Found")
@@ -266,7 +266,8 @@ def _static(size: Size, numbers: Tensor) -> Pass:
         max_len=size.pages * PAGE,
         rows=view.rows if size.keeps else None,
     )
-    return Pass(info, pages, (layout,), size.of_tails, size.windowed)
+    of_one = size.sequences == 1 and size.pages > 0 and not size.keeps
+    return Pass(info, pages, (layout,), size.of_tails, size.windowed, of_one)
 
 
 def _fill(out: np.ndarray, size: Size, given: Pass, rows: int) -> None:

@@ -49,6 +49,9 @@ from gr.model import SequenceModel
 from pipelines.history import Ints
 
 MICROBATCH = 1024
+"""Candidates of a request that go through the layers together."""
+MICROBATCH_ON_GPU = 4096
+"""From 2,048 on attention is the causal kernel's (gr/inference/tails.py)."""
 Scored = tuple[Ints, dict[str, Tensor]]
 """Which candidates, and of each task their scores."""
 
@@ -148,10 +151,10 @@ class Scorer:
             ValueError: for an id outside a static table.
         """
         with self.passes.evaluating():
-            return self._encode(requests, None, MICROBATCH)[0]
+            return self._encode(requests, None, 0)[0]
 
     def answer(
-        self, requests: Requests, candidates: Candidates, *, microbatch: int = MICROBATCH
+        self, requests: Requests, candidates: Candidates, *, microbatch: int | None = None
     ) -> tuple[EncodedHistory, Scores]:
         """Return what `encode_history` and then `score` return, in fewer passes.
 
@@ -166,7 +169,7 @@ class Scorer:
         Raises:
             ValueError: as both of them.
         """
-        self._check(requests, candidates, microbatch)
+        microbatch = self._checked(requests, candidates, microbatch)
         with self.passes.evaluating():
             history, scored = self._encode(requests, candidates, microbatch)
             return history, self._score(history, candidates, microbatch, scored)
@@ -176,24 +179,28 @@ class Scorer:
         history: EncodedHistory,
         candidates: Candidates,
         *,
-        microbatch: int = MICROBATCH,
+        microbatch: int | None = None,
     ) -> Scores:
         """Return the scores of candidates, each as if it were alone.
 
         Args:
             history: of the requests that the candidates are for.
             candidates: RequestEncoder.candidates of them.
-            microbatch: candidates of a request that go through the layers together.
+            microbatch: candidates of a request that go through the layers together; None: 4,096 on
+                a GPU, 1,024 elsewhere.
 
         Raises:
             ValueError: if the model ranks nothing, the candidates are of other requests, the
                 microbatch is not positive, or an id is outside a static table.
         """
-        self._check(history.requests, candidates, microbatch)
+        microbatch = self._checked(history.requests, candidates, microbatch)
         with self.passes.evaluating():
             return self._score(history, candidates, microbatch, [])
 
-    def _check(self, requests: Requests, candidates: Candidates, microbatch: int) -> None:
+    def _checked(self, requests: Requests, candidates: Candidates, microbatch: int | None) -> int:
+        """Return the size of microbatches."""
+        if microbatch is None:
+            microbatch = MICROBATCH_ON_GPU if self.device.type == "cuda" else MICROBATCH
         if self.model.ranking is None:
             raise ValueError(
                 "the model has no ranking head (data.tasks is empty): compare the user vectors "
@@ -206,12 +213,31 @@ class Scorer:
                 f"candidates are of {len(candidates.counts)} requests, the histories of "
                 f"{requests.num_requests}"
             )
+        return microbatch
 
     def _encode(
         self, requests: Requests, candidates: Candidates | None, microbatch: int
     ) -> tuple[EncodedHistory, list[Scored]]:
         """Return the histories, and the candidates that were scored with them."""
         plan = Plan(self.encoder, requests, self.users, self.unstable)
+        parts, vectors, scored = [], [], []
+        try:
+            for chosen in plan.groups():
+                items = None
+                if candidates is not None and plan.users_of(chosen):
+                    counts = candidates.counts[chosen]
+                    if counts.min() > 0 and counts.max() <= min(microbatch, MICROBATCH):
+                        items = candidates.of(chosen)
+                part, own, ranking = self._encode_part(plan, chosen, items)
+                parts.append(part)
+                if items is not None and candidates is not None:
+                    scored.append((candidates.rows_of(chosen), ranking))
+                    part.is_scored = True
+                if own is not None:
+                    vectors.append(own)
+        except BaseException:
+            plan.release()
+            raise
         has_history = torch.ones(len(requests.counts), dtype=torch.bool, device=self.device)
         if not requests.counts.all():
             has_history = torch.from_numpy(requests.counts > 0).to(self.device)
@@ -221,32 +247,16 @@ class Scorer:
             has_history=has_history,
             reused=plan.reused,
             reasons=plan.reasons,
+            parts=parts,
         )
-        vectors, scored = [], []
-        try:
-            for chosen in plan.groups():
-                items = None
-                if candidates is not None and plan.users_of(chosen):
-                    counts = candidates.counts[chosen]
-                    if counts.min() > 0 and counts.max() <= microbatch:
-                        items = candidates.of(chosen)
-                part, own, ranking = self._encode_part(plan, chosen, items)
-                history.parts.append(part)
-                if items is not None and candidates is not None:
-                    scored.append((candidates.rows_of(chosen), ranking))
-                    part.is_scored = True
-                if own is not None:
-                    vectors.append(own)
-        except BaseException:
-            plan.release()
-            raise
         weakref.finalize(history, plan.release)
         if len(vectors) > 1:
-            order = torch.from_numpy(np.concatenate([x.chosen for x in history.parts])).argsort()
+            order = torch.from_numpy(np.concatenate([x.chosen for x in parts])).argsort()
             vectors = [torch.cat(vectors)[order.to(self.device)]]
         if vectors:
-            is_all = bool(requests.counts.all())
-            history.user_vectors = vectors[0] * (1 if is_all else has_history[:, None])
+            history.user_vectors = vectors[0]
+            if not requests.counts.all():
+                history.user_vectors = vectors[0] * has_history[:, None]
         return history, scored
 
     def _encode_part(

@@ -211,60 +211,52 @@ class NextRequests:
         on_gpu = self.store.k[0].is_cuda
         numbers = torch.zeros(self._places(size)[1], dtype=torch.int64, pin_memory=on_gpu)
         view = self._views(size, numbers.numpy())
-        events_B, items_B, count = requests.counts, items.counts, len(users)
-        E, M, per_event = len(requests.ints), len(items.ints), self.per_event
-        new_B = events_B * per_event
-        ends_B = np.cumsum(new_B + items_B)
-        starts_B, rows = ends_B - new_B - items_B, int(ends_B[-1])
-        events_before = np.cumsum(events_B) - events_B
-        items_before = np.cumsum(items_B) - items_B
-        event_E = np.arange(E)
-        row_E = per_event * event_E + np.repeat(starts_B - per_event * events_before, events_B)
-        row_M = np.arange(M) + np.repeat(starts_B + new_B - items_before, items_B)
-        left_over = rows + per_event * np.arange(size.events - E)
-
+        count, E, M, per_event = len(users), len(requests.ints), len(items.ints), self.per_event
+        new_B = requests.counts * per_event
+        ends_B = np.cumsum(new_B + items.counts)
+        rows = int(ends_B[-1])
         view["offsets"][1 : count + 1], view["offsets"][count + 1 :] = ends_B, rows
         view["offsets"][-1] = len(view["kind"])
-        view["candidates"][:count], view["candidates"][-1] = items_B, len(view["kind"]) - rows
+        view["candidates"][:count] = items.counts
+        view["candidates"][-1] = len(view["kind"]) - rows
         for name, values in (
             ("cached", [x.lengths[0] for x in users]),
             ("first_time", [x.first_time[0] for x in users]),
             ("before", [x.num_tokens for x in users]),
             ("whole_first_time", [x.whole_first_time for x in users]),
             ("last_time", [x.last_time for x in users]),
-            ("last_row", starts_B + new_B - 1),
+            ("last_row", ends_B - items.counts - 1),
         ):
             view[name][:count] = values
-        kind, time, query_time, kept = (
-            view[name] for name in ("kind", "time", "query_time", "kept")
-        )
+        kind, time, kept = view["kind"], view["time"], view["kept"]
+        kinds = [TokenKind.ITEM, TokenKind.ACTION] if per_event == 2 else [TokenKind.EVENT]
         kind[:] = TokenKind.CANDIDATE
-        at = requests.ints[:, TIMESTAMP]
-        for part, kind_of in enumerate(
-            [TokenKind.ITEM, TokenKind.ACTION] if per_event == 2 else [TokenKind.EVENT]
-        ):
-            kind[row_E + part] = kind[left_over + part] = kind_of
-            time[row_E + part] = at
-        time[row_M] = np.repeat(requests.time, items_B)
-        query_time[: rows - 1] = time[1:rows]
-        query_time[ends_B - 1] = time[ends_B - 1]
-        cached = view["cached"][:count].tolist()
-        kept_n = rows_in_pages(pages, cached, new_B.tolist())
-        kept[(row_E[:, None] + np.arange(per_event)).reshape(-1)] = kept_n
-
-        # Items in the order of their tokens, which is sequence after sequence.
-        item_E = event_E + np.repeat(items_before, events_B)
-        item_M = np.arange(M) + np.repeat(events_before + events_B, items_B)
-        for number, (feature, column) in enumerate(self.columns.items()):
-            ids = np.empty(E + M, np.int64)
-            ids[item_E], ids[item_M] = requests.ints[:, column], items.ints[:, column]
-            view["rows"][number, : E + M] = self.rows.rows_of(feature, ids)
-        view["codes"][:E] = requests.codes[:, : self.num_signals]
-        view["candidate_rows"][:M] = row_M
+        # Sequence after sequence by slices: of one request that is less than index arithmetic.
+        item_rows = np.empty((E + M, items.ints.shape[1]), np.int64)
         table = view["pages"].view(np.int32)
-        for b, mine in enumerate(pages):
-            used = mine[: size.pages]
+        row = event = item = 0
+        for b, user in enumerate(users):
+            e, m = int(requests.counts[b]), int(items.counts[b])
+            own, head = requests.ints[event : event + e], row + e * per_event
+            for part, kind_of in enumerate(kinds):
+                kind[row + part : head : per_event] = kind_of
+                time[row + part : head : per_event] = own[:, TIMESTAMP]
+            time[head : head + m] = requests.time[b]
+            kept[row:head] = rows_in_pages([pages[b]], [user.lengths[0]], [head - row])
+            item_rows[event + item : event + item + e] = own
+            item_rows[event + item + e : event + item + e + m] = items.ints[item : item + m]
+            view["candidate_rows"][item : item + m] = np.arange(head, head + m)
+            used = pages[b][: size.pages]
             table[b * size.pages : b * size.pages + len(used)] = used
+            row, event, item = head + m, event + e, item + m
+        for part, kind_of in enumerate(kinds):  # events that are left over
+            kind[rows + part : rows + (size.events - E) * per_event : per_event] = kind_of
+        view["query_time"][: rows - 1] = time[1:rows]
+        view["query_time"][ends_B - 1] = time[ends_B - 1]
+        for number, (feature, column) in enumerate(self.columns.items()):
+            found = self.rows.rows_of(feature, item_rows[:, column].copy())
+            view["rows"][number, : E + M] = found
+        view["codes"][:E] = requests.codes[:, : self.num_signals]
         return numbers
 
     def _found(self, size: NextSize, numbers: Tensor) -> tuple[Tensor | None, Tensor | None]:

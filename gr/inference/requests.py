@@ -241,21 +241,20 @@ class RequestEncoder:
         """
         ends, item_ends = np.cumsum(requests.counts), np.cumsum(items.counts)
         starts = ends - requests.counts + first
-        items = replace(items, ints=items.ints.copy())
-        rows, ints = [], []
-        for b, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            rows.append(np.arange(start, end))
-            mine = slice(item_ends[b] - items.counts[b], item_ends[b])
-            both = np.concatenate([requests.ints[start:end], items.ints[mine]])
-            if self.encoder.merges_context:
+        new = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
+        ints = [requests.ints[x] for x in new]
+        if self.encoder.merges_context:
+            items = replace(items, ints=items.ints.copy())
+            for b, own in enumerate(ints):
+                mine = slice(item_ends[b] - items.counts[b], item_ends[b])
+                both = np.concatenate([own, items.ints[mine]])
                 hide_repeated(both, self.encoder.series_slots, known[b])
-            items.ints[mine] = both[end - start :]
-            ints.append(both[: end - start])
+                ints[b], items.ints[mine] = both[: len(own)], both[len(own) :]
         suffix = replace(
             requests,
             counts=requests.counts - first,
             ints=np.concatenate(ints),
-            codes=requests.codes[np.concatenate(rows)],
+            codes=np.concatenate([requests.codes[x] for x in new]),
         )
         return suffix, items
 

@@ -15,6 +15,7 @@ from gr.baselines.cross_attention import CrossAttentionEncoder, CrossAttentionLa
 from gr.baselines.sasrec import SASRecEncoder, SASRecLayer
 from gr.baselines.transformer import TransformerEncoder, TransformerLayer
 from gr.hstu import HSTUEncoder, HSTULayer, attention_mask, tail_index, truncated
+from gr.inference import tails
 from gr.inference.cache import KeyValueStore, LayerShape, page_bytes
 from gr.rotary import rotations
 from gr.sequence import SequenceInfo
@@ -71,6 +72,8 @@ class Pass:
     """Whether the last layer makes the rows of the tails only: where nothing is cached."""
     windowed_candidates: bool = False
     """Whether a window applies to candidates."""
+    of_one: bool = False
+    """Whether all new tokens are candidates, and of the first sequence only is anything cached."""
 
     def to(self, device: torch.device) -> "Pass":
         """Return the same on a device."""
@@ -261,6 +264,15 @@ class Stack:
                     index, layout.number, given.pages, layout.lengths, layout.max_len
                 )
                 assert tail_R is None
+                softmax = arguments["activation"] == "softmax"
+                if (
+                    given.of_one
+                    and not mask.windowed_candidates
+                    and tails.is_faster(q, v, impl=arguments["impl"], softmax=softmax)
+                ):
+                    return tails.attention_of_tails(
+                        q, k, v, cached, info, mask=mask, bias=bias, **arguments
+                    )
                 return hstu_attention_cached(
                     q,
                     k,

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gr.config import EncodingConfig, HSTUConfig, RotaryConfig
-from gr.inference import graphs
+from gr.inference import graphs, tails
 from gr.inference.graphs import runs_alike
 from gr.inference.mfalcon import Scorer
 from tests.gr.batches import data_config, train_config
@@ -48,8 +48,10 @@ class Replayed(graphs.PassGraphs):
         return y[: graphs.TAIL if given.of_tails else rows]
 
 
+@pytest.mark.parametrize("as_tails", [False, True])
 @pytest.mark.parametrize("lengths", [[6], [5, 9, 0]])
-def test_what_is_left_over_changes_nothing(lengths):
+def test_what_is_left_over_changes_nothing(lengths, as_tails, monkeypatch):
+    monkeypatch.setattr(tails, "is_faster", lambda *_, **__: as_tails)
     mode = ("interleaved", "event", "session", "none")
     data = data_config("none", mode, positive=(), max_history_tokens=60)
     encoding = EncodingConfig(position="from_start", position_buckets=60, gap="log")

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr.inference import Scorer
+from gr.inference import Scorer, tails
 from tests.gr.inference.drawn import (
     World,
     alone,
@@ -55,6 +55,17 @@ def test_in_float32_they_are_within_a_hundred_thousandth(config, counts, microba
     found = scorer.score(encoded, candidates, microbatch=microbatch)
     for name, x in found.ranking.items():
         assert (x - ranking[name]).abs().max() <= 1e-5 * ranking[name].abs().max().clamp(min=1)
+
+
+@settings(deadline=None, max_examples=4)
+@given(runs(), st.integers(1, 9), st.integers(1, 4), st.integers(2, 5), st.integers(0, 99))
+def test_as_the_tail_of_a_sequence_laid_out_whole_they_are_the_same(
+    config, history, items, microbatch, seed
+):
+    """As a GPU computes many candidates (gr/inference/tails.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tails, "is_faster", lambda *_, **__: True)
+        check_microbatches(config, [(history, items)], microbatch, seed)
 
 
 def check_microbatches(config, counts, microbatch, seed):

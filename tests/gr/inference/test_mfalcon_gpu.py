@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gr.bench_encoders import Shape
 from gr.config import EncodingConfig, RotaryConfig, SemiLocalConfig
-from gr.inference import Candidates, Scorer, bench
+from gr.inference import Candidates, Scorer, bench, tails
 from tests.gr.batches import data_config, train_config
 from tests.gr.inference.drawn import World, alone, make_lookup, make_model, page_of, runs
 from tests.gr.inference.test_mfalcon import COUNTS
@@ -111,6 +111,47 @@ def test_requests_that_go_on_in_bfloat16(options, graphs):
         world.grow([9])
     if graphs:
         assert scorer.passes.graphs[0]._graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", ["none", "position_time"])
+def test_thousands_of_candidates_in_bfloat16(bias, monkeypatch):
+    """As tails of a whole sequence, against the pages; some against passes of the training code."""
+    mode = ("interleaved", "event", "session", "none")
+    data = data_config("none", mode, positive=(), max_history_tokens=900)
+    hstu = replace(Shape(dim=64, num_heads=2).hstu(300).hstu, final_norm=True, bias=bias)
+    encoding = EncodingConfig(position="from_start", position_buckets=900)
+    config = train_config(data, dim=64, num_layers=2, hstu=hstu, encoding=encoding)
+    config = replace(config, precision="bf16")
+    world = World(config, 3, [190])
+    model, lookup, scorer = on_device(config, torch.float32, cache_bytes=60 * page_of(config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    scorer.refresh()
+    requests = world.requests()
+    candidates = world.candidates(requests, [4700])
+    encoded = scorer.encode_history(requests)
+    calls = []
+    real = tails.attention_of_tails
+    monkeypatch.setattr(
+        tails, "attention_of_tails", lambda *a, **k: (calls.append(len(a[0])), real(*a, **k))[1]
+    )
+    few = Candidates(np.array([16]), candidates.ints[:16], candidates.floats[:16])
+    exact = make_model(config)
+    exact.load_state_dict({k: v.double().cpu() for k, v in model.state_dict().items()})
+    fp64, _ = alone(config, exact, make_lookup(config), requests, few)
+    with torch.autocast("cuda", torch.bfloat16):
+        same, _ = alone(config, model, lookup, requests, few)
+    by_pages = scorer.score(encoded, candidates, microbatch=1000).ranking
+    assert not calls
+    for microbatch in (4096, 2300, 2300):  # the rest by pages, one pass left over, two in a graph
+        found = scorer.score(encoded, candidates, microbatch=microbatch).ranking
+        for name, x in found.items():
+            assert error(x, by_pages[name].double().cpu()) <= 1e-2
+            allowed = 2 * (error(same[name], fp64[name]) + torch.finfo(torch.bfloat16).eps)
+            assert error(x[:16], fp64[name]) <= allowed
+    assert set(calls) >= {4096, 2300, 2560}
 
 
 def error(got, true):

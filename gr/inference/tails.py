@@ -1,0 +1,88 @@
+"""Many candidates behind one cached history: the end of a sequence that is laid out whole.
+
+The kernel of cached keys reads pages, and shares them out among programs; the causal kernel of
+Hopper takes half its time for as many products, but reads a sequence in one place. Laying the
+history out is one copy of its keys and values, which some thousand candidates pay for.
+
+Letters: R candidates, G pages of the history at most, H heads, K and V dims.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gr.sequence import SequenceInfo
+from kernels.dispatch import Impl, resolve
+from kernels.hstu_attention import AttentionMask, CachedKeys, RelativeBias, hstu_attention
+from kernels.hstu_attention.arguments import not_hopper
+from kernels.hstu_attention.cached import PAGE
+
+LEAST_ROWS = 2048
+"""On an H200, 4 heads of 128, 8,192 keys: 57 us by pages and 88 as a tail of 1,024 candidates, 113
+and 90 of 2,048, 226 and 96 of 4,096 (docs/inference.md)."""
+
+
+def is_faster(q: Tensor, v: Tensor, *, impl: str, softmax: bool) -> bool:
+    """Return whether queries of so many candidates are the kernel's for Hopper."""
+    refusal = not_hopper(q, v, softmax=softmax)
+    return len(q) >= LEAST_ROWS and resolve(impl, q, not_hopper=refusal) is Impl.HOPPER
+
+
+def attention_of_tails(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cached: CachedKeys,
+    info: SequenceInfo,
+    *,
+    mask: AttentionMask,
+    bias: RelativeBias | None,
+    **arguments: Any,
+) -> Tensor:
+    """Return (R, H, V): what hstu_attention_cached does of candidates of one request.
+
+    Args:
+        q: (R, H, K).
+        k: (R, H, K).
+        v: (R, H, V).
+        cached: of the first sequence; others, of candidates that are left over, have none.
+        info: of the candidates; all tokens are.
+        mask: without a window of candidates.
+        bias: query_time and key_time of the candidates.
+        arguments: as of hstu_attention.
+    """
+    pages_G, length = cached.pages[0], cached.lengths[:1]
+    offsets = info.offsets + length
+    offsets[:1].zero_()
+    # On a GPU its length is not known; rows behind the sequences are no matter to kernels.
+    rows = None if offsets.is_cuda else int(offsets[-1])
+    most = len(pages_G) * PAGE
+    new_R = length + torch.arange(len(q), device=q.device)
+
+    def whole(old: Tensor, new: Tensor) -> Tensor:
+        out = new.new_empty(most + len(new), *new.shape[1:])
+        # Finite, as hidden values must be: their weights are zeros.
+        out[most:].zero_()
+        of_pages = old.view(-1, PAGE, *old.shape[1:])
+        out[:most].view(-1, *of_pages.shape[1:]).copy_(of_pages.index_select(0, pages_G))
+        return out.index_copy_(0, new_R, new)[:rows]
+
+    if bias is not None and bias.time_table is not None:
+        assert cached.time is not None
+        assert bias.key_time is not None
+        key_time = whole(cached.time, bias.key_time)
+        bias = RelativeBias(bias.position_table, bias.time_table, bias.query_time, key_time)
+    return hstu_attention(
+        q,
+        whole(cached.k, k),
+        whole(cached.v, v),
+        offsets,
+        max_len=cached.max_len + info.max_len,
+        mask=mask,
+        bias=bias,
+        num_candidates=info.num_candidates,
+        q_offsets=info.offsets,
+        max_q_len=info.max_len,
+        **arguments,
+    )
