@@ -30,6 +30,7 @@ import torch
 from gr import parallel
 from gr.bench_steps import Bench, Settings
 from gr.parallel import World
+from gr.train import short_pauses
 from pipelines.bench_log import write_bench_log, zipf_lengths
 
 LONGEST = 4096
@@ -199,7 +200,8 @@ def work(options: argparse.Namespace) -> None:
     failed = []
     for name in options.what:
         try:
-            figures = wanted[name](Bench(settings, world))
+            with short_pauses():
+                figures = wanted[name](Bench(settings, world))
         except Exception:
             # Most fail on all ranks alike (memory, a kernel): what comes next can be measured.
             traceback.print_exc()

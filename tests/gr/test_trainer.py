@@ -1,5 +1,7 @@
 """One training step: what it scores, what it changes, what it repeats after a checkpoint."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -11,6 +13,7 @@ from gr.checkpoint_state import split_state
 from gr.config import EncodingConfig, HSTUConfig, LossConfig, OptimConfig, TransformerConfig
 from gr.parallel import World
 from gr.sequence import sequence_index
+from gr.train import short_pauses
 from gr.trainer import EVALUATION, Trainer, seen_items
 from pipelines.batch import TokenKind
 from tests.e2e.toy import write_config, write_log
@@ -396,3 +399,28 @@ def test_seen_items_are_those_before_the_position(log, mode):
         assert found == [items[-2:] for items in expected]
         found_any |= any(len(items) > 2 for items in expected)
     assert found_any
+
+
+def test_pauses_are_short_while_a_run_lasts():
+    class Cycle:
+        pass
+
+    def cycle():
+        made = Cycle()
+        made.itself = made
+        return weakref.ref(made)
+
+    gc.disable()  # but where it is asked for
+    try:
+        before, frozen = cycle(), gc.get_freeze_count()
+        with short_pauses():
+            assert gc.get_freeze_count() > frozen
+            inside = cycle()
+            gc.collect()
+            assert inside() is None
+            assert before() is not None
+        assert gc.get_freeze_count() == frozen
+        gc.collect()
+        assert before() is None
+    finally:
+        gc.enable()
