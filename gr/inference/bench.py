@@ -6,7 +6,8 @@ candidates: 16,384 candidates behind 8,192 tokens, 6 layers of d=512, microbatch
 4,096), against a pass of its own for each candidate, and against encoding the history again for
 each 1,024.
 requests: a user's second request, 32 new events and 64 candidates, against the first; everything
-from encoded events to scores. forward: 5 layers of d=512 over about 99k jagged tokens.
+from encoded events to scores. forward: 5 layers of d=512 over about 99k jagged tokens, also as a
+graph, which no host slows.
 attention: the kernel of cached keys by itself.
 
 Times are medians of calls in turn, within one process; ratios are of the same process.
@@ -34,7 +35,7 @@ from gr.inference.encoded import (
     history_pass,
     part_of,
 )
-from gr.inference.graphs import PassGraphs, runs_alike
+from gr.inference.graphs import PassGraphs, captured_graph, runs_alike
 from gr.inference.mfalcon import MICROBATCH, MICROBATCH_ON_GPU
 from gr.inference.stack import Layout, Pass, Stack
 from gr.sequence import Before, SequenceInfo
@@ -230,6 +231,7 @@ def measure_forward(shape: Shape) -> Figures:
     shape = replace(shape, num_layers=5)
     figures: Figures = {}
     variants: dict[str, Callable[[], None]] = {}
+    graphs = []
     flops = 0
     for name, changes in (("bf16", {}), ("fp8", {"precision": "fp8"})):
         if not on_gpu and name == "fp8":
@@ -255,6 +257,12 @@ def measure_forward(shape: Shape) -> Figures:
                 encoder(x, info)
 
         variants |= {name: call, f"{name}_module": module}
+        if on_gpu:
+            run = variants[name]
+            run()  # compiles
+            graph, _ = captured_graph(run, None)
+            graphs.append((graph, run))  # what a graph reads must outlive it
+            variants[f"{name}_graph"] = graph.replay
     times = median_ms(variants, rounds=9, warm_up=3)
     total = int(lengths.sum())
     for name, ms in times.items():
