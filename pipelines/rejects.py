@@ -122,7 +122,8 @@ class RejectLog:
         if (
             last
             and reject == replace(last, row=reject.row, num_sessions=1)
-            and (reject.session_id == UNKNOWN_ID and reject.row == last.row + last.num_sessions)
+            and (reject.user_id == reject.session_id == UNKNOWN_ID)
+            and reject.row == last.row + last.num_sessions
         ):
             # One line for a stretch of sessions of which nothing is known.
             self._new[-1] = replace(last, num_sessions=last.num_sessions + 1)

@@ -211,6 +211,19 @@ def test_a_row_costs_that_row(tmp_path, name):
     check(tmp_path, [5], reason, rows=[(5, 1)])
 
 
+def test_only_rows_of_which_nothing_is_known_share_a_line(tmp_path):
+    partitions = two_partitions()
+    for row in (4, 5):  # of one step
+        partitions[1][row]["session_id"] = None
+    reason = ROWS["null session"][1]
+    write_log(tmp_path / "known", partitions)
+    check(tmp_path / "known", [4, 5], reason, rows=[(4, 1), (5, 1)])
+    for row in (4, 5):  # of one step
+        partitions[1][row]["user_id"] = None
+    write_log(tmp_path / "unknown", partitions)
+    check(tmp_path / "unknown", [4, 5], reason, rows=[(4, 2)])
+
+
 @pytest.mark.parametrize("changes", [{"watch": float("nan")}, {"price": float("nan")}])
 def test_nan_is_unknown(tmp_path, changes):
     write_log(tmp_path, change_row(5, **changes))
