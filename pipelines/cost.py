@@ -122,7 +122,7 @@ def _pairs(context: Any, before: Any, session: Any, cost: Any, rules: Any) -> An
     return history_pairs, _windowed(before, end, end, context, cost, False)
 
 
-@njit(inline="always")
+@njit
 def _windowed(first: Any, end: Any, history: Any, context: Any, cost: Any, has_rows: Any) -> Any:
     """Return the pairs of the rows first .. end - 1, which are after the context.
 
