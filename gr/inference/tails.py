@@ -65,7 +65,8 @@ def attention_of_tails(
         # Finite, as hidden values must be: their weights are zeros.
         out[most:].zero_()
         of_pages = old.view(-1, PAGE, *old.shape[1:])
-        out[:most].view(-1, *of_pages.shape[1:]).copy_(of_pages.index_select(0, pages_G))
+        place = out[:most].view(-1, *of_pages.shape[1:])
+        torch.index_select(of_pages, 0, pages_G, out=place)
         return out.index_copy_(0, new_R, new)[:rows]
 
     if bias is not None and bias.time_table is not None:
