@@ -79,7 +79,8 @@ class StudyConfig:
     sweep: str = MISSING
     """File of the sweep that runs all rows."""
     metrics: tuple[str, ...] = MISSING
-    """The first decides. train/tokens and train/flops are sums over the training."""
+    """The first decides. train/tokens and train/flops are sums over the training; NAME:last is of
+    the latest window in any case."""
     window: Literal["all", "last"] = "all"
     """all: the pass, its beginning included; last: its latest window (hour, day)."""
     baselines: tuple[str, ...] = ()

@@ -25,6 +25,8 @@ DIFFERENCES = (
     "mean and 95 % interval (paired t); * where p < 0.05 after Holm's correction for the rows"
 )
 LOWER_IS_BETTER = ("ne", "logloss", "mae", "rmse", "mse", "log_pplx")
+LAST = ":last"
+"""After the name of a metric: of the latest window, whatever window the study is about."""
 TRAINING = {"train/tokens": "tokens", "train/flops": "flops"}
 """Metrics of a study that are sums over the training -> their name in metrics.jsonl."""
 _SCHEMAS = {
@@ -61,8 +63,9 @@ class StudyRecord:
     """Wall time of training and scoring."""
 
     def metrics(self, window: str) -> dict[str, float | None]:
-        """Return those of a window, all or last."""
-        return self.last if window == "last" else self.all
+        """Return those of a window, all or last, and NAME:last of the latest in any case."""
+        latest = {f"{name}{LAST}": value for name, value in self.last.items()}
+        return (self.last if window == "last" else self.all) | latest
 
     @property
     def file_name(self) -> str:
@@ -94,6 +97,7 @@ def _record(row: str, run: Run, metrics: Sequence[str]) -> StudyRecord:
         raise ValueError(
             f"{run.path} is not finished: go on with it (resume=true), or leave it out"
         )
+    metrics = [metric.removesuffix(LAST) for metric in metrics]
     sums = {k: run.steps[-1].get(c) if run.steps else None for k, c in TRAINING.items()}
     windows = sorted(set(run.windows) - {ALL}) or [ALL]
     facts = run_facts(run)
@@ -276,10 +280,12 @@ def metric_title(metric: str) -> str:
     """Return a metric as a reader expects it: hr@10/new_items -> HR@10, new items."""
     if metric in _NAMES:
         return _NAMES[metric]
+    is_last, metric = metric.endswith(LAST), metric.removesuffix(LAST)
     name, _, cohort = metric.partition("/")
     kind, _, task = name.partition("-")
     words = [f"{kind.upper()} {task.replace('_', ' ')}".strip()]
-    return ", ".join([*words, cohort.replace("_", " ")] if cohort else words)
+    words += [cohort.replace("_", " ")] if cohort else []
+    return ", ".join([*words, *(["last window"] if is_last else [])])
 
 
 def _origins(study: StudyConfig, groups: dict[str, list[StudyRecord]], command: str) -> str:

@@ -109,6 +109,14 @@ def test_the_last_window_alone(tmp_path, page, runs):
     assert "| no time | 0.4550 ± 0.0124 | 0.1000 ± 0.0000 " in (tmp_path / "results.md").read_text()
 
 
+def test_the_last_window_beside_the_pass(tmp_path, page, runs):
+    page.write_text(PAGE.replace("[ne-click, ", "[ne-click, ne-click:last, "))
+    results(page, runs, tmp_path / "results.md")
+    text = (tmp_path / "results.md").read_text()
+    assert "| NE click        | NE click, last window |" in text
+    assert "| no time | 0.9100 ± 0.0248 | 0.4550 ± 0.0124       |" in text
+
+
 def test_what_is_known_from_elsewhere_stands_there_before_the_runs(tmp_path, page, runs):
     later = "  later_one:\n    title: Later\n    sweep: x.yaml\n    metrics: [auc]\n    rows: {}\n"
     page.write_text(PAGE + later)
