@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gr.inference.cache import in_words
 from gr.sequence import SequenceInfo
 from kernels.dispatch import Impl, resolve
 from kernels.hstu_attention import AttentionMask, CachedKeys, RelativeBias, hstu_attention
@@ -64,10 +65,11 @@ def attention_of_tails(
         out = new.new_empty(most + len(new), *new.shape[1:])
         # Finite, as hidden values must be: their weights are zeros.
         out[most:].zero_()
-        of_pages = old.view(-1, PAGE, *old.shape[1:])
-        place = out[:most].view(-1, *of_pages.shape[1:])
-        torch.index_select(of_pages, 0, pages_G, out=place)
-        return out.index_copy_(0, new_R, new)[:rows]
+        to, source, tail = in_words(out, old, new)
+        of_pages = source.view(-1, PAGE, *source.shape[1:])
+        torch.index_select(of_pages, 0, pages_G, out=to[:most].view(-1, *of_pages.shape[1:]))
+        to.index_copy_(0, new_R, tail)
+        return out[:rows]
 
     if bias is not None and bias.time_table is not None:
         assert cached.time is not None

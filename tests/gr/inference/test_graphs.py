@@ -6,6 +6,7 @@ import torch
 
 from gr.config import EncodingConfig, HSTUConfig, RotaryConfig
 from gr.inference import graphs, tails
+from gr.inference.cache import KeyValueStore, LayerShape
 from gr.inference.graphs import runs_alike
 from gr.inference.mfalcon import Scorer
 from tests.gr.batches import data_config, train_config
@@ -84,3 +85,18 @@ def test_microbatches_that_one_graph_makes():
     assert [runs_alike(np.array([14]), begin, 5) for begin in (0, 5, 10)] == [2, 1, 1]
     assert runs_alike(np.array([16_385]), 0, 1024) == graphs.MOST_RUNS
     assert runs_alike(np.array([16_384, 16_384]), 0, 1024) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("width", "K"), [(24, 8), (25, 8), (24, 6)])
+def test_rows_are_kept_to_the_bit(dtype, width, K):
+    """Rows of a wider buffer, in words or, where it is not made of such, element by element."""
+    store = KeyValueStore([LayerShape(2, K, K)], 2, dtype=dtype, device=torch.device("cpu"))
+    buffer = torch.randn(5, width).to(dtype)
+    k, v = (buffer[:, n : n + 2 * K].unflatten(1, (2, K)) for n in (0, 8))
+    rows = torch.tensor([130, 200, 3, 255, 0])
+    store.write(0, rows, k, v)
+    expected = torch.zeros(256, 2, K, dtype=dtype)
+    for kept, new in ((store.k[0], k), (store.v[0], v)):
+        expected.zero_()[rows] = new
+        assert torch.equal(kept, expected)
