@@ -178,16 +178,6 @@ class Tables(nn.Module, ABC):
         return self.config.tables[table]
 
 
-def exchange_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return a stream whose kernels go before those that wait in others.
-
-    They are many and small, and the host waits for their counts: behind those of a backward pass
-    each would wait for one of these to end.
-    """
-    stream: torch.cuda.Stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-    return stream
-
-
 class PendingLookup:
     """Row numbers on their way (Tables.send). This base holds them for forms that send nothing.
 
