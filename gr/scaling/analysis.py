@@ -18,10 +18,12 @@ from gr.scaling.fits import (
     fit_power_law,
     fit_with_intervals,
     leave_one_out,
+    predict_together,
+    weights_of,
 )
 from gr.scaling.points import Mean, Point, frontier, means_of
 
-LOG_LAW, POWER_LAW = "a + b ln C", "E + A C^-alpha"
+LOG_LAW, POWER_LAW, BOTH = "a + b ln C", "E + A C^-alpha", "both, by weight"
 LEVEL = 0.9
 """Of the interval that a held-out run should lie in."""
 _AXES = {"parameters": "parameters", "tokens": "tokens", "length": "length", "rows": "rows"}
@@ -67,9 +69,9 @@ class Curve:
     predictions: tuple[Prediction, ...]
 
     @property
-    def chosen(self) -> str:
-        """The law whose `left_out` is least: chosen by what was fitted, not what was held out."""
-        return min(self.left_out, key=lambda law: self.left_out[law])
+    def weights(self) -> dict[str, float]:
+        """Law -> its share in the prediction of both: from `left_out`, not what was held out."""
+        return weights_of(self.left_out, len(self.fitted))
 
 
 @dataclass(frozen=True)
@@ -147,16 +149,13 @@ def _curve(
         for law, (find, number) in laws.items()
         if len(fitted) > number
     }
-    predictions = [
-        Prediction(
-            mean,
-            law,
-            mean.flops / float(compute.max()),
-            *found.predict(np.array([mean.flops]), generator, LEVEL),
-        )
-        for mean in held_out
-        for law, found in fits.items()
-    ]
+    weights = weights_of(left_out, len(fitted))
+    predictions = []
+    for mean in held_out:
+        at, factor = np.array([mean.flops]), mean.flops / float(compute.max())
+        found = {law: of.predict(at, generator, LEVEL) for law, of in fits.items()}
+        found[BOTH] = predict_together(fits, weights, at, generator, LEVEL)
+        predictions += [Prediction(mean, law, factor, *value) for law, value in found.items()]
     return Curve(
         family,
         tuple(fitted),

@@ -129,15 +129,17 @@ def _laws_table(analysis: Analysis) -> str:
     rows = [
         [
             curve.family,
-            f"{law} (chosen)" if law == curve.chosen else law,
+            law,
             _coefficients(fit),
             f"{fit.sigma:.2g}",
             f"{curve.left_out[law]:.2g}" if law in curve.left_out else "",
+            f"{curve.weights.get(law, 0.0):.2f}",
         ]
         for curve in analysis.curves
         for law, fit in curve.fits.items()
     ]
     head = ["family", "law", "coefficients (95 % intervals)", "error of a point", "left out"]
+    head.append("weight")
     return f"## Laws\n\n{markdown_table(head, rows)}"
 
 
@@ -147,7 +149,7 @@ def _predictions_table(analysis: Analysis) -> str:
             curve.family,
             p.mean.size,
             f"{p.factor:.1f}",
-            f"{p.law} (chosen)" if p.law == curve.chosen else p.law,
+            p.law,
             f"{p.predicted:.4f}",
             f"{p.low:.4f} to {p.high:.4f}",
             f"{p.mean.quality:.4f}",
@@ -204,7 +206,7 @@ def _record(study: ScalingConfig, analysis: Analysis) -> dict[str, Any]:
                     "intervals_95": {n: fit.interval(n) for n in fit.law.coefficients},
                     "sigma": fit.sigma,
                     "left_out": curve.left_out.get(law),
-                    "chosen": law == curve.chosen,
+                    "weight": curve.weights.get(law, 0.0),
                 }
                 for law, fit in curve.fits.items()
             }

@@ -15,6 +15,8 @@ from gr.scaling.fits import (
     fit_power_law,
     fit_with_intervals,
     leave_one_out,
+    predict_together,
+    weights_of,
 )
 
 COMPUTE = np.geomspace(1e12, 1e15, 6)
@@ -142,6 +144,60 @@ def test_a_held_out_point_is_inside_as_often_as_said(fit, p, truth, studies):
     # The chance of fewer, or of more, if the interval holds 90 % of new points.
     assert stats.binom.cdf(inside, studies, 0.9) > 1e-3
     assert inside / studies < 0.99 or stats.binom.sf(inside - 1, studies, 0.9) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "truth",
+    [LogLaw(1.22, -0.0257), PowerLaw(0.86, 0.011, 0.23, 1e13)],
+    ids=["line", "power"],
+)
+def test_both_laws_together_hold_a_point_whichever_is_true(truth):
+    """The law that is not true holds it less than half as often as it says."""
+    random = np.random.default_rng(11)
+    x, new = np.geomspace(7e11, 7e13, 7), np.array([3.5e14])
+    noise = 0.0025 if isinstance(truth, LogLaw) else 0.0004
+    inside, studies = {"both": 0, "wrong": 0}, 60
+    for study in range(studies):
+        y = truth(x) + noise * random.standard_normal(len(x))
+        found = {
+            "line": fitted(fit_log_law, y, study, p=2, resamples=150, x=x),
+            "power": fitted(fit_power_law, y, study, p=3, resamples=150, x=x),
+        }
+        errors = {"line": fit_log_law, "power": fit_power_law}
+        weights = weights_of({k: leave_one_out(f, x, y) for k, f in errors.items()}, len(x))
+        point = truth(new)[0] + noise * random.standard_normal()
+        generator = np.random.default_rng(study)
+        _, low, high = predict_together(found, weights, new, generator)
+        inside["both"] += low <= point <= high
+        wrong = found["power" if isinstance(truth, LogLaw) else "line"]
+        _, low, high = wrong.predict(new, generator)
+        inside["wrong"] += low <= point <= high
+    assert inside["both"] >= 0.75 * studies
+    assert inside["wrong"] < 0.6 * studies
+
+
+def test_weights_are_likelihoods_of_the_points_left_out():
+    assert weights_of({"a": 0.2, "b": 0.2}, 9) == {"a": 0.5, "b": 0.5}
+    errors = {"a": 0.3, "b": 0.1}
+    likelihood = {
+        law: np.prod(stats.norm.pdf([error, -error] * 4, scale=error))
+        for law, error in errors.items()
+    }
+    weights = weights_of(errors, 8)
+    assert weights["b"] / weights["a"] == pytest.approx(likelihood["b"] / likelihood["a"])
+    assert weights_of({"a": 0.0, "b": 0.1}, 5)["b"] < 1e-12
+
+
+def test_a_law_of_no_weight_changes_no_prediction():
+    y = 0.7 + 0.1 * (COMPUTE / 1e12) ** -0.3 + 0.001 * np.array([1, -1, 1, -1, 1, -1])
+    found = {"line": fitted(fit_log_law, y), "power": fitted(fit_power_law, y, p=3)}
+    new = np.array([4e15])
+    alone = found["power"].predict(new, np.random.default_rng(2))
+    together = predict_together(found, {"power": 1.0}, new, np.random.default_rng(2))
+    assert together == alone
+    middle = predict_together(found, {"line": 0.5, "power": 0.5}, new, np.random.default_rng(2))[0]
+    assert middle == pytest.approx((found["line"].law(new)[0] + found["power"].law(new)[0]) / 2)
 
 
 def test_without_degrees_of_freedom_no_interval_is_claimed():

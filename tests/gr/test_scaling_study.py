@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from gr.cli import main
 from gr.config import TrainConfig
 from gr.config_io import load_config
-from gr.scaling.analysis import LOG_LAW, POWER_LAW, analyse
+from gr.scaling.analysis import BOTH, LOG_LAW, POWER_LAW, analyse
 from gr.scaling.config import FamilyConfig, ScalingConfig, SizeConfig
 from gr.scaling.members import expand, write_sweeps
 from gr.scaling.points import read_points
@@ -105,11 +105,12 @@ def test_laws_prediction_and_efficiency_of_a_known_study(study):
     for p in record["predictions"]:
         assert p["factor"] == pytest.approx(5e12 / 6e11)
         assert p["interval"][0] <= p["measured"] <= p["interval"][1], p
-    assert {p["law"] for p in record["predictions"]} == {LOG_LAW, POWER_LAW}
+    assert {p["law"] for p in record["predictions"]} == {LOG_LAW, POWER_LAW, BOTH}
     for laws in record["laws"].values():
-        errors = {name: law["left_out"] for name, law in laws.items() if law["left_out"]}
-        assert [name for name in laws if laws[name]["chosen"]] == [min(errors, key=errors.get)]
-    assert len([line for line in text.splitlines() if "(chosen)" in line and "% wide" in line]) == 2
+        ratio = laws[LOG_LAW]["left_out"] / laws[POWER_LAW]["left_out"]
+        assert laws[POWER_LAW]["weight"] / laws[LOG_LAW]["weight"] == pytest.approx(ratio**4)
+        assert laws[POWER_LAW]["weight"] + laws[LOG_LAW]["weight"] == pytest.approx(1.0)
+    assert len([line for line in text.splitlines() if BOTH in line and "% wide" in line]) == 2
     assert "| hstu   | big (held out)" in text
     assert len(record["points"]) == 20
     point = record["points"][0]
