@@ -58,9 +58,9 @@ class ContentTower(FrozenVectors):
         self.missing_D = nn.Parameter(torch.randn(dim) * 0.02)
 
     def forward(self, row_n: Tensor) -> Tensor:
-        """Return f, (n, D) float32, of rows that `find` or `find_on_device` gave."""
+        """Return f, (n, D), dtype of the weights, of rows that `find` or `find_on_device` gave."""
         with torch.autocast(row_n.device.type, enabled=False):
-            vector_nW = self.vectors_EW[row_n.clamp_min(0)].float()
+            vector_nW = self.vectors_EW[row_n.clamp_min(0)].to(self.missing_D.dtype)
             normed_nW = functional.layer_norm(vector_nW, vector_nW.shape[1:])
             content_nD: Tensor = self.readout(self.hidden(normed_nW))
             return torch.where((row_n >= 0)[:, None], content_nD, self.missing_D)

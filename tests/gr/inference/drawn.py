@@ -1,18 +1,26 @@
 """Drawn runs and requests, and what the training code says about each candidate by itself."""
 
+import atexit
 import random
+import shutil
+import tempfile
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 
 from embeddings.vocabulary import Vocabulary
+from gr.cold_start import vectors_key
 from gr.config import (
+    ColdStartConfig,
     EncodingConfig,
     GroupConfig,
     HeadConfig,
     HSTUConfig,
+    PretrainedConfig,
     RotaryConfig,
     SemiLocalConfig,
     TransformerConfig,
@@ -26,6 +34,7 @@ from gr.model import dense_model, feature_dims
 from gr.sequence import sequence_info
 from pipelines.assemble import assemble
 from pipelines.batch import StreamPosition
+from pipelines.config import NEGATIVE_ITEM_ID
 from pipelines.features import EventEncoder
 from pipelines.gather import Gathered
 from pipelines.history import FIRST_CONTEXT
@@ -42,7 +51,15 @@ def runs(draw, *, stable=False):
     _, anchor, supervise, context = mode
     by_session = supervise == "session" and not stable
     features = draw(st.sampled_from([{}, RICH])) if context != "none" else {}
-    data = data_config("none", mode, positive=(), max_history_tokens=14, **features)
+    data = data_config(
+        "none",
+        mode,
+        positive=(),
+        max_history_tokens=14,
+        action_context=draw(st.sampled_from([(), (), ("tab",), ("price_bin", "tab")])),
+        **features,
+    )
+    vectors = draw(st.sampled_from(["none", "none", "pretrained", "cold_start"]))
     encoder = draw(st.sampled_from(["hstu"] * 4 + ["sasrec", "transformer", "cross_attention"]))
     mixture = {}
     if by_session and draw(st.booleans()):
@@ -101,7 +118,21 @@ def runs(draw, *, stable=False):
             candidate_action=draw(st.sampled_from(["zero", "learned"])),
         ),
         head=HeadConfig(ranking_hidden=(6,)),
+        **vectors_of_items(vectors),
     )
+
+
+@cache
+def vectors_of_items(use):
+    """Return the part of a ModelConfig that reads vectors of some items: none, or its `use`."""
+    if use == "none":
+        return {}
+    path = Path(tempfile.mkdtemp()) / "vectors.npy"
+    atexit.register(shutil.rmtree, path.parent)
+    np.save(path, np.random.default_rng(5).standard_normal((NUM_ITEMS // 2, 3), np.float32))
+    if use == "cold_start":
+        return {"cold_start": ColdStartConfig(path=str(path), hidden=(5,))}
+    return {"pretrained": {"content": PretrainedConfig(path=str(path), feature="item_id")}}
 
 
 def make_model(config, seed=2):
@@ -116,8 +147,16 @@ def make_model(config, seed=2):
 
 def make_lookup(config, dtype=torch.float64):
     tables = make_tables(config)
+    has_vectors = config.model.pretrained or config.model.cold_start.path
+    finder = dense_model(config, feature_dims(config), 3600) if has_vectors else None
 
     def lookup(batch):
+        if finder is not None:
+            rows = finder.find_vectors(batch)[0]
+            if finder.content is not None and NEGATIVE_ITEM_ID in batch.ids.keys():  # noqa: SIM118
+                ids = batch.ids[NEGATIVE_ITEM_ID].values()
+                rows[vectors_key(NEGATIVE_ITEM_ID)] = finder.content.find(ids)
+            batch = replace(batch, vector_rows=rows)
         ids = Vocabulary(config.embeddings).rows(batch.lookup_ids(), batch.partition)
         batch = replace(batch, ids=ids)
         with torch.no_grad():
