@@ -216,6 +216,16 @@ def test_bodies_that_are_no_request(client, content, status, message):
     assert message in response.json()["error"]
 
 
+def test_a_hundred_thousand_candidates_are_several_requests(recommender):
+    app = build_app(recommender, ServeConfig())
+    with TestClient(app, raise_server_exceptions=False) as client:
+        body = {"user_id": 3, "time": TIME, "candidates": list(range(100_000))}
+        response = client.post("/recommend", json=body)
+        assert response.status_code == 422
+        assert "at most 20000 candidates a request, got 100000" in response.json()["error"]
+        assert client.get("/health").status_code == 200
+
+
 def test_a_body_of_unknown_length_is_cut_off(client):
     response = client.post("/recommend", content=(b" " * 9000 for _ in range(5)))
     assert response.status_code == 413
