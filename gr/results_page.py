@@ -17,6 +17,7 @@ from gr.report import markdown_table
 from gr.results import METRICS, PageConfig, Record, RowConfig, TableConfig
 from gr.runs import metric_name
 from gr.studies import DIFFERENCES, StudyRecord, difference_cell, interval_cell, study_section
+from gr.study_plot import draw_study
 
 TARGETS = ("hr@10", "ndcg@10")
 """Metrics that a target is about."""
@@ -72,8 +73,12 @@ def write_page(
         _draw(page, table, groups, plot)
         files.append(plot)
         parts += _section(page, table, groups, f"{folder.name}/{plot.name}", command)
-    for study in page.studies.values():
-        section = study_section(study, studies, command)
+    for name, study in page.studies.items():
+        plot = folder / f"{name}.png"
+        drawn = draw_study(study, studies, plot)
+        files += [plot] if drawn else []
+        seen = f"{folder.name}/{plot.name}" if drawn else ""
+        section = study_section(study, studies, command, seen)
         parts += section
         if not section:
             empty.append(study.title)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,13 +158,16 @@ def read_study_records(folder: Path) -> list[StudyRecord]:
     return records
 
 
-def study_section(study: StudyConfig, records: Sequence[StudyRecord], command: str) -> list[str]:
+def study_section(
+    study: StudyConfig, records: Sequence[StudyRecord], command: str, plot: str = ""
+) -> list[str]:
     """Return the part of the page, in Markdown; empty without records and without a conclusion.
 
     Args:
         study: its rows, in order.
         records: of any rows.
         command: what adds RUNS to the page.
+        plot: of the differences, seen from the page; empty if there is none.
     """
     groups = {
         name: found for name in study.rows if (found := [r for r in records if r.row == name])
@@ -187,6 +190,7 @@ def study_section(study: StudyConfig, records: Sequence[StudyRecord], command: s
     parts.append(markdown_table(["", *names, "seeds"], lines) + "\n")
     for baseline in study.baselines:
         parts += _comparison(study, groups, baseline)
+    parts += [f"![{study.title}: differences and their intervals]({plot})\n"] if plot else []
     lacking = [row.title for name, row in study.rows.items() if name not in groups]
     if lacking:
         parts.append(f"Not run yet: {', '.join(lacking)}.\n")
@@ -197,7 +201,9 @@ def _comparison(
     study: StudyConfig, groups: dict[str, list[StudyRecord]], baseline: str
 ) -> list[str]:
     metrics = [metric for metric in study.metrics if metric not in TRAINING]
-    columns = {metric: compare(_values(study, groups, metric), baseline) for metric in metrics}
+    columns = {
+        metric: compare(metric_values(study, groups, metric), baseline) for metric in metrics
+    }
     compared = [name for name in groups if any(name in column for column in columns.values())]
     if not compared:
         return []
@@ -227,7 +233,7 @@ def _relative(
     baseline: str,
 ) -> str:
     """Return by how much a sum over the training differs, in percent, at the seeds of both."""
-    values = _values(study, groups, metric)
+    values = metric_values(study, groups, metric)
     both = values[name].keys() & values[baseline].keys()
     base = sum(values[baseline][seed] for seed in both)
     return f"{sum(values[name][seed] for seed in both) / base - 1:+.1%}" if base else "-"
@@ -235,7 +241,7 @@ def _relative(
 
 def _verdict(study: StudyConfig, column: dict[str, tuple[Difference, float]], metric: str) -> str:
     """Return which rows are surely better or worse than the baseline."""
-    sign = -1 if metric.split("-")[0] in LOWER_IS_BETTER else 1
+    sign = -1 if lower_is_better(metric) else 1
     sets: dict[str, list[str]] = {"better": [], "worse": [], "no difference seen": []}
     for name, (difference, p) in column.items():
         kind = "better" if sign * difference.mean > 0 else "worse"
@@ -243,9 +249,21 @@ def _verdict(study: StudyConfig, column: dict[str, tuple[Difference, float]], me
     return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in sets.items() if names)
 
 
-def _values(
-    study: StudyConfig, groups: dict[str, list[StudyRecord]], metric: str
+def lower_is_better(metric: str) -> bool:
+    """Return whether less of a metric is better: of NE and errors it is."""
+    return metric.split("-")[0].removesuffix(LAST) in LOWER_IS_BETTER
+
+
+def metric_values(
+    study: StudyConfig, groups: Mapping[str, Sequence[StudyRecord]], metric: str
 ) -> dict[str, dict[int, float]]:
+    """Return row -> seed -> value of a metric, where it has one.
+
+    Args:
+        study: its window counts.
+        groups: row -> its records.
+        metric: one of the study's.
+    """
     return {
         name: {r.seed: v for r in found if (v := r.metrics(study.window).get(metric)) is not None}
         for name, found in groups.items()

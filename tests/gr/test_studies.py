@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 from omegaconf import OmegaConf
 from scipy import stats
 
@@ -107,6 +108,30 @@ def test_the_last_window_alone(tmp_path, page, runs):
     page.write_text(PAGE.replace("baselines: [none]", "baselines: [none]\n    window: last"))
     results(page, runs, tmp_path / "results.md")
     assert "| no time | 0.4550 ± 0.0124 | 0.1000 ± 0.0000 " in (tmp_path / "results.md").read_text()
+
+
+def test_the_plot_shows_rows_with_intervals_alone(tmp_path, page, runs, monkeypatch):
+    drawn = []
+    draw = Axes.errorbar
+
+    def keep(axes, x, y, **kwargs):
+        drawn.append((axes.get_title(), x, y, kwargs["xerr"], kwargs["fillstyle"]))
+        return draw(axes, x, y, **kwargs)
+
+    monkeypatch.setattr(Axes, "errorbar", keep)
+    later = write_run(tmp_path / "runs", "later", 0, 0.7)  # one seed: no interval
+    results(page, [*runs, later], tmp_path / "results.md")
+    assert "![Does the clock help?: differences" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "results" / "clock.png").stat().st_size > 1_000
+    expected = [stats.ttest_rel(NE[name], NE["none"]) for name in ("hour", "noise")]
+    for (_, x, y, half, style), test, place in zip(drawn, expected, (0, 1), strict=True):
+        low, high = test.confidence_interval(0.95)
+        assert (x, half) == pytest.approx(((low + high) / 2, (high - low) / 2), abs=2e-5)
+        assert (y, style) == (place, "full" if place == 0 else "none")
+    # New items' HR@10 is the same in all runs: no panel. With one row there is nothing to see.
+    fewer = [run for run in runs if "noise" not in run.name]
+    results(page, fewer, tmp_path / "few.md")
+    assert not (tmp_path / "few" / "clock.png").exists()
 
 
 def test_the_last_window_beside_the_pass(tmp_path, page, runs):
