@@ -8,7 +8,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from embeddings.config import EmbeddingsConfig, TableConfig
+from gr.bench_trace import Interval, device_intervals, transfer, waits
 from gr.checkpoint import CheckpointManager
 from gr.config import (
     EncodingConfig,
@@ -36,7 +37,6 @@ from pipelines.stream import SessionStream
 PROFILED = 5
 """Steps that are watched for what they wait for."""
 RECALIBRATE = 8
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,10 @@ class Bench:
         return {**self._figures(config, made, seconds), "slowest_step_s": slowest}
 
     def profile(self, config: TrainConfig) -> dict[str, float]:
-        """Return shares of the time of a few steps: communication alone, nothing at all."""
+        """Return shares of the time of a few steps: communication alone, nothing at all.
+
+        And `transfer`: what communication takes once the last rank has come.
+        """
         trainer = self._trainer(config)
         stream = _stream(config, self.world, trainer)
         batches = list(itertools.islice(stream, PROFILED))
@@ -144,7 +147,9 @@ class Bench:
             profile.export_chrome_trace(str(path))
             events = json.loads(path.read_text())["traceEvents"]
         communication, others = device_intervals(events)
-        return waits(communication, others)
+        ranks: list[list[Interval]] = [[] for _ in range(self.world.size)]
+        dist.all_gather_object(ranks, communication)
+        return {**waits(communication, others), "transfer": transfer(ranks, others)}
 
     def checkpoint(self, config: TrainConfig, steps: int = 100) -> dict[str, float]:
         """Return what 100 steps lose that hold an asynchronous checkpoint, a run's first or not.
@@ -368,41 +373,3 @@ def flops(model: ModelConfig, lengths: Tensor) -> tuple[float, float]:
     linear = 3.0 * model.num_layers * (per_key + per_query) * float(lengths.sum())
     pairs = float((lengths * (lengths + 1) / 2).sum())
     return linear, float(model.num_layers * per_pair * pairs)
-
-
-def device_intervals(events: list[dict[str, Any]]) -> tuple[list[Interval], list[Interval]]:
-    """Return when a GPU communicated and when it did anything else, of a trace in Chrome's format.
-
-    Communication is NCCL's kernels; everything else is kernels, copies and fills.
-    """
-    communication: list[Interval] = []
-    others: list[Interval] = []
-    for event in events:
-        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-            interval = (float(event["ts"]), float(event["ts"]) + float(event["dur"]))
-            (communication if "nccl" in event["name"].lower() else others).append(interval)
-    return communication, others
-
-
-def waits(communication: list[Interval], others: list[Interval]) -> dict[str, float]:
-    """Return the shares of the time from the first to the last interval.
-
-    Returns:
-        exposed: communication and nothing else; idle: nothing.
-    """
-    every = [*communication, *others]
-    span = max(end for _, end in every) - min(start for start, _ in every)
-    busy, computing = covered(every), covered(others)
-    return {"exposed": (busy - computing) / span, "idle": 1 - busy / span}
-
-
-def covered(intervals: list[Interval]) -> float:
-    """Return the length of the union of intervals."""
-    if not intervals:
-        return 0.0
-    ordered = sorted(intervals)
-    total, reached = 0.0, ordered[0][0]
-    for start, end in ordered:
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total

@@ -249,7 +249,11 @@ def table(found: dict[str, Figures], ranks: int) -> list[str]:
         f"exposed communication, {ranks} GPUs (nothing runs)",
         "<= 8 %",
         f"communication on {ranks}",
-        lambda x: f"{x['exposed']:.1%} ({x['idle']:.1%})" if x else "not on CPUs",
+        lambda x: (
+            f"{x['exposed']:.1%} ({x['idle']:.1%}); without waiting for ranks {x['transfer']:.1%}"
+            if x
+            else "not on CPUs"
+        ),
     )
     line(
         "filled against equally many sequences: share of the bound",

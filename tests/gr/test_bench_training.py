@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gr.bench_steps import Bench, Settings, covered, device_intervals, flops, waits
+from gr.bench_steps import Bench, Settings, flops
+from gr.bench_trace import covered, device_intervals, transfer, waits
 from gr.flops import training_flops
 from gr.parallel import World
 from gr.sequence import sequence_info
@@ -64,6 +66,13 @@ def test_lengths_follow_the_law_up_to_the_longest():
 
 
 intervals = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), max_size=12)
+
+
+def test_what_a_rank_waits_for_others_is_no_transfer():
+    # Two collectives; rank 1 comes late to the first, rank 0 to the second.
+    ranks = [[(6.0, 7.0), (0.0, 5.0)], [(3.0, 5.0), (5.0, 8.0)]]
+    assert transfer(ranks, [(0.0, 10.0)]) == pytest.approx((2.0 + 1.0) / 10)
+    assert math.isnan(transfer([[(0.0, 1.0)], []], [(0.0, 10.0)]))
 
 
 @given(intervals, intervals)
