@@ -53,6 +53,13 @@ def write_run(folder: Path, row: str, seed: int, ne: float, *, is_cut: bool = Fa
     return path
 
 
+@pytest.fixture(autouse=True)
+def plots_where_they_are_the_subject(request, monkeypatch):
+    """Draw nothing elsewhere: it is most of a test's time."""
+    if "plot" not in request.node.name:
+        monkeypatch.setattr("gr.results_page.draw_study", lambda *_: False)
+
+
 @pytest.fixture
 def page(tmp_path):
     (tmp_path / "page.yaml").write_text(PAGE)
