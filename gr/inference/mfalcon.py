@@ -320,6 +320,8 @@ class Scorer:
         scored: list[Scored],
     ) -> Scores:
         """Return the scores of all candidates; those of `scored` are there already."""
+        if len(scored) == 1 and len(scored[0][0]) == candidates.counts.sum():
+            return Scores(scored[0][1], candidates.counts)
         is_answer = bool(scored)
         for part in history.parts:
             asked = np.flatnonzero(candidates.counts[part.chosen] > 0)

@@ -138,16 +138,25 @@ class NextRequests:
         except ValueError:
             return None
         vectors, ranking = self._found(size, numbers)
-        new_B = torch.from_numpy(self.per_event * requests.counts)
-        whole_B = torch.tensor([x.num_tokens for x in users]) + new_B
-        lengths_B = torch.tensor([x.lengths[0] for x in users]) + new_B
         ends = np.cumsum(requests.counts) - 1
-        before = Before(
-            num_tokens=whole_B - self.encoder.num_context,
-            first_time=torch.tensor([x.whole_first_time for x in users]),
-            last_time=torch.from_numpy(requests.ints[ends, TIMESTAMP]),
-        )
-        first_time = torch.tensor([x.first_time[0] for x in users])
+        whole_B, lengths_B, first_time, whole_first_time, last_time = torch.tensor(
+            [
+                (
+                    x.num_tokens + self.per_event * new,
+                    x.lengths[0] + self.per_event * new,
+                    x.first_time[0],
+                    x.whole_first_time,
+                    last,
+                )
+                for x, new, last in zip(
+                    users,
+                    requests.counts.tolist(),
+                    requests.ints[ends, TIMESTAMP].tolist(),
+                    strict=True,
+                )
+            ]
+        ).unbind(1)
+        before = Before(whole_B - self.encoder.num_context, whole_first_time, last_time)
         cache = StackCache(self.store, pages, lengths_B[None], first_time)
         part = Part(chosen, [cache], before, whole_B)
         # The memory of graphs is shared: the next one may write over it.

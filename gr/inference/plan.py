@@ -4,7 +4,6 @@ Letters: B requests.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -168,19 +167,15 @@ class Plan:
         per_event = token_counts(self.encoder.data).per_history_event
         whole_ends = np.cumsum(requests.counts)
         for i, b in enumerate(chosen.tolist()):
-            user_id, old = int(requests.user_id[b]), self._users[b]
+            user_id, user = int(requests.user_id[b]), self._users[b]
             added = int(after.counts[i]) - 1
             rows = slice(int(whole_ends[b] - requests.counts[b]), int(whole_ends[b]) - 1)
-            user = replace(
-                old,
-                ints=requests.ints[rows].copy(),
-                codes=requests.codes[rows].copy(),
-                num_tokens=old.num_tokens + added * per_event,
-                lengths=[n + added * per_event for n in old.lengths],
-                last_time=int(after.ints[ends[i] - 2, TIMESTAMP]) if added else old.last_time,
-            )
+            if added:
+                user.ints, user.codes = requests.ints[rows].copy(), requests.codes[rows].copy()
+                user.num_tokens += added * per_event
+                user.lengths = [n + added * per_event for n in user.lengths]
+                user.last_time = int(after.ints[ends[i] - 2, TIMESTAMP])
             self.cache.keep(user_id, user)
-            self._users[b] = user
 
     def release(self) -> None:
         """Let go of everything that the requests hold."""
