@@ -220,4 +220,6 @@ def train(case: Case, first: int, last: int, *, load_from="", save_at=-1, save_t
         dcp.save(tables.checkpoint_state(), checkpoint_id=save_to)
         first = save_at
     train_steps(tables, first, last, ahead=case.ahead)
-    return {**result, "final": catalogue(tables), "steps": tables.steps}
+    local = {name: tables.local_weight(name) for name in TABLES}
+    local = {name: None if x is None else x.float().cpu() for name, x in local.items()}
+    return {**result, "final": catalogue(tables), "local": local, "steps": tables.steps}

@@ -109,6 +109,16 @@ def test_every_form_starts_with_the_same_rows(trained):
             assert torch.equal(result["initial"][name], rows)
 
 
+def test_rows_that_a_process_reads_by_itself_are_the_live_ones(trained):
+    case, world_size, results, _ = trained
+    for result in results:
+        for name, rows in result["local"].items():
+            if case.form == "sharded" and (case.cached or world_size > 1):
+                assert rows is None
+            else:
+                assert torch.equal(rows, result["final"][name])
+
+
 def test_a_lookup_returns_the_rows_in_the_order_of_the_ids(trained):
     _, world_size, results, _ = trained
     for rank, result in enumerate(results):
