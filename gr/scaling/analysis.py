@@ -17,6 +17,7 @@ from gr.scaling.fits import (
     fit_log_law,
     fit_power_law,
     fit_with_intervals,
+    grow_apart,
     leave_one_out,
     predict_together,
     weights_of,
@@ -93,7 +94,8 @@ class Analysis:
     curves: tuple[Curve, ...]
     efficiencies: tuple[Efficiency, ...]
     joint: dict[str, Fit]
-    """Family -> law in the axes that the study varies; none where they are fewer than two."""
+    """Family -> law in the axes that the study varies; none where they are fewer than two, or grow
+    together."""
 
 
 def analyse(study: ScalingConfig, points: Sequence[Point]) -> Analysis:
@@ -184,7 +186,7 @@ def _joint(study: ScalingConfig, curve: Curve) -> Fit | None:
     )
     # Tokens of an example differ a little from run to run: an axis varies by a factor, or not.
     varied = [i for i in range(len(_AXES)) if table[:, i].max() > 1.2 * table[:, i].min()]
-    if len(varied) < 2 or len(means) < 2 * len(varied) + 2:
+    if len(varied) < 2 or len(means) < 2 * len(varied) + 2 or not grow_apart(table[:, varied]):
         return None
     names = [list(_AXES)[i] for i in varied]
     sign = -1.0 if study.higher_is_better else 1.0

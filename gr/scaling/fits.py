@@ -18,6 +18,9 @@ Array = NDArray[np.float64]
 ALPHAS = (1e-3, 1.0)
 """Exponents that a power law may have; a few points that bend once allow anything above."""
 
+APART = 0.95
+"""Largest correlation between the logarithms of two axes that a joint law is fitted to."""
+
 
 @dataclass(frozen=True)
 class LogLaw:
@@ -138,6 +141,8 @@ def fit_power_law(compute_P: Array, quality_P: Array) -> PowerLaw:
 def fit_joint_law(names: Sequence[str], x_PX: Array, quality_P: Array) -> JointLaw:
     """Return the joint law with the least squared error, all A at least 0.
 
+    E is at least 0 too where no quality is below 0, as in `fit_power_law`.
+
     Args:
         names: of the axes.
         x_PX: positive, one column an axis.
@@ -162,7 +167,7 @@ def fit_joint_law(names: Sequence[str], x_PX: Array, quality_P: Array) -> JointL
 
     low, high = np.log(ALPHAS)
     bounds = (
-        [-np.inf, *[-np.inf] * axes, *[low] * axes],
+        [0.0 if quality_P.min() > 0 else -np.inf, *[-np.inf] * axes, *[low] * axes],
         [np.inf, *[np.inf] * axes, *[high] * axes],
     )
     starts = [np.log(alpha) for alpha in (0.05, 0.3, 1.0)]
@@ -182,6 +187,19 @@ def fit_joint_law(names: Sequence[str], x_PX: Array, quality_P: Array) -> JointL
         tuple(np.exp(best[1 + axes :]).tolist()),
         tuple(unit.tolist()),
     )
+
+
+def grow_apart(x_PX: Array) -> bool:
+    """Return whether the axes of points vary enough by themselves for exponents of their own.
+
+    In a ladder width, depth and length grow together: then which of them it was is not in the data,
+    whatever a fit returns.
+
+    Args:
+        x_PX: positive, one column an axis, each with different values.
+    """
+    correlation_XX = np.corrcoef(np.log(x_PX), rowvar=False)
+    return bool(np.abs(correlation_XX - np.eye(len(correlation_XX))).max() < APART)
 
 
 @dataclass(frozen=True)

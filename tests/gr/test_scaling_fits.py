@@ -14,6 +14,7 @@ from gr.scaling.fits import (
     fit_log_law,
     fit_power_law,
     fit_with_intervals,
+    grow_apart,
     leave_one_out,
     predict_together,
     weights_of,
@@ -102,6 +103,21 @@ def test_a_joint_law_is_found():
     np.testing.assert_allclose(law(axes), truth(axes), atol=1e-6)
     beyond = np.array([(8e6, 4e8, 512.0)])
     assert law(beyond)[0] == pytest.approx(truth(beyond)[0], abs=0.02)
+
+
+def test_axes_of_a_ladder_grow_together_and_those_of_a_grid_do_not():
+    grid = np.array([(n, d, k) for n in (1e5, 4e5, 2e6) for d in (1e7, 1e8) for k in (64.0, 256.0)])
+    assert grow_apart(grid)
+    ladder = np.array([(2e4, 8.0), (4e4, 16.0), (1e5, 24.0), (3e5, 64.0), (6e5, 128.0)])
+    assert not grow_apart(ladder)
+    assert not grow_apart(1 / ladder[:, ::-1] * np.array([1.0, 3.0]))
+
+
+def test_the_floor_of_a_joint_law_is_not_below_zero():
+    x = np.array([(n, d) for n in (1e5, 4e5, 2e6) for d in (1e7, 1e8, 1e9)])
+    y = 1.5 - 0.04 * np.log(x[:, 0]) - 0.02 * np.log(x[:, 1])
+    assert fit_joint_law(("n", "d"), x, y).E >= 0
+    assert fit_joint_law(("n", "d"), x, y - 2).E < 0  # as of a metric where more is better
 
 
 def test_intervals_of_a_line_are_the_t_intervals():
