@@ -14,8 +14,8 @@ from gr.config import TrainConfig
 from gr.config_io import load_config
 from gr.scaling.analysis import BOTH, LOG_LAW, POWER_LAW, analyse
 from gr.scaling.config import FamilyConfig, ScalingConfig, SizeConfig
-from gr.scaling.members import expand, write_sweeps
-from gr.scaling.points import read_points
+from gr.scaling.members import Member, expand, write_sweeps
+from gr.scaling.points import Point, read_points
 from gr.scaling.study import scaling
 from launch.config import SweepConfig
 from launch.sweep import expand as expand_sweep
@@ -229,6 +229,33 @@ def test_a_size_may_be_another_thing_in_another_family(study, tmp_path):
     assert layers == one_two_four | {"ultra-a": 3}
     with pytest.raises(ValueError, match=r"sizes.a.of names \['huge'\]"):
         replace(study, sizes=study.sizes | {"a": SizeConfig(of={"huge": []})})
+
+
+def test_a_joint_law_of_a_grid_and_none_of_a_ladder(study):
+    def points(axes):
+        return [
+            Point(
+                member=Member("hstu", f"s{i}", 0.0, 0, held_out=False),
+                path=Path(),
+                flops=n * length,
+                parameters=n,
+                rows=100,
+                tokens=1000,
+                length=length,
+                seconds=1.0,
+                quality=0.5 + 0.2 * (n / 1e5) ** -0.4 + 0.1 * (length / 64) ** -0.5,
+            )
+            for i, (n, length) in enumerate(axes)
+        ]
+
+    study = replace(study, families={"hstu": FamilyConfig()})
+    sizes = 20_000, 100_000, 500_000
+    grid = analyse(study, points([(n, k) for n in sizes for k in (16.0, 64.0, 256.0)]))
+    law = grid.joint["hstu"].law
+    assert law.coefficients["alpha_parameters"] == pytest.approx(0.4, rel=0.02)
+    assert law.coefficients["alpha_length"] == pytest.approx(0.5, rel=0.02)
+    ladder = [(20_000 * 4**i, 16.0 * 2**i) for i in range(7)]
+    assert analyse(study, points(ladder)).joint == {}
 
 
 def test_a_law_without_a_degree_of_freedom_left_gives_no_verdict(study):
