@@ -54,8 +54,8 @@ def test_all_of_ultra_learns_in_fp8(config, tmp_path):
         f"run_dir={tmp_path / 'fp8'}",
         *("device=cuda", *ULTRA, "precision=bf16", "model.hstu.precision=fp8"),
     )
-    # Sixteen columns of a few dozen steps: fp8 goes another way, and learns as much. It parts at the
-    # first update: AdamW steps by a gradient's direction, and that of the smallest is rounding.
+    # Sixteen columns of a few dozen steps: fp8 goes another way, and learns as much. They part at
+    # the first update: AdamW steps by a gradient's direction, which in the smallest is rounding.
     np.testing.assert_allclose(losses(fp8)[0], losses(bf16)[0], rtol=2e-3)
     np.testing.assert_allclose(losses(fp8)[1], losses(bf16)[1], rtol=0.03)
     np.testing.assert_allclose(losses(fp8), losses(bf16), rtol=0.25)
