@@ -99,8 +99,11 @@ def pairs(values, data, name):
     return [(list(data.context_features).index(name), values[0])]
 
 
-@pytest.mark.parametrize("action_context", [(), ("price_bin", "tab")], ids=["", "context"])
-@pytest.mark.parametrize("candidate_action", ["zero", "learned"])
+@pytest.mark.parametrize(
+    ("candidate_action", "action_context"),
+    [("zero", ("price_bin", "tab")), ("learned", ())],
+    ids=["zero-context", "learned"],
+)
 @pytest.mark.parametrize("mode", MODES, ids="-".join)
 def test_every_token_is_the_sum_of_its_parts(log, mode, candidate_action, action_context):
     encoding = EncodingConfig(position="none", candidate_action=candidate_action)

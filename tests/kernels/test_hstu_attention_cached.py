@@ -162,7 +162,7 @@ def test_triton(seed, device):
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 def test_operator_and_graph(impl, device):
     made, _ = make_call(
-        [140, 5], [3, 0], [2, 4], MASKS[1], "position_time", False, torch.float32, device
+        [20, 5], [3, 0], [2, 4], MASKS[1], "position_time", False, torch.float32, device
     )
     (q, k, v, offsets, cached), options = made
     bias = options["bias"]
