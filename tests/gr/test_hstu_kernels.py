@@ -16,8 +16,10 @@ from tests.gr.learning import FP8, distance, learn, learn_all, smooth, write_log
 from tests.gr.test_hstu import OPTIONS, ULTRA, make_batch, make_encoder
 
 OPTIONS = OPTIONS | {"ultra": ULTRA}
-EVERYTHING = ["ultra", "paper", "dlrm_v3", "softmax_rab", "u_only_rab", "group_rab", "final_norm"]
-EVERYTHING += ["rotary_sum", "rotary_dims", "rotary_heads"]
+INTERPRETED = ["ultra", "paper", "dlrm_v3", "softmax_rab", "group_rab", "rotary_heads"]
+ON_GPUS = ["u_only_rab", "final_norm", "rotary_sum", "rotary_dims"]
+EVERYTHING = [pytest.param(x, marks=pytest.mark.interpret) for x in INTERPRETED]
+EVERYTHING += [pytest.param(x, marks=pytest.mark.gpu) for x in ON_GPUS]
 
 
 def run(encoder, x_LD, info, dy_RD, impl, dtype, device):
@@ -33,7 +35,6 @@ def run(encoder, x_LD, info, dy_RD, impl, dtype, device):
     return {"y": y_RD.detach(), "x": x_LD.grad, **gradients}
 
 
-@pytest.mark.interpret
 @pytest.mark.parametrize("options", EVERYTHING)
 def test_matches_the_equations(options, device):
     """Forward and all gradients through two layers, the second of tails."""
