@@ -22,7 +22,7 @@ baselines: $(VENV)/.run-$(SET)
 
 test: $(VENV)/.dev-$(SET)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret tests/kernels tests/gr -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpret and not slow" tests/kernels tests/gr -n 2 --dist loadgroup
 
 test-interpret: $(VENV)/.dev-$(SET)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret tests/kernels tests/gr

@@ -41,7 +41,7 @@ CUDA_ALL = replace(CUDA_CACHED, momentum="host", index_dedup="on", sharding=("ro
 BY_ROW_AHEAD = replace(BY_ROW, ahead=True, index_dedup="on")
 FORMS = [
     pytest.param((REPLICATED, 1), id="replicated-1"),
-    pytest.param((REPLICATED, 2), id="replicated-2"),
+    pytest.param((REPLICATED, 2), id="replicated-2", marks=pytest.mark.slow),
     pytest.param((BY_ROW, 1), id="row_wise-1", marks=pytest.mark.slow),
     pytest.param((BY_ROW_AHEAD, 2), id="row_wise-2"),
     pytest.param((BY_TABLE, 2), id="table_wise-2"),

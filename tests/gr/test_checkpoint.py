@@ -126,6 +126,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, world_size, asynchrono
         assert "the newest is of step 1" in seen[1]
 
 
+@pytest.mark.slow
 def test_a_killed_writer_costs_the_checkpoint_that_it_wrote(tmp_path):
     manager = CheckpointManager(tmp_path / "checkpoints", keep=2, asynchronous=True)
     manager.reserve(state(0))

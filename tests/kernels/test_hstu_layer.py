@@ -88,10 +88,10 @@ def test_equals_the_reference_on_a_gpu(options, dtype):
 @pytest.mark.parametrize(
     ("activate", "has_tail", "dtype", "angles"),
     [
-        ("all", False, torch.float16, "shared"),
-        ("u_only", True, torch.float16, "none"),
+        ("all", True, torch.float16, "shared"),
         ("u_only", False, torch.float32, "by_head"),
-        ("all", True, torch.float32, "shared"),
+        pytest.param("u_only", True, torch.float16, "none", marks=pytest.mark.slow),
+        pytest.param("all", False, torch.float32, "shared", marks=pytest.mark.slow),
     ],
     ids=str,
 )

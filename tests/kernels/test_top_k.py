@@ -63,8 +63,8 @@ def test_equals_brute_force(impl, data):
 @pytest.mark.parametrize(
     ("num_queries", "num_items", "k"),
     [
-        (1, 64 * 64 * 2 + 70, 1),  # groups of groups, the last of both not full
-        (3, 64 * 64 * 3, 2),
+        (1, 64 * 64 + 70, 1),  # groups of groups, the last of both not full
+        (3, 64 * 64 * 2, 1),
         (67, 300, 5),  # two blocks of queries
         (1, 1, 3),
     ],
