@@ -20,8 +20,9 @@ from kernels.hstu_attention.arguments import not_hopper
 from kernels.hstu_attention.cached import PAGE
 
 LEAST_ROWS = 2048
-"""On an H200, 4 heads of 128, 8,192 keys: 57 us by pages and 88 as a tail of 1,024 candidates, 113
-and 90 of 2,048, 226 and 96 of 4,096 (docs/inference.md)."""
+"""On an H200, 4 heads of 128, 8,192 keys: 57 us by pages and 88 as a tail of 1,024 candidates. Of
+2,048 and 4,096 the tail takes 90 and 96, and the kernel by pages has two and four times the work
+(docs/inference.md)."""
 
 
 def is_faster(q: Tensor, v: Tensor, *, impl: str, softmax: bool) -> bool:
