@@ -71,6 +71,7 @@ def column_array(what: str, column: Column, values: Any, num_rows: int) -> pa.Ar
         if column.kind == "integer" and pa.types.is_floating(array.type):
             raise pa.ArrowInvalid("floating-point numbers where integers are expected")
         array = array.cast(TYPES[column.kind])
+    # ArrowNotImplementedError: Arrow has no cast between the two types, of lists to numbers say.
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
         raise ValueError(
             f"{what}.{column.name} must hold {column.kind} values, as {column.wanted_by} reads "

@@ -17,9 +17,9 @@ from tests.gr.test_hstu import OPTIONS, ULTRA, make_batch, make_encoder
 
 OPTIONS = OPTIONS | {"ultra": ULTRA}
 INTERPRETED = ["ultra", "paper", "dlrm_v3", "softmax_rab", "group_rab", "rotary_heads"]
-ON_GPUS = ["u_only_rab", "final_norm", "rotary_sum", "rotary_dims"]
+LATER = ["u_only_rab", "final_norm", "rotary_sum", "rotary_dims"]
 EVERYTHING = [pytest.param(x, marks=pytest.mark.interpret) for x in INTERPRETED]
-EVERYTHING += [pytest.param(x, marks=pytest.mark.gpu) for x in ON_GPUS]
+EVERYTHING += [pytest.param(x, marks=[pytest.mark.interpret, pytest.mark.slow]) for x in LATER]
 
 
 def run(encoder, x_LD, info, dy_RD, impl, dtype, device):

@@ -220,7 +220,11 @@ def test_nor_do_layers_that_drop_history(tmp_path, mode):
     assert {change[2] for change, _ in showing} >= {"item", "action"}
 
 
-@pytest.mark.parametrize("mode", [MODES[0], MODES[6]], ids="-".join)
+@pytest.mark.parametrize(
+    "mode",
+    [MODES[0], MODES[6], *(pytest.param(MODES[i], marks=pytest.mark.slow) for i in (2, 4))],
+    ids="-".join,
+)
 def test_a_mask_that_sees_one_key_too_many_is_caught(tmp_path, mode, monkeypatch):
     real = attention.visible
 

@@ -101,8 +101,13 @@ def pairs(values, data, name):
 
 @pytest.mark.parametrize(
     ("candidate_action", "action_context"),
-    [("zero", ("price_bin", "tab")), ("learned", ())],
-    ids=["zero-context", "learned"],
+    [
+        ("zero", ("price_bin", "tab")),
+        ("learned", ()),
+        pytest.param("zero", (), marks=pytest.mark.slow),
+        pytest.param("learned", ("price_bin", "tab"), marks=pytest.mark.slow),
+    ],
+    ids=["zero-context", "learned", "zero", "learned-context"],
 )
 @pytest.mark.parametrize("mode", MODES, ids="-".join)
 def test_every_token_is_the_sum_of_its_parts(log, mode, candidate_action, action_context):

@@ -65,6 +65,8 @@ def test_equals_brute_force(impl, data):
     [
         (1, 64 * 64 + 70, 1),  # groups of groups, the last of both not full
         (3, 64 * 64 * 2, 1),
+        pytest.param(1, 64 * 64 * 2 + 70, 1, marks=pytest.mark.slow),
+        pytest.param(3, 64 * 64 * 3, 2, marks=pytest.mark.slow),
         (67, 300, 5),  # two blocks of queries
         (1, 1, 3),
     ],

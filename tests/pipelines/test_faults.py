@@ -285,8 +285,10 @@ def test_a_log_without_a_usable_file_is_a_mistake(tmp_path):
         SessionStream(make_config(tmp_path, *MODES[0]), seed=0)
 
 
-def test_a_user_with_300_000_events(tmp_path):
-    count = 300_000
+@pytest.mark.parametrize(
+    "count", [300_000, pytest.param(1_000_000, marks=pytest.mark.slow)], ids=str
+)
+def test_a_user_with_very_many_events(tmp_path, count):
     item = np.arange(count) % 50
     kind = SCHEMA.field("events").type.value_type
     columns = [pa.array(item), pa.array(np.arange(count) // 2)]
