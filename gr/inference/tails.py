@@ -9,15 +9,13 @@ Letters: R candidates, G pages of the history at most, H heads, K and V dims.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from gr.inference.cache import in_words
 from gr.sequence import SequenceInfo
 from kernels.dispatch import Impl, resolve
 from kernels.hstu_attention import AttentionMask, CachedKeys, RelativeBias, hstu_attention
 from kernels.hstu_attention.arguments import not_hopper
-from kernels.hstu_attention.cached import PAGE
+from kernels.hstu_attention.laid_out import laid_out
 
 LEAST_ROWS = 2048
 """On an H200, 4 heads of 128, 8,192 keys: 57 us by pages and 88 as a tail of 1,024 candidates. Of
@@ -54,33 +52,23 @@ def attention_of_tails(
         bias: query_time and key_time of the candidates.
         arguments: as of hstu_attention.
     """
-    pages_G, length = cached.pages[0], cached.lengths[:1]
+    length = cached.lengths[:1]
     offsets = info.offsets + length
     offsets[:1].zero_()
     # On a GPU its length is not known; rows behind the sequences are no matter to kernels.
     rows = None if offsets.is_cuda else int(offsets[-1])
-    most = len(pages_G) * PAGE
-    new_R = length + torch.arange(len(q), device=q.device)
-
-    def whole(old: Tensor, new: Tensor) -> Tensor:
-        out = new.new_empty(most + len(new), *new.shape[1:])
-        # Finite, as hidden values must be: their weights are zeros.
-        out[most:].zero_()
-        to, source, tail = in_words(out, old, new)
-        of_pages = source.view(-1, PAGE, *source.shape[1:])
-        torch.index_select(of_pages, 0, pages_G, out=to[:most].view(-1, *of_pages.shape[1:]))
-        to.index_copy_(0, new_R, tail)
-        return out[:rows]
-
+    keys, values = laid_out(k, v, cached)
     if bias is not None and bias.time_table is not None:
         assert cached.time is not None
         assert bias.key_time is not None
-        key_time = whole(cached.time, bias.key_time)
+        times = cached._replace(k=cached.time[:, None, None], v=cached.time[:, None, None])
+        new_time = bias.key_time[:, None, None]
+        key_time = laid_out(new_time, new_time, times)[0][:rows, 0, 0]
         bias = RelativeBias(bias.position_table, bias.time_table, bias.query_time, key_time)
     return hstu_attention(
         q,
-        whole(cached.k, k),
-        whole(cached.v, v),
+        keys[:rows],
+        values[:rows],
         offsets,
         max_len=cached.max_len + info.max_len,
         mask=mask,
