@@ -25,6 +25,9 @@ class DirichletConfig:
     """A record draws from 1 to so many categories, each number as likely."""
     alpha: tuple[float, float] = (1.0, 500.0)
     """Concentration of a record: uniform between these."""
+    repeat: Literal["category", "item"] = "category"
+    """What an event that is not drawn anew takes of one before it: its category, as the appendix
+    says, or the item itself, so that the atoms of the process are items."""
     initial_fraction: float = 0.4
     """Share of the ids that the first record may hold; the rest opens at equal intervals."""
     seconds_per_record: int = 1

@@ -5,10 +5,12 @@ num_items). It draws 1 to max_categories distinct categories, a prior H over the
 simplex) and a concentration alpha; its event n = 1, 2, ... is of a category drawn from H with
 probability alpha / (alpha + n - 1), else of category c with probability n_c / (alpha + n - 1),
 where n_c of the n - 1 events before are of c; the item is uniform over those of the category that
-are open.
+are open. With repeat=item the second case takes an item of the n - 1 before, each as likely, in
+the place of a category: categories follow the same law, and items come back.
 
 Source: arXiv 2402.17152, appendix C, which leaves open how categories and H are drawn. A category
-none of whose items is open is not drawn here.
+none of whose items is open is not drawn here. repeat=item is not what it says, but what its
+published figures have room in (docs/results.md).
 """
 
 from collections.abc import Iterable, Iterator
@@ -100,6 +102,7 @@ class DirichletStream:
                     c.max_categories,
                     c.alpha[0],
                     c.alpha[1],
+                    c.repeat == "item",
                     items,
                     categories,
                 )
@@ -120,7 +123,8 @@ class DirichletStream:
         A ranking that knew categories, prior and concentration of each record, and which items are
         open, would know of each event the category's probability given those before it,
         (alpha H_c + n_c) / (alpha + n - 1), and nothing of the item within: its k best are items of
-        the category with the largest share for each of its open items, then of the next.
+        the category with the largest share for each of its open items, then of the next. With
+        repeat=item n_c falls to the items that were seen, by how often each was.
 
         Args:
             records: numbers of records.
@@ -131,17 +135,46 @@ class DirichletStream:
             categories, prior, alpha = self.parameters(record)
             opened = np.array([self._num_open_of(c, record) for c in categories])
             (made,) = self.sessions([np.array([record])], self.config.length)
-            drawn = made.columns["category"][:, None] == categories
-            before = np.cumsum(drawn, 0)[:-1]  # of events 2 .. length
             n = np.arange(1, self.config.length)[:, None]
-            share = (alpha * prior + before) / (alpha + n) / opened
+            anew = alpha * prior / (alpha + n) / opened  # of an item, if its category is drawn
+            if self.config.repeat == "item":
+                share, room = self._with_seen_items(made, anew, opened, alpha, categories)
+            else:
+                drawn = made.columns["category"][:, None] == categories
+                before = np.cumsum(drawn, 0)[:-1]  # of events 2 .. length
+                share = anew + before / (alpha + n) / opened
+                room = np.broadcast_to(opened, share.shape)
             order = np.argsort(-share, axis=1)
-            room = np.take_along_axis(np.broadcast_to(opened, share.shape), order, 1)
+            room = np.take_along_axis(room, order, 1)
             left = np.maximum(0, k - (np.cumsum(room, 1) - room))
             taken = np.minimum(room, left)
             total += float((np.take_along_axis(share, order, 1) * taken).sum())
             num += len(share)
         return total / num
+
+    def _with_seen_items(
+        self,
+        made: Sessions,
+        anew: NDArray[np.float64],
+        opened: Ints,
+        alpha: float,
+        categories: Ints,
+    ) -> tuple[NDArray[np.float64], Ints]:
+        """Return the share of an item, and of how many: unseen by category, then seen, each alone.
+
+        Both are (length - 1, categories + length): for event n = 2 .., of the item of each event
+        that is its first, and of which there is none where it comes later.
+        """
+        item, length = made.item_id, self.config.length
+        same = item[:, None] == item
+        is_first = np.argmax(same, axis=0) == np.arange(length)
+        times = np.cumsum(same & is_first, axis=0)[:-1]
+        kind = np.argmax(made.columns["category"][:, None] == categories, axis=1)
+        n = np.arange(1, length)[:, None]
+        of_seen = anew[:, kind] + times / (alpha + n)
+        is_seen = (times > 0).astype(np.int64)
+        unseen = opened - is_seen @ (kind[:, None] == np.arange(len(categories)))
+        return np.hstack([anew, of_seen]), np.hstack([unseen, is_seen])
 
     def _num_open_of(self, category: int, record: int) -> int:
         begin, end = self.offsets[category], self.offsets[category + 1]
@@ -218,6 +251,7 @@ def _fill(
     max_categories: Any,
     least_alpha: Any,
     most_alpha: Any,
+    is_item_repeated: Any,
     out_items: Any,
     out_categories: Any,
 ) -> None:
@@ -250,4 +284,7 @@ def _fill(
                 i = chosen[place]
             chosen[n] = i
             out_categories[r, n] = categories[i]
-            out_items[r, n] = items[offsets[categories[i]] + np.int64(v * opened[i])]
+            if u >= alpha and is_item_repeated:
+                out_items[r, n] = out_items[r, place]
+            else:
+                out_items[r, n] = items[offsets[categories[i]] + np.int64(v * opened[i])]

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -143,6 +144,27 @@ def test_dirichlet_categories_follow_the_urn(dirichlet):
             counts[event["category"]] += 1  # a category beyond the record's is a KeyError
     for sums in (early, late, after):
         assert abs(z_of(*sums)) < 4
+
+
+def test_dirichlet_items_come_back_as_often_as_defined():
+    config = replace(DIRICHLET, repeat="item", num_records=300)
+    stream = DirichletStream(config, seed=5, start_ts=0)
+    sums = {place: np.zeros(3) for place in (0, 1, 6)}
+    for record in range(300):
+        categories, prior, alpha = stream.parameters(record)
+        (made,) = stream.sessions([np.array([record])], 10**6)
+        item, category = made.item_id, made.columns["category"]
+        for place, into in sums.items():
+            of_category = stream.items[stream.offsets[category[place]] :][
+                : np.diff(stream.offsets)[category[place]]
+            ]
+            opened = np.sum(of_category < stream.num_open(record))
+            h = prior[categories == category[place]].sum()
+            n = np.arange(place + 1, 40)
+            count = np.cumsum(item == item[place])[n - 1]
+            p = (count + alpha * h / opened) / (alpha + n)
+            into += (np.sum(item[n] == item[place]), p.sum(), np.sum(p * (1 - p)))
+    assert all(abs(z_of(*each)) < 4 for each in sums.values())
 
 
 def test_dirichlet_parameters_are_drawn_as_defined(dirichlet):
@@ -470,10 +492,17 @@ def test_command(tmp_path, capsys):
     assert "holds a session-end log already" in capsys.readouterr().err
 
 
-def test_no_ranking_hits_more_than_one_that_knows_the_process():
+@pytest.mark.parametrize(("repeat", "alpha"), [("category", (1.0, 500.0)), ("item", (1.0, 20.0))])
+def test_no_ranking_hits_more_than_one_that_knows_the_process(repeat, alpha):
     """Against the probability of every item, and against what the draws hit."""
     config = DirichletConfig(
-        num_items=60, num_categories=6, num_records=150, length=12, max_categories=3
+        num_items=60,
+        num_categories=6,
+        num_records=150,
+        length=12,
+        max_categories=3,
+        alpha=alpha,
+        repeat=repeat,
     )
     stream = DirichletStream(config, seed=5, start_ts=0)
     records = np.arange(150)
@@ -490,11 +519,15 @@ def test_no_ranking_hits_more_than_one_that_knows_the_process():
             size = Counter(of_item.values())
             seen = made.columns["category"].tolist()
             for n in range(1, config.length):
+                of_category = repeat == "category"
                 share = {
-                    c: (alpha * h + seen[:n].count(c)) / (alpha + n)
+                    c: (alpha * h + of_category * seen[:n].count(c)) / (alpha + n)
                     for c, h in zip(categories.tolist(), prior.tolist(), strict=True)
                 }
                 chance = {i: share.get(c, 0.0) / size[c] for i, c in of_item.items()}
+                if not of_category:
+                    for i in made.item_id[:n].tolist():
+                        chance[i] += 1 / (alpha + n)
                 assert sum(chance.values()) == pytest.approx(1)
                 best = sorted(chance, key=lambda i: -chance[i])[:k]
                 expected.append(sum(chance[i] for i in best))
