@@ -167,7 +167,11 @@ def run_sweep(
 
 
 class LocalRuns:
-    """Runs members as processes of this machine and shares its GPUs out among those at once."""
+    """Runs members as processes of this machine and shares out its GPUs and cores.
+
+    OMP_NUM_THREADS is set to a process's share of the cores unless it is set already: threads that
+    wait for each other by spinning, more of them than cores, make a run many times slower.
+    """
 
     def __init__(self, jobs: int, processes: int, gpus: Sequence[str] | None = None) -> None:
         """Share out the GPUs.
@@ -185,6 +189,7 @@ class LocalRuns:
             raise ValueError(
                 f"j=1x{processes} asks for {processes} GPUs a run, but this machine has {len(gpus)}"
             )
+        self._threads = str(max(1, _visible_cores() // (jobs * processes)))
         self._shares: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
         for job in range(jobs):
             first = job * processes
@@ -196,7 +201,9 @@ class LocalRuns:
         """Run a member to its end and return its exit status."""
         member.log.parent.mkdir(parents=True, exist_ok=True)
         share = self._shares.get()
-        environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(share)} if share else {})}
+        environment = {"OMP_NUM_THREADS": self._threads, **os.environ}
+        if share:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(share)
         try:
             with member.log.open("a", encoding="utf-8") as log:
                 return subprocess.run(
@@ -216,6 +223,13 @@ def visible_gpus() -> list[str]:
     done = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
     found = [line for line in done.stdout.splitlines() if line.startswith("GPU ")]
     return [str(i) for i in range(len(found))]
+
+
+def _visible_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def describe(members: Sequence[Member]) -> str:

@@ -265,6 +265,29 @@ def test_runs_at_once_share_the_gpus(base, tmp_path, monkeypatch):
         LocalRuns(1, 4, gpus=["0", "1"])
 
 
+@pytest.mark.parametrize(
+    ("cores", "jobs", "processes", "expected"),
+    [(2, 2, 1, "1"), (16, 3, 1, "5"), (16, 2, 4, "2"), (2, 8, 1, "1"), (8, 1, 1, "8")],
+)
+def test_runs_at_once_share_the_cores(
+    base, tmp_path, monkeypatch, cores, jobs, processes, expected
+):
+    (member,) = expand(sweep_of(base, tmp_path))
+    seen = []
+
+    def fake(command, env, **rest):
+        seen.append(env["OMP_NUM_THREADS"])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(sweep_module.subprocess, "run", fake)
+    monkeypatch.setattr(sweep_module.os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    LocalRuns(jobs, processes, gpus=[])(member)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    LocalRuns(jobs, processes, gpus=[])(member)
+    assert seen == [expected, "3"]  # what the user has set stays
+
+
 def test_gpus_of_this_machine(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert visible_gpus() == ["3", "5"]
