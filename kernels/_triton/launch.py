@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -24,6 +25,8 @@ class Tiles(NamedTuple):
     strides: list[int]
     block_shape: list[int]
     padding: str = "zero"
+    round_f32_to_tf32: bool = False
+    """Newer Tritons ask."""
 
     def describe(self) -> TensorDescriptor:
         """Return what Gluon compiles for."""
@@ -31,7 +34,8 @@ class Tiles(NamedTuple):
         return TensorDescriptor(self.base, self.shape, self.strides, self.block_shape, layout)
 
 
-_compiled: dict[tuple[Any, ...], Any] = {}
+_compiled: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+"""By what a kernel was compiled for: the kernel, whose id the key holds, and what was compiled."""
 
 
 def launch(
@@ -46,32 +50,56 @@ def launch(
 
     Triton looks anew at each argument of each launch: with the descriptors of a backward pass that
     takes longer than the pass itself on 32 sequences of 1,024 (measured on one H100: 0.4 ms a
-    forward pass of 0.08 ms).
+    forward pass of 0.08 ms). And what it has compiled asks each tensor for its pointer, and the
+    driver about each pointer, so it is given the numbers.
 
     Args:
         kernel: of Gluon or Triton.
         grid: programs by axis.
-        arguments: Tiles, tensors, numbers or None, in the order of its parameters.
+        arguments: Tiles, tensors, numbers or None, in the order of its parameters. Tensors are on
+            one device.
         constants: the constexpr parameters, which come last, in their order.
         num_warps: of a program.
     """
-    key = (kernel, num_warps, *map(_kind, arguments), *constants.values())
-    compiled = _compiled.get(key)
-    if compiled is None:
+    device: int | None = None
+    kinds: list[Any] = [id(kernel), num_warps]
+    values: list[Any] = []
+    for x in arguments:
+        if isinstance(x, Tensor):
+            address = x.data_ptr()
+            values.append(address)
+            kinds += (x.dtype, address & 15 == 0)
+            if device is None:
+                device = x.get_device()
+            continue
+        values.append(x)
+        if isinstance(x, Tiles):
+            kinds += (x.base.dtype, *x.block_shape)
+            if device is None:
+                device = x.base.get_device()
+        elif isinstance(x, int):
+            # Triton compiles anew for multiples of 16, and for 1, where it is not told otherwise.
+            kinds.append((-(2**31) <= x < 2**31) + 2 * (x & 15 == 0) + 4 * (x == 1))
+        else:
+            kinds.append(type(x))
+    key = (device, *kinds, *constants.values())
+    found = _compiled.get(key)
+    if found is None:
         assert list(constants) == kernel.arg_names[len(arguments) :]
         described = [x.describe() if isinstance(x, Tiles) else x for x in arguments]
-        _compiled[key] = kernel[grid](*described, **constants, num_warps=num_warps)
-    else:
-        compiled[grid](*arguments, *constants.values())
-
-
-def _kind(x: Any) -> Any:
-    """Return what a kernel is compiled for: dtype, tile, alignment, width."""
-    if isinstance(x, Tiles):
-        return (x.base.dtype, x.base.get_device(), *x.block_shape)
-    if isinstance(x, Tensor):
-        return x.dtype, x.get_device(), x.data_ptr() % 16 == 0
-    if isinstance(x, int):
-        # Triton compiles anew for multiples of 16, and for 1, where it is not told otherwise.
-        return -(2**31) <= x < 2**31, x % 16 == 0, x == 1
-    return type(x)
+        compiled = kernel[grid](*described, **constants, num_warps=num_warps)
+        if compiled is not None:  # the interpreter's is
+            _compiled[key] = kernel, compiled
+        return
+    compiled = found[1]
+    runtime = triton.knobs.runtime
+    if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
+        compiled[grid](*arguments, *constants.values())  # a profiler is told of every launch
+        return
+    stream = triton.runtime.driver.active.get_current_stream(device)
+    compiled.run(
+        *grid,
+        *(stream, compiled.function, compiled.packed_metadata, None, None, None),
+        *values,
+        *constants.values(),
+    )

@@ -1,7 +1,8 @@
 """How row-wise kernels share out an (L, D) tensor: a few whole rows a program, all in registers."""
 
 import torch
-import triton
+
+from kernels._triton.sizes import next_power_of_2
 
 MAX_DIM = 16384
 """Widest row that one program holds."""
@@ -31,7 +32,7 @@ def forward_tile(dim: int) -> tuple[int, int, int]:
     Measured on one H100 at dims 512, 1024 and 2048: 4096 elements a program and 16 a thread or more
     reach the bandwidth of a copy.
     """
-    columns = triton.next_power_of_2(dim)
+    columns = next_power_of_2(dim)
     rows = max(1, 4096 // columns)
     return rows, columns, 4 if columns <= 2048 else min(16, columns // 512)
 
@@ -44,7 +45,7 @@ def backward_tile(dim: int) -> tuple[int, int, int, int]:
     warps, ran at half the bandwidth. Every program is resident at once: one more a processor would
     wait for a second wave (layer_norm at 2048 on one H200: 53 % of a copy's bandwidth).
     """
-    columns = triton.next_power_of_2(dim)
+    columns = next_power_of_2(dim)
     if columns <= 512:
         return 2048 // columns, columns, 4, 3
     if columns <= 4096:

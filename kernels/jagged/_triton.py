@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._triton.sizes import cdiv, next_power_of_2
 from kernels.jagged.reference import Operator
 
 
@@ -134,9 +135,9 @@ def gather(
     sources = [x if x is None or x.stride(1) == 1 else x.contiguous() for x in (first, second)]
     padded = isinstance(b_offsets, int)
     B = a_offsets.numel() - 1
-    block_d = min(1024, triton.next_power_of_2(D))
+    block_d = min(1024, next_power_of_2(D))
     block_l = max(1, 4096 // max(block_d, 16))
-    _gather_kernel[(triton.cdiv(num_rows, block_l), triton.cdiv(D, block_d))](
+    _gather_kernel[(cdiv(num_rows, block_l), cdiv(D, block_d))](
         *sources,
         out,
         a_offsets.contiguous(),

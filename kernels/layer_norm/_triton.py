@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels._triton.fp8 import quantize_tile
 from kernels._triton.launch import launch
 from kernels._triton.rows import backward_tile, forward_tile, num_programs
+from kernels._triton.sizes import cdiv
 
 STAGES = 3
 """Of the loop over rows in the backward pass: rows on their way and at work. On one H100 0.165,
@@ -162,7 +163,7 @@ def _forward(
     rows, columns, warps = forward_tile(D)
     launch(
         _layer_norm_fwd_kernel,
-        (triton.cdiv(L, rows), 1, 1),
+        (cdiv(L, rows), 1, 1),
         [
             x,
             weight,
@@ -213,7 +214,7 @@ def layer_norm_bwd(
     L, D = x.shape
     dx = x.new_empty(L, D)
     rows, columns, warps, per_processor = backward_tile(D)
-    programs = num_programs(x.device, triton.cdiv(L, rows), per_processor)
+    programs = num_programs(x.device, cdiv(L, rows), per_processor)
     wanted = (weight is not None, has_bias)
     dweight, dbias = (x.new_empty(programs if w else 0, D, dtype=torch.float32) for w in wanted)
     if L > 0:

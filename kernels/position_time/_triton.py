@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.rows import forward_tile
+from kernels._triton.sizes import cdiv, next_power_of_2
 
 PIECE = 128
 """Most entries that one program adds up."""
@@ -173,7 +174,7 @@ def position_time_fwd(
     if L == 0:
         return y
     rows, columns, warps = forward_tile(D)
-    _position_time_fwd_kernel[(triton.cdiv(L, rows),)](
+    _position_time_fwd_kernel[(cdiv(L, rows),)](
         x,
         position_table,
         position,
@@ -205,7 +206,7 @@ def cast_tables(
         D = position_table.shape[1]
         out = position_table.new_empty(sum(sizes), D, dtype=dtype)
         if out.numel() > 0:
-            _cast_kernel[(triton.cdiv(out.numel(), 4096),)](
+            _cast_kernel[(cdiv(out.numel(), 4096),)](
                 tables[0],
                 tables[-1],
                 out,
@@ -236,7 +237,7 @@ def sum_by_index(rows: Tensor, indices: list[Tensor], sizes: list[int]) -> Tenso
     keys = rows.new_empty(len(indices) * L, dtype=dtype)
     first = 0
     for place, (index, size) in enumerate(zip(indices, sizes, strict=True)):
-        _key_kernel[(triton.cdiv(L, 1024),)](
+        _key_kernel[(cdiv(L, 1024),)](
             index, keys[place * L :], L, size, first, num_rows, BLOCK=1024, num_warps=4
         )
         first += size
@@ -246,8 +247,8 @@ def sum_by_index(rows: Tensor, indices: list[Tensor], sizes: list[int]) -> Tenso
     num_pieces = num_rows + keys.numel() // PIECE
     pieces = rows.new_empty(num_pieces, D, dtype=torch.float32)
     out = rows.new_empty(num_rows, D, dtype=torch.float32)
-    block_d = min(256, triton.next_power_of_2(D))
-    blocks = triton.cdiv(D, block_d)
+    block_d = min(256, next_power_of_2(D))
+    blocks = cdiv(D, block_d)
     _piece_kernel[(num_pieces, blocks)](
         rows,
         order,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels._triton.fp8 import pack_e4m3, quantize_tile
 from kernels._triton.rows import forward_tile
+from kernels._triton.sizes import cdiv
 from kernels.quantize.reference import padded_tokens
 
 BLOCK_L, BLOCK_D = 128, 128
@@ -83,7 +84,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     if L == 0:
         return q, scale
     rows, columns, warps = forward_tile(D)
-    _quantize_rows_kernel[(triton.cdiv(L, rows),)](
+    _quantize_rows_kernel[(cdiv(L, rows),)](
         x, q, scale, L, x.stride(0), D=D, ROWS=rows, BLOCK_D=columns, num_warps=warps
     )
     return q, scale
@@ -95,7 +96,7 @@ def transpose_rows(q: Tensor, factor: Tensor | None) -> Tensor:
     words = padded_tokens(L) // 4
     out = q.new_empty(D, 4 * words, dtype=torch.float8_e4m3fn)
     if L > 0:
-        tiles = triton.cdiv(4 * words, BLOCK_L) * triton.cdiv(D, BLOCK_D)
+        tiles = cdiv(4 * words, BLOCK_L) * cdiv(D, BLOCK_D)
         _transpose_kernel[(tiles,)](
             q.view(torch.uint8) if factor is None else q,
             factor,

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._triton.sizes import cdiv, next_power_of_2
+
 PAIRS = 2048
 """Pairs that a program holds."""
 
@@ -64,9 +66,9 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     y = torch.empty((L, H, K), dtype=x.dtype, device=x.device)
     if L == 0:
         return y
-    block = triton.next_power_of_2(K // 2)
+    block = next_power_of_2(K // 2)
     rows = max(1, PAIRS // block)
-    _rotary_kernel[(triton.cdiv(L, rows),)](
+    _rotary_kernel[(cdiv(L, rows),)](
         x,
         cos,
         sin,

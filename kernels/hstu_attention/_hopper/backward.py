@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.launch import launch
+from kernels._triton.sizes import cdiv, next_power_of_2
 from kernels.hstu_attention._hopper.backward_kernel import backward_kernel
 from kernels.hstu_attention._hopper.bias import bias_inputs
 from kernels.hstu_attention._hopper.bias_gradient import (
@@ -79,7 +80,7 @@ def hstu_attention_bwd(
     sums = BiasGradients()
     if needs_bias_grad and not deterministic:
         sums = bias_gradients(structure)
-    num_blocks = triton.cdiv(structure.max_len, BLOCK_N)
+    num_blocks = cdiv(structure.max_len, BLOCK_N)
     programs = num_blocks * structure.num_sequences * H
     if programs:
         arguments = [
@@ -107,9 +108,9 @@ def hstu_attention_bwd(
         query_gradient(dout, q, k, v, k_tail, order, structure, bias, dq)
     elif q.shape[0]:
         columns = H * K
-        block_c = min(1024, triton.next_power_of_2(columns))
+        block_c = min(1024, next_power_of_2(columns))
         rows = 2048 // block_c
-        grid = (triton.cdiv(q.shape[0], rows), triton.cdiv(columns, block_c), 1)
+        grid = (cdiv(q.shape[0], rows), cdiv(columns, block_c), 1)
         launch(
             _round_kernel,
             grid,

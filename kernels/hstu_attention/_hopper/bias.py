@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.experimental import gluon
 
 from kernels._triton.launch import launch
+from kernels._triton.sizes import cdiv
 from kernels.hstu_attention._triton.tile import BUCKETS_PER_OCTAVE
 from kernels.hstu_attention.bias import time_thresholds
 from kernels.hstu_attention.structure import Structure
@@ -74,7 +75,7 @@ def spread_table(table: Tensor, farthest: int) -> Tensor:
     """Return (2 * farthest + 1,) float32: half the bias by position of distances -farthest .. ."""
     out = torch.empty(2 * farthest + 1, device=table.device, dtype=torch.float32)
     block = 1024
-    grid = (triton.cdiv(out.numel(), block), 1, 1)
+    grid = (cdiv(out.numel(), block), 1, 1)
     launch(_spread_kernel, grid, (table, out, table.numel() // 2, farthest), {"BLOCK": block})
     return out
 
@@ -146,7 +147,7 @@ def relative_times(structure: Structure) -> tuple[Tensor, Tensor, Tensor, Tensor
     spans = [x.new_empty(2 * (x.numel() // SPAN + structure.num_sequences + 1)) for x in times]
     closest = times[0].new_empty(structure.num_sequences)
     block = 1024
-    grid = (structure.num_sequences, triton.cdiv(structure.max_len, block), 1)
+    grid = (structure.num_sequences, cdiv(structure.max_len, block), 1)
     if grid[0] * grid[1]:
         arguments = (
             structure.offsets, structure.q_offsets, structure.query_time, structure.key_time,

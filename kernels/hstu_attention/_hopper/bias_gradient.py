@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.experimental import gluon
 
 from kernels._triton.launch import launch
+from kernels._triton.sizes import cdiv
 from kernels.hstu_attention._hopper.bias import BEYOND, apart, load_columns
 from kernels.hstu_attention.structure import Structure
 
@@ -170,7 +171,7 @@ def table_gradients(sums: BiasGradients, structure: Structure) -> tuple[Tensor, 
     dposition = torch.empty_like(position)
     dtime = position.new_empty(0) if time is None else torch.empty_like(time)
     block = 256
-    grid = (triton.cdiv(max(position.numel(), dtime.numel()), block), 1, 1)
+    grid = (cdiv(max(position.numel(), dtime.numel()), block), 1, 1)
     arguments = (
         sums.position, sums.time, dposition, dtime, position.numel() // 2,
         structure.max_len + BEYOND, dtime.numel(), 0.5 * structure.scale,

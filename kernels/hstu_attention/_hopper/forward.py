@@ -9,7 +9,6 @@ Letters: B sequences, L keys, R queries, H heads, K dim of q and k, V dim of v.
 """
 
 import torch
-import triton
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental import gluon
@@ -23,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels._triton.launch import launch
+from kernels._triton.sizes import cdiv
 from kernels.hstu_attention._hopper.bias import (
     add_time_bias,
     bias_inputs,
@@ -338,7 +338,7 @@ def hstu_attention_fwd(q: Tensor, k: Tensor, v: Tensor, structure: Structure) ->
     block_n = blocks["BLOCK_N"]
     out = torch.empty(*q.shape[:2], v.shape[2], device=q.device, dtype=q.dtype)
     order, (v_tail, _) = prepare(structure.offsets, Tails(v, None, structure.offsets, block_n))
-    num_blocks = triton.cdiv(structure.max_q_len, BLOCK_M)
+    num_blocks = cdiv(structure.max_q_len, BLOCK_M)
     programs = num_blocks * structure.num_sequences * q.shape[1]
     if programs:
         arguments = [

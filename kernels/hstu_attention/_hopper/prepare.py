@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.launch import launch
+from kernels._triton.sizes import cdiv
 
 ROWS = 16
 """Rows that one program copies."""
@@ -123,7 +124,7 @@ def prepare(offsets: Tensor, *tails: Tails) -> tuple[Tensor, list[Tensor | None]
         names = ("AB_BLOCK", "A_COLUMNS", "B_COLUMNS", "CD_BLOCK", "C_COLUMNS", "D_COLUMNS")
         launch(
             _prepare_kernel,
-            (num_sequences, triton.cdiv(rows, ROWS), 1),
+            (num_sequences, cdiv(rows, ROWS), 1),
             (offsets, order, num_sequences, *arguments),
             {**dict(zip(names, constants, strict=True)), **BLOCKS},
         )

@@ -5,7 +5,6 @@
     S = Q K^T,  dP = dO V^T,  dS = dP * silu'(S),  dQ = alpha * scale * dS K
 """
 
-import triton
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental import gluon
@@ -18,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels._triton.launch import launch
+from kernels._triton.sizes import cdiv
 from kernels.hstu_attention._hopper.bias import (
     BiasInputs,
     add_time_bias,
@@ -302,7 +302,7 @@ def query_gradient(
     dq: Tensor,
 ) -> None:
     """Write dQ. Arguments as in backward.py; k_tail and order as `prepare` returns them."""
-    num_blocks = triton.cdiv(structure.max_q_len, BLOCK_M)
+    num_blocks = cdiv(structure.max_q_len, BLOCK_M)
     programs = num_blocks * structure.num_sequences * q.shape[1]
     wide = max(q.shape[2], v.shape[2]) > 128
     block_n = 64 if wide or structure.position_table is not None else 128

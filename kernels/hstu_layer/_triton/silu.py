@@ -20,6 +20,7 @@ from torch import Tensor
 from kernels._triton.launch import launch
 from kernels._triton.rows import num_programs
 from kernels._triton.silu import is_fast, silu, silu_derivative
+from kernels._triton.sizes import cdiv, next_power_of_2
 from kernels._triton.turn import turn
 from kernels.rotary.columns import Turn, turn_arguments
 
@@ -132,7 +133,7 @@ def silu_fwd(
     if L > 0:
         launch(
             _silu_kernel,
-            (triton.cdiv(L, rows), triton.cdiv(F, block_f), 1),
+            (cdiv(L, rows), cdiv(F, block_f), 1),
             [
                 z,
                 y,
@@ -176,11 +177,11 @@ def silu_bwd(
     (L, F), widths = z.shape, [dy.shape[1] for dy in parts]
     first = F - sum(widths)
     rows, block_f = _tile(max(widths))
-    tiles_f = triton.cdiv(max(widths), block_f)
-    blocks = triton.cdiv(L, rows)
+    tiles_f = cdiv(max(widths), block_f)
+    blocks = cdiv(L, rows)
     # As many as run at once, by 46 registers a thread, 90 with sums.
     programs = num_programs(z.device, blocks * tiles_f, 5 if has_bias else 10)
-    programs = min(blocks, triton.cdiv(programs, tiles_f))
+    programs = min(blocks, cdiv(programs, tiles_f))
     dbias = z.new_empty(programs if has_bias else 0, sum(widths), dtype=torch.float32)
     done = 0
     for dy, width, turned in zip(parts, widths, turns or [None] * len(parts), strict=True):
@@ -189,7 +190,7 @@ def silu_bwd(
         if L > 0:
             launch(
                 _silu_bwd_kernel,
-                (programs, triton.cdiv(width, block_f), 1),
+                (programs, cdiv(width, block_f), 1),
                 [
                     dy,
                     z[:, columns],
@@ -219,5 +220,5 @@ def silu_bwd(
 
 def _tile(F: int) -> tuple[int, int]:
     """Return (rows, columns) of a block: 4096 elements."""
-    block_f = min(512, triton.next_power_of_2(F))
+    block_f = min(512, next_power_of_2(F))
     return 4096 // block_f, block_f

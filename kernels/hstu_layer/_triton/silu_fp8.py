@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels._triton.fp8 import row_scale, to_e4m3
 from kernels._triton.rows import num_programs
 from kernels._triton.silu import is_fast, silu_derivative
+from kernels._triton.sizes import cdiv, next_power_of_2
 from kernels._triton.turn import turn
 from kernels.quantize import QuantizedRows
 from kernels.rotary.columns import Turn, turn_arguments
@@ -205,11 +206,11 @@ def silu_bwd_fp8(
     HK = widths["q"] if "q" in widths else widths["k"]
     values = z.new_empty(L, F, dtype=torch.float8_e4m3fn)
     scale = z.new_empty(L, dtype=torch.float32)
-    block_v, block_k = triton.next_power_of_2(HV), triton.next_power_of_2(HK)
+    block_v, block_k = next_power_of_2(HV), next_power_of_2(HK)
     padded = sum(block_v if name == "v" else block_k for name in parts)
     padded += block_v if rest < F else 0
     rows, warps, per_processor = _tile(padded, has_bias)
-    programs = num_programs(z.device, triton.cdiv(L, rows), per_processor)
+    programs = num_programs(z.device, cdiv(L, rows), per_processor)
     dbias = z.new_empty(programs if has_bias else 0, rest, dtype=torch.float32)
     angles, heads = turn_arguments(*((turns or {}).get(name) for name in "qk"))
     if L > 0:

@@ -13,7 +13,6 @@ inputs have a scale for each row of x and of the weight, applied to the float32 
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -29,6 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels._triton.launch import Tiles, launch
 from kernels._triton.rows import num_programs
+from kernels._triton.sizes import cdiv
 from kernels.linear._hopper.epilogue import epilogue
 from kernels.rotary.columns import Turn, turn_arguments
 
@@ -317,7 +317,7 @@ def linear_fwd(
     ping_pong, block_f, stages = _schedule(x, F, residual is not None, silu_columns > 0)
     block_d = 128 // x.element_size()
     rows = BLOCK_L if ping_pong else BLOCK_L // 2
-    tiles_l, tiles_f = triton.cdiv(L, BLOCK_L), triton.cdiv(F, block_f)
+    tiles_l, tiles_f = cdiv(L, BLOCK_L), cdiv(F, block_f)
     target = _tiles(y, rows, STORE_F)
     x_scale, weight_scale = (None, None) if scales is None else scales
     turned, heads = turn_arguments(*turns)
@@ -337,7 +337,7 @@ def linear_fwd(
             F,
             tiles_l,
             tiles_f,
-            triton.cdiv(D, block_d),
+            cdiv(D, block_d),
             silu_columns,
             *turned,
         ],

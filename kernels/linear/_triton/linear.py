@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels._triton.rows import num_programs
 from kernels._triton.silu import is_fast, silu, silu_derivative
+from kernels._triton.sizes import cdiv, next_power_of_2
 from kernels.linear.reference import silu_first
 
 GROUP = 8
@@ -235,7 +236,7 @@ def linear_fwd(
         return TensorDescriptor(tensor, [*tensor.shape], [*tensor.stride()], [rows, columns])
 
     x_scale, weight_scale = (None, None) if scales is None else scales
-    tiles = triton.cdiv(L, block_l) * triton.cdiv(F, block_f)
+    tiles = cdiv(L, block_l) * cdiv(F, block_f)
     _linear_fwd_kernel[(num_programs(x.device, tiles, 1),)](
         source(x, block_d),
         source(weight, block_d, block_f),
@@ -294,11 +295,11 @@ def silu_bwd(dy: Tensor, z: Tensor, silu_columns: int) -> tuple[Tensor, Tensor]:
     """Return dz (L, F), dy * silu'(z) in the first columns, and its sum (F,) in float32."""
     L, F = z.shape
     dz = torch.empty_like(z)
-    block_f = min(512, triton.next_power_of_2(F))
+    block_f = min(512, next_power_of_2(F))
     rows = 4096 // block_f
-    tiles_f = triton.cdiv(F, block_f)
-    blocks = triton.cdiv(L, rows)
-    programs = min(blocks, triton.cdiv(num_programs(z.device, blocks * tiles_f, 4), tiles_f))
+    tiles_f = cdiv(F, block_f)
+    blocks = cdiv(L, rows)
+    programs = min(blocks, cdiv(num_programs(z.device, blocks * tiles_f, 4), tiles_f))
     dbias = z.new_empty(programs, F, dtype=torch.float32)
     if L > 0:
         _silu_bwd_kernel[(programs, tiles_f)](

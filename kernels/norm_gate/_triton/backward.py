@@ -9,6 +9,7 @@ from kernels._triton.fp8 import quantize_tile
 from kernels._triton.launch import launch
 from kernels._triton.rows import backward_tile, num_programs
 from kernels._triton.silu import is_fast, silu, silu_derivative
+from kernels._triton.sizes import cdiv
 from kernels.norm_gate._triton.output import dropped, make_row_keys, store_out
 from kernels.quantize import QuantizedRows
 
@@ -249,9 +250,9 @@ def _backward(
         rows = max(1, rows // 2)  # Three sums: with whole tiles one program a processor would fit.
     plain = not (has_silu or has_du_sum or concat or dropout > 0 or out is not None)
     stages = STAGES if plain and quantized is None else 1
-    blocks = triton.cdiv(L, rows)
+    blocks = cdiv(L, rows)
     programs = min(
-        blocks, triton.cdiv(num_programs(x.device, blocks * num_groups, per_processor), num_groups)
+        blocks, cdiv(num_programs(x.device, blocks * num_groups, per_processor), num_groups)
     )
     wanted = (weight is not None, bias is not None, has_du_sum)
     dweight, dbias, du_sum = (

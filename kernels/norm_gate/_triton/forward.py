@@ -8,6 +8,7 @@ from torch import Tensor
 from kernels._triton.fp8 import quantize_tile
 from kernels._triton.launch import launch
 from kernels._triton.rows import forward_tile
+from kernels._triton.sizes import cdiv
 from kernels.norm_gate._triton.output import dropped, make_row_keys, store_out
 
 
@@ -137,7 +138,7 @@ def _forward(
     rows, columns, warps = forward_tile(V)
     launch(
         _norm_gate_fwd_kernel,
-        (triton.cdiv(L, rows), num_groups, 1),
+        (cdiv(L, rows), num_groups, 1),
         [
             x,
             u,
