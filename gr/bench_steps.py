@@ -53,6 +53,8 @@ class Settings:
     """Of the logs."""
     is_small: bool = False
     """A model for CPUs, with the update rule that FBGEMM has there."""
+    graph_tokens: int = 0
+    """model.hstu.graph_tokens."""
 
 
 class Bench:
@@ -91,7 +93,13 @@ class Bench:
         lengths = StochasticLengthConfig(
             selection="weighted", balance=balance, recalibrate_steps=RECALIBRATE
         )
-        return replace(config, data=replace(config.data, stochastic_length=lengths))
+        # Batches whose tokens differ most: many would be the first of their size.
+        hstu = replace(config.model.hstu, graph_tokens=0)
+        return replace(
+            config,
+            data=replace(config.data, stochastic_length=lengths),
+            model=replace(config.model, hstu=hstu),
+        )
 
     def rates(self, config: TrainConfig, *, steps: int = 30, warm_up: int = 0) -> dict[str, float]:
         """Return seconds of a step, TFLOP/s and MFU of a GPU, tokens/s of a GPU, and loads.
@@ -253,6 +261,7 @@ class Bench:
                     scaling_length=longest,
                     precision="fp8" if fp8 and not small else "bf16",
                     recompute=(),  # 16 KB a token and layer are there
+                    graph_tokens=self.settings.graph_tokens,
                 ),
                 encoding=EncodingConfig(position="from_start", position_buckets=longest),
                 head=HeadConfig(ranking_hidden=(512 if not small else 8,), retrieval=False),

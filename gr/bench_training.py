@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", help=f"of {', '.join(names)}; all by default")
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="0: on CPUs")
     parser.add_argument("--rows", type=int, default=50_000_000, help="of the table")
+    parser.add_argument("--graph-tokens", type=int, default=512, help="0: layers without graphs")
     parser.add_argument("--small", action="store_true", help="a small model, to try it on CPUs")
     parser.add_argument("--records", type=Path, help="JSON lines, appended")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -164,6 +165,7 @@ def drive(options: argparse.Namespace) -> None:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             command += ["--nproc-per-node", str(size), "-m", "gr.bench_training", *chosen]
             command += ["--rows", str(options.rows), "--folder", str(options.folder)]
+            command += ["--graph-tokens", str(options.graph_tokens)]
             command += ["--out", str(out), *(["--small"] if options.small else [])]
             status = subprocess.run(command).returncode
             rows = out.read_text().splitlines() if out.exists() else []
@@ -195,7 +197,9 @@ def work(options: argparse.Namespace) -> None:
     device = "cpu" if options.small else "cuda"
     # A rank that fails alone leaves the others waiting; they must not wait long.
     world = parallel.start(device, needs_group=True, timeout_minutes=2)
-    settings = Settings(options.folder, options.rows, B, PARTITIONS, options.small)
+    settings = Settings(
+        options.folder, options.rows, B, PARTITIONS, options.small, options.graph_tokens
+    )
     wanted = ON_ONE if world.size == 1 else ON_ALL
     failed = []
     for name in options.what:
@@ -209,7 +213,7 @@ def work(options: argparse.Namespace) -> None:
             continue
         if world.is_main:
             with options.out.open("a") as lines:
-                lines.write(json.dumps(describe(name, figures, world)) + "\n")
+                lines.write(json.dumps(describe(name, figures, world, options.graph_tokens)) + "\n")
             short = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
             print(f"{name} on {world.size}: {short}", flush=True)
     parallel.stop(world)
@@ -217,12 +221,13 @@ def work(options: argparse.Namespace) -> None:
         sys.exit(f"failed: {', '.join(failed)}")
 
 
-def describe(name: str, figures: Figures, world: World) -> dict[str, Any]:
+def describe(name: str, figures: Figures, world: World, graph_tokens: int) -> dict[str, Any]:
     """Return a line of the records."""
     is_gpu = world.device.type == "cuda"
     return {
         "what": name,
         "ranks": world.size,
+        "graph_tokens": graph_tokens,
         "figures": {key: round(value, 6) for key, value in figures.items()},
         "gpu": torch.cuda.get_device_name(world.device) if is_gpu else "none",
         "torch": torch.__version__,

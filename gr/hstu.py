@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gr.config import HSTUConfig, ModelConfig, SemiLocalConfig
+from gr.layer_graphs import LayerGraphs
 from gr.rotary import rotations
 from gr.sequence import SequenceInfo, truncate
 from kernels.dispatch import Impl, resolve
@@ -49,10 +50,11 @@ class HSTUEncoder(nn.Module):
         self.config = config.hstu
         self.impl = config.hstu.impl
         self.first_truncated = config.num_layers - config.hstu.truncation.layers
-        self.layers = nn.ModuleList(
-            HSTULayer(config.hstu, config.dim) for _ in range(config.num_layers)
-        )
+        layers = [HSTULayer(config.hstu, config.dim) for _ in range(config.num_layers)]
+        self.layers = nn.ModuleList(layers)
         self.final_norm = nn.LayerNorm(config.dim) if config.hstu.final_norm else None
+        round_to = config.hstu.graph_tokens
+        self.graphs = LayerGraphs(layers, round_to) if round_to else None
 
     def forward(self, x_LD: Tensor, info: SequenceInfo) -> Tensor:
         """Return (R, D): the last layer's rows of the tails, in the order of the tokens.
@@ -76,16 +78,24 @@ class HSTUEncoder(nn.Module):
                 head_dim=self.config.qk_dim,
                 dtype=x_LD.dtype,
             )
-        for number, layer in enumerate(self.layers[:-1]):
+        first = self._num_captured(x_LD, info)
+        if first:
+            assert self.graphs is not None
+            x_LD = self.graphs(x_LD, info, first)
+        last = len(self.layers) - 1
+        for number in range(first, len(self.layers)):
             if number == self.first_truncated:
                 x_LD, info, turned = truncated(x_LD, info, turned)
-            x_LD = layer(x_LD, info, rotations=turned)
-        if len(self.layers) - 1 == self.first_truncated:
-            x_LD, info, turned = truncated(x_LD, info, turned)
-        y_RD: Tensor = self.layers[-1](
-            x_LD, info, tail_R=tail_if_shorter(info, x_LD), rotations=turned
-        )
-        return self.normed(y_RD)
+            tail_R = tail_if_shorter(info, x_LD) if number == last else None
+            x_LD = self.layers[number](x_LD, info, tail_R=tail_R, rotations=turned)
+        return self.normed(x_LD)
+
+    def _num_captured(self, x_LD: Tensor, info: SequenceInfo) -> int:
+        """Return how many layers are replayed: of the first ones, those that compute all rows."""
+        if self.graphs is None or not self.graphs.serves(x_LD):
+            return 0
+        has_tail = tail_if_shorter(info, x_LD) is not None
+        return min(self.first_truncated, len(self.layers) - has_tail)
 
     def normed(self, y_RD: Tensor) -> Tensor:
         """Return rows of the last layer after the final norm, if there is one."""

@@ -132,6 +132,10 @@ class HSTUConfig:
     """What the kernels' backward pass computes again instead of keeping it (kernels/hstu_layer):
     norm(X), the UVQK projection, what the output projection reads; attended: A V, which halves what
     is kept by default and costs the attention's forward pass. The reference keeps all."""
+    graph_tokens: int = 0
+    """Train the layers as CUDA graphs, which a host launches in a tenth of the time
+    (gr/layer_graphs.py), with tokens rounded up to a multiple of this; 512 will do. 0, and on a
+    CPU, in evaluation, and for the layers that compute tails only: launched one by one."""
 
     def __post_init__(self) -> None:
         counts = ("num_heads", "qk_dim", "v_dim", "scaling_length", "bias_max_len")
@@ -144,6 +148,7 @@ class HSTUConfig:
                 f"got {self.alpha}"
             )
         check_dropout("model.hstu.dropout", self.dropout)
+        self._check_graphs()
         if self.fp8_products and self.precision != "fp8":
             raise ValueError(
                 f"model.hstu.fp8_products={list(self.fp8_products)} would be ignored: set "
@@ -160,6 +165,20 @@ class HSTUConfig:
             raise ValueError(
                 "model.hstu.rotary.angles=split_heads needs model.hstu.num_heads of 2 or more, "
                 f"got {self.num_heads}"
+            )
+
+    def _check_graphs(self) -> None:
+        if self.graph_tokens < 0:
+            raise ValueError(f"model.hstu.graph_tokens must be at least 0, got {self.graph_tokens}")
+        if self.graph_tokens and self.rotary.angles != "none":
+            raise ValueError(
+                "model.hstu.graph_tokens: angles of model.hstu.rotary are not captured: set "
+                "model.hstu.rotary.angles=none, or model.hstu.graph_tokens=0"
+            )
+        if self.graph_tokens and self.impl in ("composed", "reference"):
+            raise ValueError(
+                f"model.hstu.graph_tokens: what model.hstu.impl={self.impl} runs is not captured: "
+                "set model.hstu.impl=auto, or model.hstu.graph_tokens=0"
             )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gr import cli
+from gr import cli, layer_graphs
 from gr.checkpoint import CheckpointManager
 from gr.checkpoint_state import split_state
 from gr.config import EncodingConfig, HSTUConfig, LossConfig, OptimConfig, TransformerConfig
@@ -206,6 +206,28 @@ def test_a_bad_batch_leaves_what_was_accumulated_before(log):
     trainer.train_step(second)
     same = ("dense", "tables", "optimizer")
     assert not {k for k in differing(flat(trainer), flat(healthy)) if k.startswith(same)}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_layers_that_are_replayed_train_like_those_called(log, monkeypatch, accumulate):
+    """On a CPU a replay is the call itself; what differs is the rounded number of tokens."""
+    monkeypatch.setattr(layer_graphs, "_is_capturable", lambda x_LD: True)
+    optim = OptimConfig(accumulate=accumulate)
+    found = []
+    for graph_tokens in (0, 16):
+        hstu = replace(WHOLE["hstu"], bias="position_time", graph_tokens=graph_tokens)
+        config = train_config(data_config(log, MODE), **{**WHOLE, "hstu": hstu}, optim=optim)
+        trainer = make_trainer(config)
+        for batch in batches(trainer.config.data)[:4]:
+            trainer.train_step(batch)
+        trainer.finish_updates()
+        found.append((trainer.take_losses(), dict(trainer.model.named_parameters())))
+    assert trainer.model.encoder.graphs.captured
+    (losses, weights), (replayed_losses, replayed_weights) = found
+    assert replayed_losses == pytest.approx(losses, rel=1e-5)
+    for name, weight in weights.items():
+        # AdamW makes a step of full size of a gradient that is noise.
+        torch.testing.assert_close(replayed_weights[name], weight, rtol=1e-4, atol=2e-4)
 
 
 def test_a_step_changes_all_that_learns(log):

@@ -1,0 +1,378 @@
+"""HSTU layers in training as CUDA graphs, one a layer and pass, that the host launches whole.
+
+A layer's passes are thirty launches, for which a host may need longer than the GPU. A graph repeats
+them at the sizes that it was captured at, so tokens are rounded up: those that are added are one
+more sequence, of zeros, whose result no loss reads. It sees no other sequence and no other sees it,
+and its gradients are zeros, so that all others are what they would be without it.
+
+Graphs read from and write to memory of their own, which those of all sizes share: they never run at
+one time. What a size needs between its forward and its backward pass is in a pool that the next
+size uses too.
+
+Letters: L tokens, C tokens of a graph, B sequences, S sequences of a graph, D model dim.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gr.sequence import SequenceInfo
+
+if TYPE_CHECKING:
+    from gr.hstu import HSTULayer
+
+MOST_SIZES = 64
+"""So many sizes are kept; then the oldest is captured again when it comes again."""
+SEQUENCES = 16
+"""Sequences are rounded up to a multiple of this; those that are added are empty."""
+
+
+class Size(NamedTuple):
+    """What graphs are captured for."""
+
+    layers: int
+    """The first so many of the stack."""
+    tokens: int
+    """C."""
+    sequences: int
+    """S."""
+    max_len: int
+    """At least the longest sequence: a power of 2."""
+    num_context: int
+    dtype: torch.dtype
+    autocast: torch.dtype | None
+    """None where it is off."""
+    fp8: tuple[tuple[str, ...], ...]
+    """Products in fp8 of each layer, which a run may turn off."""
+
+
+@dataclass
+class Pass:
+    """What a layer's forward pass leaves to its backward pass while both are captured."""
+
+    x: Tensor | None = None
+    y: Tensor | None = None
+    dx: Tensor | None = None
+
+
+@dataclass
+class Captured:
+    """The graphs of one size."""
+
+    size: Size
+    forward: list[Callable[[], None]] = field(default_factory=list)
+    """Of each layer, first to last."""
+    backward: list[Callable[[], None]] = field(default_factory=list)
+    """Likewise."""
+
+
+class Buffers:
+    """Memory that graphs of all sizes read and write.
+
+    Args:
+        like: (., D), for its dtype and device.
+        num_tokens: most that there is room for.
+        reads_times: whether the layers read when tokens came.
+    """
+
+    def __init__(self, like: Tensor, num_tokens: int, *, reads_times: bool) -> None:
+        def rows() -> Tensor:
+            return torch.zeros(num_tokens, like.shape[1], dtype=like.dtype, device=like.device)
+
+        def numbers() -> Tensor:
+            count = num_tokens if reads_times else 0
+            return torch.zeros(count, dtype=torch.int64, device=like.device)
+
+        self.num_tokens = num_tokens
+        self.x, self.y, self.dx, self.dy = rows(), rows(), rows(), rows()
+        self.timestamp, self.query_time = numbers(), numbers()
+
+
+class LayerGraphs:
+    """Layers of one stack, called like them, in training on a GPU.
+
+    A backward pass must follow before the layers are called again. The result and the gradients are
+    overwritten by the next call, so they are to be read before; what `.grad` of a parameter still
+    holds then is copied.
+
+    Args:
+        layers: of the stack; a call takes the first so many.
+        round_to: tokens are rounded up to a multiple of this.
+    """
+
+    def __init__(self, layers: "Sequence[HSTULayer]", round_to: int) -> None:
+        self.layers = layers
+        self.round_to = round_to
+        self.generation = 0
+        """Calls so far: a backward pass is of the last one, or what it reads is gone."""
+        self.captured: dict[Size, Captured] = {}
+        self.buffers: Buffers | None = None
+        self.structures: dict[int, SequenceInfo] = {}
+        """S -> where the structure of a batch is read, its tokens apart."""
+        self.gradients: list[list[Tensor]] = []
+        """Of each layer's parameters that learn, in their order."""
+        self.pool: Any = None
+        self.stream: torch.cuda.Stream | None = None
+        """In which passes are captured."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LayerGraphs":
+        """Return graphs, yet to be captured, of copied layers."""
+        return LayerGraphs(copy.deepcopy(self.layers, memo), self.round_to)
+
+    def serves(self, x_LD: Tensor) -> bool:
+        """Return whether a call with these tokens is one to be replayed: in training, unwatched."""
+        watched = any(layer._forward_hooks or layer._forward_pre_hooks for layer in self.layers)
+        is_training = torch.is_grad_enabled() and self.layers[0].training
+        return is_training and not watched and x_LD.shape[0] > 0 and _is_capturable(x_LD)
+
+    def __call__(self, x_LD: Tensor, info: SequenceInfo, num_layers: int) -> Tensor:
+        """Return what the first `num_layers` layers make of the tokens, (L, D), differentiable."""
+        size = self._size(x_LD, info, num_layers)
+        captured = self.captured.get(size)
+        if captured is None:
+            captured = self._capture(size, x_LD, info)
+        self._load(size, x_LD, info)
+        self.generation += 1
+        chain, L = x_LD, x_LD.shape[0]
+        for number in range(num_layers):
+            parameters = _learning(self.layers[number])
+            chain = _Replay.apply(self, captured, number, L, chain, *parameters)  # type: ignore[no-untyped-call]
+        return chain
+
+    def _size(self, x_LD: Tensor, info: SequenceInfo, num_layers: int) -> Size:
+        # One more of each: the sequence that is added has at least one token.
+        longest, device = max(info.max_len, self.round_to), x_LD.device.type
+        return Size(
+            layers=num_layers,
+            tokens=_round_up(x_LD.shape[0] + 1, self.round_to),
+            sequences=_round_up(info.offsets.numel(), SEQUENCES),
+            max_len=1 << (longest - 1).bit_length(),
+            num_context=info.num_context,
+            dtype=x_LD.dtype,
+            autocast=torch.get_autocast_dtype(device)
+            if torch.is_autocast_enabled(device)
+            else None,
+            fp8=tuple(layer.fp8_products for layer in self.layers[:num_layers]),
+        )
+
+    @torch.no_grad()
+    def _load(self, size: Size, x_LD: Tensor, info: SequenceInfo) -> None:
+        """Put a batch where the graphs read it, and zeros behind."""
+        assert self.buffers is not None
+        buffers, structure = self.buffers, self.structures[size.sequences]
+        L, B, C = x_LD.shape[0], info.offsets.numel() - 1, size.tokens
+        buffers.x[:L].copy_(x_LD)
+        buffers.x[L:C].zero_()
+        structure.offsets[: B + 1].copy_(info.offsets)
+        structure.offsets[B + 1 :].fill_(C)
+        structure.num_candidates[:B].copy_(info.num_candidates)
+        structure.num_candidates[B:].zero_()
+        if buffers.timestamp.numel():
+            for to, source in (
+                (buffers.timestamp, info.timestamp),
+                (buffers.query_time, info.query_time),
+            ):
+                to[:L].copy_(source)
+                to[L:C].zero_()
+
+    def _capture(self, size: Size, x_LD: Tensor, info: SequenceInfo) -> Captured:
+        self._make_room(size, x_LD)
+        self._load(size, x_LD, info)
+        if len(self.captured) >= MOST_SIZES:
+            del self.captured[next(iter(self.captured))]
+        if x_LD.is_cuda:
+            # What dropout draws must not depend on when a size is captured.
+            state = torch.cuda.get_rng_state(x_LD.device)
+            self._warm_up(size)
+            torch.cuda.synchronize()
+        passes = [Pass() for _ in range(size.layers)]
+        numbers = range(size.layers)
+        made = Captured(size)
+        made.forward = [self._record(self._forward(size, passes, i)) for i in numbers]
+        made.backward = [self._record(self._backward(size, passes, i)) for i in reversed(numbers)]
+        made.backward.reverse()
+        if x_LD.is_cuda:
+            torch.cuda.set_rng_state(state, x_LD.device)
+        self.captured[size] = made
+        return made
+
+    def _make_room(self, size: Size, x_LD: Tensor) -> None:
+        """Have buffers for this size; graphs that used smaller ones are forgotten."""
+        device = x_LD.device
+        has_room = (
+            self.buffers is not None
+            and self.buffers.num_tokens >= size.tokens
+            and self.buffers.x.dtype == size.dtype
+        )
+        if self.buffers is None or not has_room:
+            self.captured.clear()
+            room = _round_up(size.tokens * 9 // 8, self.round_to)
+            reads_times = self.layers[0].config.bias == "position_time"
+            self.buffers = Buffers(x_LD, room, reads_times=reads_times)
+            self.gradients = [
+                [torch.zeros_like(p) for p in _learning(layer)] for layer in self.layers
+            ]
+            self.structures.clear()
+            if x_LD.is_cuda:
+                self.pool = torch.cuda.graph_pool_handle()
+                self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        if size.sequences not in self.structures:
+            S = size.sequences
+            offsets = torch.zeros(S + 1, dtype=torch.int64, device=device)
+            candidates = torch.zeros(S, dtype=torch.int64, device=device)
+            self.structures[S] = SequenceInfo(
+                offsets=offsets,
+                tail_offsets=offsets,
+                max_len=0,
+                max_tail_len=0,
+                timestamp=self.buffers.timestamp,
+                query_time=self.buffers.query_time,
+                session_start=candidates,
+                num_context=0,
+                num_candidates=candidates,
+                num_rows=0,
+            )
+
+    def _info(self, size: Size) -> SequenceInfo:
+        assert self.buffers is not None
+        has_times = self.buffers.timestamp.numel() > 0
+        C = size.tokens if has_times else 0
+        return replace(
+            self.structures[size.sequences],
+            max_len=size.max_len,
+            max_tail_len=size.max_len,
+            timestamp=self.buffers.timestamp[:C],
+            query_time=self.buffers.query_time[:C],
+            num_context=size.num_context,
+            num_rows=size.tokens,
+        )
+
+    def _forward(self, size: Size, passes: list[Pass], number: int) -> Callable[[], None]:
+        assert self.buffers is not None
+        layer, info, buffers = self.layers[number], self._info(size), self.buffers
+        own, C, device = passes[number], size.tokens, buffers.x.device.type
+
+        def run() -> None:
+            source = buffers.x[:C] if number == 0 else passes[number - 1].y
+            assert source is not None
+            own.x = source.detach().requires_grad_()
+            # Without a cache of casts: what is in it would be freed under the graph.
+            is_cast = size.autocast is not None
+            cast = torch.autocast(device, size.autocast, is_cast, cache_enabled=False)
+            with torch.enable_grad(), cast:
+                own.y = layer(own.x, info)
+            if number == size.layers - 1:
+                buffers.y[:C].copy_(own.y.detach())
+
+        return run
+
+    def _backward(self, size: Size, passes: list[Pass], number: int) -> Callable[[], None]:
+        assert self.buffers is not None
+        parameters, gradients = _learning(self.layers[number]), self.gradients[number]
+        own, buffers, C = passes[number], self.buffers, size.tokens
+
+        def run() -> None:
+            is_last = number == size.layers - 1
+            dy = buffers.dy[:C] if is_last else passes[number + 1].dx
+            assert own.x is not None
+            assert own.y is not None
+            own.dx, *found = torch.autograd.grad(own.y, [own.x, *parameters], dy)
+            # The memory goes back to the pool.
+            own.x = own.y = None
+            if not is_last:
+                passes[number + 1].dx = None
+            torch._foreach_copy_(gradients, found)
+            if number == 0:
+                assert own.dx is not None
+                buffers.dx[:C].copy_(own.dx)
+                own.dx = None
+
+        return run
+
+    def _warm_up(self, size: Size) -> None:
+        """Run all layers, so that their kernels of this size are compiled and loaded."""
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            passes = [Pass() for _ in range(size.layers)]
+            for number in range(size.layers):
+                self._forward(size, passes, number)()
+            for number in reversed(range(size.layers)):
+                self._backward(size, passes, number)()
+        torch.cuda.current_stream().wait_stream(side)
+
+    def _record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Return what repeats the work of `run`: a graph; on a CPU, in tests, `run` itself."""
+        if self.stream is None:
+            run()
+            return run
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.stream):
+            # Other threads go on: they pin memory, and watch over communication.
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                run()
+            finally:
+                graph.capture_end()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+
+class _Replay(torch.autograd.Function):
+    """One layer. Between layers there is only an order to keep: their rows stay in the graphs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        graphs: LayerGraphs,
+        captured: Captured,
+        number: int,
+        num_tokens: int,
+        chain: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        assert graphs.buffers is not None
+        ctx.graphs, ctx.captured, ctx.number, ctx.num_tokens = graphs, captured, number, num_tokens
+        ctx.generation, ctx.parameters = graphs.generation, parameters
+        captured.forward[number]()
+        if number < captured.size.layers - 1:
+            return chain.new_empty(0)
+        return graphs.buffers.y[:num_tokens].detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        graphs, captured, number = ctx.graphs, ctx.captured, ctx.number
+        buffers, gradients, L = graphs.buffers, graphs.gradients[number], ctx.num_tokens
+        if ctx.generation != graphs.generation:
+            raise RuntimeError(
+                "model.hstu.graph_tokens: the layers were called again before this backward pass, "
+                "so that what it reads is gone. Go backward after each forward pass, or set 0"
+            )
+        if number == captured.size.layers - 1:
+            buffers.dy[:L].copy_(dy)
+            buffers.dy[L : captured.size.tokens].zero_()
+        for parameter, gradient in zip(ctx.parameters, gradients, strict=True):
+            held = parameter.grad
+            if held is not None and held.data_ptr() == gradient.data_ptr():
+                parameter.grad = held.clone()  # of a batch before, to be added to
+        captured.backward[number]()
+        dx = buffers.dx[:L].detach() if number == 0 else dy.new_empty(0)
+        return None, None, None, None, dx, *(gradient.detach() for gradient in gradients)
+
+
+def _is_capturable(x_LD: Tensor) -> bool:
+    return x_LD.is_cuda
+
+
+def _learning(layer: "HSTULayer") -> list[Tensor]:
+    return [parameter for parameter in layer.parameters() if parameter.requires_grad]
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
