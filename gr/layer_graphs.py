@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MOST_SIZES = 64
 """So many sizes are kept; then the oldest is captured again when it comes again."""
-SEQUENCES = 16
+SEQUENCES = 4
 """Sequences are rounded up to a multiple of this; those that are added are empty."""
 
 
