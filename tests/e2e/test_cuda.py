@@ -61,6 +61,22 @@ def test_all_of_ultra_learns_in_fp8(config, tmp_path):
     np.testing.assert_allclose(losses(fp8), losses(bf16), rtol=0.25)
 
 
+GRAPHS = ("model.hstu.graph_tokens=64", "model.hstu.dropout=0.2")
+
+
+@pytest.mark.gpu
+def test_layers_as_graphs_learn_what_launches_do_and_resume(config, tmp_path):
+    plain = run(config, f"run_dir={tmp_path / 'plain'}", "device=cuda")
+    graphs = run(config, f"run_dir={tmp_path / 'graphs'}", "device=cuda", GRAPHS[0])
+    np.testing.assert_allclose(losses(graphs)[:2], losses(plain)[:2], rtol=1e-4)
+    np.testing.assert_allclose(losses(graphs), losses(plain), rtol=5e-3)
+    # What dropout draws does not depend on when a size was captured.
+    whole = run(config, f"run_dir={tmp_path / 'whole'}", "device=cuda", *GRAPHS)
+    run(config, f"run_dir={tmp_path / 'cut'}", "device=cuda", *GRAPHS, "max_steps=8")
+    cut = run(config, f"run_dir={tmp_path / 'cut'}", "device=cuda", *GRAPHS, "resume=true")
+    np.testing.assert_array_equal(losses(whole), losses(cut))
+
+
 @pytest.mark.gpu
 def test_a_step_waits_nowhere_but_in_torchrec(config, tmp_path, monkeypatch):
     """Values that the host reads while the device goes on (gr/outcome.py) do not count as waits."""
@@ -100,3 +116,6 @@ def test_many_gpus_learn_what_one_does_with_and_without_overlap(config, tmp_path
     np.testing.assert_allclose(plain, one, rtol=5e-3)
     ahead = on_many(ranks, config, tmp_path / "ahead", "overlap=true")
     np.testing.assert_array_equal(ahead, plain)
+    graphs = on_many(ranks, config, tmp_path / "graphs", "overlap=true", GRAPHS[0])
+    np.testing.assert_allclose(graphs[:2], plain[:2], rtol=1e-4)
+    np.testing.assert_allclose(graphs, plain, rtol=5e-3)
