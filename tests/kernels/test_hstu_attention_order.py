@@ -23,3 +23,14 @@ def test_the_longest_come_first_whatever_was_sorted_before():
     second.copy_(offsets_of([9, 1, 3]))
     assert longest_first(second).tolist() == [0, 2, 1]
     assert longest_first(offsets_of([1, 2])).tolist() == [1, 0]
+
+
+def test_a_graph_sorts_for_itself(monkeypatch):
+    offsets = offsets_of([3, 9, 1])
+    before = longest_first(offsets)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    captured = longest_first(offsets)
+    assert captured is not before
+    assert longest_first(offsets) is captured
+    monkeypatch.undo()
+    assert longest_first(offsets) is not captured

@@ -199,7 +199,9 @@ def bias_gradient(
             STAGES=settings["STAGES"], num_warps=settings["num_warps"],
         )  # fmt: skip
 
-    entry = _entries(block, num_negative, num_blocks, num_backs, position.numel() // 2, device)
+    # A CUDA graph makes its own: what is kept for others may be dropped while the graph lives.
+    entries = _entries.__wrapped__ if torch.cuda.is_current_stream_capturing() else _entries
+    entry = entries(block, num_negative, num_blocks, num_backs, position.numel() // 2, device)
     dposition = torch.zeros(position.numel(), device=device)
     # index_put_ sums in a fixed order, index_add_ does not.
     dposition.index_put_((entry,), position_sum.sum(1), accumulate=True)

@@ -36,18 +36,20 @@ def longest_first(offsets: Tensor) -> Tensor:
     """Return (B,) int64: the sequences by falling length, so that no long one is started last.
 
     What was sorted last is kept: the layers of a model, forward and backward, ask for one batch,
-    and a sort of a hundred numbers is six kernels.
+    and a sort of a hundred numbers is six kernels. A CUDA graph sorts for itself: it reads other
+    offsets each time.
     """
     global _sorted
-    of, version, order = _sorted
-    if of() is not offsets or version != offsets._version:
+    of, when, order = _sorted
+    now = offsets._version, torch.cuda.is_current_stream_capturing()
+    if of() is not offsets or when != now:
         order = offsets.diff().argsort(descending=True)
-        _sorted = weakref.ref(offsets), offsets._version, order
+        _sorted = weakref.ref(offsets), now, order
     return order
 
 
-_sorted: tuple[Any, int, Tensor] = (lambda: None, 0, torch.empty(0))
-"""Offsets, weakly, their version, and their order."""
+_sorted: tuple[Any, tuple[int, bool], Tensor] = (lambda: None, (0, False), torch.empty(0))
+"""Offsets, weakly, their version and whether a graph was captured, and their order."""
 
 
 def kernel_constants(q: Tensor, v: Tensor, structure: Structure) -> dict[str, Any]:
