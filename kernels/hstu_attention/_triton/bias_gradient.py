@@ -16,7 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.hstu_attention._triton.launch import kernel_blocks, kernel_constants, kernel_inputs
+from kernels.hstu_attention._triton.launch import (
+    is_captured,
+    kernel_blocks,
+    kernel_constants,
+    kernel_inputs,
+)
 from kernels.hstu_attention._triton.mask import pick2, visible
 from kernels.hstu_attention._triton.tile import (
     load_rows,
@@ -200,7 +205,7 @@ def bias_gradient(
         )  # fmt: skip
 
     # A CUDA graph makes its own: what is kept for others may be dropped while the graph lives.
-    entries = _entries.__wrapped__ if torch.cuda.is_current_stream_capturing() else _entries
+    entries = _entries.__wrapped__ if is_captured(q) else _entries
     entry = entries(block, num_negative, num_blocks, num_backs, position.numel() // 2, device)
     dposition = torch.zeros(position.numel(), device=device)
     # index_put_ sums in a fixed order, index_add_ does not.

@@ -41,11 +41,16 @@ def longest_first(offsets: Tensor) -> Tensor:
     """
     global _sorted
     of, when, order = _sorted
-    now = offsets._version, torch.cuda.is_current_stream_capturing()
+    now = offsets._version, is_captured(offsets)
     if of() is not offsets or when != now:
         order = offsets.diff().argsort(descending=True)
         _sorted = weakref.ref(offsets), now, order
     return order
+
+
+def is_captured(x: Tensor) -> bool:
+    """Return whether what is done with x now goes into a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 _sorted: tuple[Any, tuple[int, bool], Tensor] = (lambda: None, (0, False), torch.empty(0))
