@@ -181,6 +181,8 @@ class LayerGraphs:
                 to[L:C].zero_()
 
     def _capture(self, size: Size, x_LD: Tensor, info: SequenceInfo) -> Captured:
+        if x_LD.is_cuda:
+            torch.cuda.synchronize()  # graphs that are forgotten have run
         self._make_room(size, x_LD)
         self._load(size, x_LD, info)
         if len(self.captured) >= MOST_SIZES:
