@@ -18,7 +18,7 @@ from kernels.hstu_attention._hopper.bias_gradient import (
     table_gradients,
 )
 from kernels.hstu_attention._hopper.launch import kernel_constants, tiles
-from kernels.hstu_attention._hopper.prepare import Tails, prepare
+from kernels.hstu_attention._hopper.prepare import Programs, Tails, prepare
 from kernels.hstu_attention._hopper.query_backward import TAIL, query_gradient
 from kernels.hstu_attention._triton.bias_gradient import bias_gradient
 from kernels.hstu_attention.structure import Structure
@@ -64,12 +64,14 @@ def hstu_attention_bwd(
         needs_bias_grad: else both tables' gradients come back empty.
     """
     dq, dk, dv = gradients
-    order, (k_tail, v_tail, q_tail, dout_tail) = prepare(
+    K, H = q.shape[2], q.shape[1]
+    programs = Programs(structure.offsets, k.shape[0], structure.max_len, BLOCK_N, H)
+    order, placed, (k_tail, v_tail, q_tail, dout_tail) = prepare(
         structure.offsets,
         Tails(k, v, structure.offsets, BLOCK_N),
         Tails(q, dout, structure.q_offsets, BLOCK_M),
+        programs=programs,
     )
-    K, H = q.shape[2], q.shape[1]
     dq_sum = q
     wide = max(K, v.shape[2]) > 128
     fused = not (deterministic or wide or K == 32)  # halves of 16 columns are no operands
@@ -80,17 +82,15 @@ def hstu_attention_bwd(
     sums = BiasGradients()
     if needs_bias_grad and not deterministic:
         sums = bias_gradients(structure)
-    num_blocks = cdiv(structure.max_len, BLOCK_N)
-    programs = num_blocks * structure.num_sequences * H
-    if programs:
+    if programs.count:
         arguments = [
             tiles(q, BLOCK_M), tiles(q_tail, BLOCK_M), tiles(dout, BLOCK_M),
             tiles(dout_tail, BLOCK_M), tiles(k, BLOCK_N), tiles(k_tail, BLOCK_N),
             tiles(v, BLOCK_N), tiles(v_tail, BLOCK_N), tiles(dq_sum, BLOCK_M, K // 2),
             tiles(dk, BLOCK_N // 2), tiles(dv, BLOCK_N // 2),
             dk, dv, dk.stride(0), dv.stride(0),
-            order, structure.offsets, structure.q_offsets, structure.num_candidates,
-            *bias, *sums, num_blocks,
+            placed, structure.offsets, structure.q_offsets, structure.num_candidates,
+            *bias, *sums,
             structure.alpha * 0.5, key_scale, structure.scale,
         ]  # fmt: skip
         wanted = [(False, True), (True, False)] if wide else [(True, True)]
@@ -103,7 +103,7 @@ def hstu_attention_bwd(
                 "KEY_GRAD": key_grad,
                 "VALUE_GRAD": value_grad,
             }
-            launch(backward_kernel, (programs, 1, 1), arguments, constants)
+            launch(backward_kernel, (programs.count, 1, 1), arguments, constants)
     if not fused:
         query_gradient(dout, q, k, v, k_tail, order, structure, bias, dq)
     elif q.shape[0]:

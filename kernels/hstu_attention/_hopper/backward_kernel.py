@@ -40,7 +40,7 @@ from kernels.hstu_attention._hopper.tile import (
 def _produce(
     q_desc, q_tail_desc, dout_desc, dout_tail_desc, k_desc, k_tail_desc, v_desc, v_tail_desc,
     q_s, dout_s, k_s, v_s, kv_full, q_full, dout_full, q_empty, dout_empty,
-    order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
+    order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
     KEY_GRAD: gl.constexpr, H: gl.constexpr,
     NUM_CONTEXT: gl.constexpr, CONTEXT: gl.constexpr, WINDOW: gl.constexpr,
     GLOBAL_ROWS: gl.constexpr, GLOBAL_COLUMNS: gl.constexpr,
@@ -51,10 +51,10 @@ def _produce(
     V: gl.constexpr = dout_s.shape[2]
     STAGES: gl.constexpr = q_s.shape[0]
     DOUT_STAGES: gl.constexpr = dout_s.shape[0]
-    block, head, b, key_start, length, history, q_start, q_len = sequence(
-        num_blocks, order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, H, False,
+    key_first, head, b, key_start, length, history, q_start, q_len = sequence(
+        0, order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
+        H, BLOCK_N, False, True, False,
     )  # fmt: skip
-    key_first = block * BLOCK_N
     if key_first < length:
         if KEY_GRAD:
             mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
@@ -112,7 +112,7 @@ def _consume(
     HALF: gl.constexpr, dq_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, stride_dk, stride_dv,
     q_s, dout_s, k_s, v_s, ds_s, dq_s,
     kv_full, q_full, dout_full, q_empty, dout_empty, ds_full, ds_empty,
-    order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
+    order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
     position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr, query_span_ptr,
     key_span_ptr, closest_ptr, position_grad_ptr, time_grad_ptr,
     half_alpha, key_scale, value_scale, NUM_BUCKETS: gl.constexpr,
@@ -132,10 +132,10 @@ def _consume(
     key_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     value_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K // 2, 16])
-    block, head, b, key_start, length, history, q_start, q_len = sequence(
-        num_blocks, order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, H, False,
+    key_first, head, b, key_start, length, history, q_start, q_len = sequence(
+        0, order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
+        H, BLOCK_N, False, True, False,
     )  # fmt: skip
-    key_first = block * BLOCK_N
     if key_first < length:
         num_part, num_full, full0, n0, full1, part0, m0, part1, m1, part2, m2, part3 = (
             visiting_queries(
@@ -258,14 +258,14 @@ def _consume(
         tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["stride_dk", "stride_dv", "num_blocks"])
+@gluon.jit(do_not_specialize=["stride_dk", "stride_dv"])
 def backward_kernel(
     q_desc, q_tail_desc, dout_desc, dout_tail_desc, k_desc, k_tail_desc, v_desc, v_tail_desc,
     dq_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, stride_dk, stride_dv,
     order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
     position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr, query_span_ptr,
     key_span_ptr, closest_ptr, position_grad_ptr, time_grad_ptr,
-    num_blocks, half_alpha, key_scale, value_scale, NUM_BUCKETS: gl.constexpr, H: gl.constexpr,
+    half_alpha, key_scale, value_scale, NUM_BUCKETS: gl.constexpr, H: gl.constexpr,
     NUM_CONTEXT: gl.constexpr, CONTEXT: gl.constexpr, WINDOW: gl.constexpr,
     GLOBAL_ROWS: gl.constexpr, GLOBAL_COLUMNS: gl.constexpr,
     STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
@@ -314,7 +314,7 @@ def backward_kernel(
                 0, dq_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, stride_dk, stride_dv,
                 q_s, dout_s, k_s, v_s, ds_s, dq_s,
                 kv_full, q_full, dout_full, q_empty, dout_empty, ds_full, ds_empty,
-                order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
+                order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
                 position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr,
                 query_span_ptr, key_span_ptr, closest_ptr, position_grad_ptr, time_grad_ptr,
                 half_alpha, key_scale, value_scale, NUM_BUCKETS,
@@ -325,7 +325,7 @@ def backward_kernel(
                 1, dq_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, stride_dk, stride_dv,
                 q_s, dout_s, k_s, v_s, ds_s, dq_s,
                 kv_full, q_full, dout_full, q_empty, dout_empty, ds_full, ds_empty,
-                order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
+                order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
                 position_ptr, time_ptr, threshold_ptr, query_time_ptr, key_time_ptr,
                 query_span_ptr, key_span_ptr, closest_ptr, position_grad_ptr, time_grad_ptr,
                 half_alpha, key_scale, value_scale, NUM_BUCKETS,
@@ -336,7 +336,7 @@ def backward_kernel(
                 q_desc, q_tail_desc, dout_desc, dout_tail_desc,
                 k_desc, k_tail_desc, v_desc, v_tail_desc,
                 q_s, dout_s, k_s, v_s, kv_full, q_full, dout_full, q_empty, dout_empty,
-                order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr, num_blocks,
+                order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
                 KEY_GRAD, H, NUM_CONTEXT, CONTEXT, WINDOW, GLOBAL_ROWS, GLOBAL_COLUMNS,
             )),
         ],

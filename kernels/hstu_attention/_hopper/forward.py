@@ -37,7 +37,7 @@ from kernels.hstu_attention._hopper.launch import (
     kernel_constants,
     tiles,
 )
-from kernels.hstu_attention._hopper.prepare import Tails, prepare
+from kernels.hstu_attention._hopper.prepare import Programs, Tails, prepare
 from kernels.hstu_attention._hopper.tile import (
     full_block,
     half_score,
@@ -64,11 +64,10 @@ def _produce(
     STAGES: gl.constexpr = k_s.shape[0]
     BLOCK_N: gl.constexpr = k_s.shape[1]
     V: gl.constexpr = v_s.shape[2]
-    block, head, b, key_start, length, history, q_start, q_len = sequence(
+    query_first, head, b, key_start, length, history, q_start, q_len = sequence(
         num_blocks, order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
-        H, WINDOW >= 0 and GLOBAL_ROWS > 0,
+        H, BLOCK_M, True, not (WINDOW >= 0 and GLOBAL_ROWS > 0), WINDOW >= 0 and GLOBAL_ROWS > 0,
     )  # fmt: skip
-    query_first = (num_blocks - 1 - block) * BLOCK_M
     if query_first < q_len:
         mbarrier.expect(q_full, q_desc.block_type.nbytes * 2)
         for w in gl.static_range(2):
@@ -148,11 +147,10 @@ def _consume(
     OTHER: gl.constexpr = 1 - HALF
     HAS_BIAS: gl.constexpr = position_ptr is not None
     CANDIDATES: gl.constexpr = num_candidates_ptr is not None
-    block, head, b, key_start, length, history, q_start, q_len = sequence(
+    query_first, head, b, key_start, length, history, q_start, q_len = sequence(
         num_blocks, order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
-        H, WINDOW >= 0 and GLOBAL_ROWS > 0,
+        H, BLOCK_M, True, not (WINDOW >= 0 and GLOBAL_ROWS > 0), WINDOW >= 0 and GLOBAL_ROWS > 0,
     )  # fmt: skip
-    query_first = (num_blocks - 1 - block) * BLOCK_M
     if query_first < q_len:
         row_begin = length - q_len + query_first
         num_part, num_full, full0, n0, full1, part0, m0, part1, m1, part2, m2, part3 = visited_keys(
@@ -337,16 +335,22 @@ def hstu_attention_fwd(q: Tensor, k: Tensor, v: Tensor, structure: Structure) ->
     blocks = forward_blocks(q.shape[2], v.shape[2], time=structure.time_table is not None)
     block_n = blocks["BLOCK_N"]
     out = torch.empty(*q.shape[:2], v.shape[2], device=q.device, dtype=q.dtype)
-    order, (v_tail, _) = prepare(structure.offsets, Tails(v, None, structure.offsets, block_n))
-    num_blocks = cdiv(structure.max_q_len, BLOCK_M)
-    programs = num_blocks * structure.num_sequences * q.shape[1]
-    if programs:
+    H, num_blocks = q.shape[1], cdiv(structure.max_q_len, BLOCK_M)
+    programs, count = None, num_blocks * structure.num_sequences * H
+    if not (structure.local_window is not None and structure.global_rows):  # else by block
+        longest = structure.max_q_len
+        programs = Programs(structure.q_offsets, q.shape[0], longest, BLOCK_M, H)
+        count = programs.count
+    tail = Tails(v, None, structure.offsets, block_n)
+    order, placed, (v_tail, _) = prepare(structure.offsets, tail, programs=programs)
+    if count:
         arguments = [
             tiles(q, BLOCK_M // 2), tiles(k, block_n), tiles(v, block_n),
             tiles(v_tail, block_n), tiles(out, BLOCK_M // 2), out,
-            order, structure.offsets, structure.q_offsets, structure.num_candidates,
+            order if programs is None else placed,
+            structure.offsets, structure.q_offsets, structure.num_candidates,
             *bias_inputs(structure), num_blocks, structure.alpha * 0.5, structure.scale,
         ]  # fmt: skip
         constants = {**kernel_constants(q, structure), "STAGES": blocks["STAGES"]}
-        launch(forward_kernel, (programs, 1, 1), arguments, constants)
+        launch(forward_kernel, (count, 1, 1), arguments, constants)
     return out

@@ -60,11 +60,10 @@ def _produce(
     STAGES: gl.constexpr = k_s.shape[0]
     V_STAGES: gl.constexpr = v_s.shape[0]
     BLOCK_N: gl.constexpr = k_s.shape[1]
-    block, head, b, key_start, length, history, q_start, q_len = sequence(
+    query_first, head, b, key_start, length, history, q_start, q_len = sequence(
         num_blocks, order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
-        H, WINDOW >= 0 and GLOBAL_ROWS > 0,
+        H, BLOCK_M, True, False, WINDOW >= 0 and GLOBAL_ROWS > 0,
     )  # fmt: skip
-    query_first = (num_blocks - 1 - block) * BLOCK_M
     if query_first < q_len:
         mbarrier.expect(q_full, 2 * (q_desc.block_type.nbytes + dout_desc.block_type.nbytes))
         for w in gl.static_range(2):
@@ -179,11 +178,10 @@ def _consume(
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
-    block, head, b, key_start, length, history, q_start, q_len = sequence(
+    query_first, head, b, key_start, length, history, q_start, q_len = sequence(
         num_blocks, order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
-        H, WINDOW >= 0 and GLOBAL_ROWS > 0,
+        H, BLOCK_M, True, False, WINDOW >= 0 and GLOBAL_ROWS > 0,
     )  # fmt: skip
-    query_first = (num_blocks - 1 - block) * BLOCK_M
     if query_first < q_len:
         row_begin = length - q_len + query_first
         num_part, num_full, full0, n0, full1, part0, m0, part1, m1, part2, m2, part3 = visited_keys(

@@ -9,23 +9,35 @@ from kernels.hstu_attention._triton.mask import key_blocks, pick2, pick4, query_
 @gluon.jit
 def sequence(
     num_blocks, order_ptr, offsets_ptr, q_offsets_ptr, num_candidates_ptr,
-    H: gl.constexpr, BY_BLOCK: gl.constexpr,
+    H: gl.constexpr, BLOCK: gl.constexpr, OF_QUERIES: gl.constexpr, PLACED: gl.constexpr,
+    BY_BLOCK: gl.constexpr,
 ):  # fmt: skip
-    """Return block, head, b, and of sequence b: first key, tokens, history, first query, queries.
+    """Return the first row of this program's block, its head and sequence b, and b's extent.
 
-    All int32. Programs of one head are neighbours, so that they share its keys in the cache. With
-    BY_BLOCK those of one block are: where few blocks have nearly all the work, none of them must
-    start last.
+    That is the first key, tokens, history, first query, queries; all int32. Without work the first
+    row is not below the number of rows. Blocks of queries are taken from the last, which sees most,
+    blocks of keys from the first, which most see. Programs of one head are neighbours, so that they
+    share its keys in the cache. With BY_BLOCK those of one block are: where few blocks have nearly
+    all the work, none of them must start last.
+
+    PLACED: `order_ptr` is what prepare.py makes for `Programs`, and `num_blocks` is not read. Else
+    it holds the order of the sequences, and each has `num_blocks` programs a head, those beyond its
+    end without work.
     """
     pid = gl.program_id(0)
-    heads = gl.num_programs(0) // num_blocks
-    block = pid % num_blocks
-    sequence_head = pid // num_blocks
-    if BY_BLOCK:
-        block = pid // heads
-        sequence_head = pid % heads
-    head = sequence_head % H
-    b = gl.load(order_ptr + sequence_head // H)
+    place = 0
+    if PLACED:
+        b = gl.load(order_ptr + 2 * pid)
+        place = gl.load(order_ptr + 2 * pid + 1)
+    else:
+        heads = gl.num_programs(0) // num_blocks
+        block = pid % num_blocks
+        sequence_head = pid // num_blocks
+        if BY_BLOCK:
+            block = pid // heads
+            sequence_head = pid % heads
+        head = sequence_head % H
+        b = gl.load(order_ptr + sequence_head // H)
     key_start = gl.load(offsets_ptr + b).to(gl.int32)
     length = gl.load(offsets_ptr + b + 1).to(gl.int32) - key_start
     q_start = gl.load(q_offsets_ptr + b).to(gl.int32)
@@ -33,7 +45,19 @@ def sequence(
     history = length
     if num_candidates_ptr is not None:
         history = length - gl.load(num_candidates_ptr + b).to(gl.int32)
-    return block, head, b, key_start, length, history, q_start, q_len
+    rows = length
+    if OF_QUERIES:
+        rows = q_len
+    if PLACED:
+        num_blocks = gl.maximum((rows + BLOCK - 1) // BLOCK, 1)
+        head = gl.minimum(place // num_blocks, H - 1)
+        block = place % num_blocks
+    if OF_QUERIES:
+        block = num_blocks - 1 - block
+    first = block * BLOCK
+    if PLACED:
+        first = gl.where(place < num_blocks * H, first, rows)
+    return first, head, b, key_start, length, history, q_start, q_len
 
 
 @gluon.jit
