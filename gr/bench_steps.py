@@ -260,7 +260,7 @@ class Bench:
                     v_dim=width,
                     scaling_length=longest,
                     precision="fp8" if fp8 and not small else "bf16",
-                    recompute=(),  # 16 KB a token and layer are there
+                    recompute=("silu",),  # 16 KB a token and layer are there
                     graph_tokens=self.settings.graph_tokens,
                 ),
                 encoding=EncodingConfig(position="from_start", position_buckets=longest),

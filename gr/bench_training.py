@@ -6,7 +6,7 @@ Starts itself under torchrun on one GPU and on N (all by default), and prints ra
 of this one command. The steps are those of `gr.trainer.Trainer`, progressive scoring included, on
 the batches of `SessionStream`: HSTU of 8 layers, d = 1024, 4 heads of 256, bf16, up to 4096 tokens,
 a table of 50 million rows of 128 with row-wise AdamW; layers keep what backward needs
-(`recompute: []`). Unless a line says otherwise the batches were
+(`recompute: [silu]`). Unless a line says otherwise the batches were
 read before: reading is measured in pipelines/bench.py, and here by the line `stream`.
 
 FLOPs are 6 for each parameter of the layers' matrices and token, and 3.5 (as published figures

@@ -14,7 +14,7 @@ from gr.flops import num_truncated
 from gr.hstu import fp8_products
 from gr.sequence import SequenceInfo
 
-RECOMPUTABLE = ("normed", "uvqk", "gated", "attended")
+RECOMPUTABLE = ("normed", "uvqk", "silu", "gated", "attended")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +119,7 @@ def layer_bytes(hstu: HSTUConfig, dim: int, tokens: int, rows: int, *, itemsize:
         statistics               16 bytes a token   two norms; R H 4 more with softmax
         norm(X)                  L D                unless normed
         Z, U V Q K before SiLU   2 L H (K + V)      unless uvqk; of tails (R + L) H (K + V)
+        U V Q K                  the same           unless silu or uvqk, or they stand in Z
         gated rows               R C                unless gated; C = H V, with concat_ua 3 H V
 
     In fp8 the layer's weights stand there twice more, a byte a number; a norm(X) that is kept is
@@ -138,7 +139,9 @@ def layer_bytes(hstu: HSTUConfig, dim: int, tokens: int, rows: int, *, itemsize:
     numbers = tokens * dim
     numbers += rows * H * V * ("attended" in kept)
     numbers += tokens * dim * ("normed" in kept)
-    numbers += (tokens + rows) * H * (K + V) * ("uvqk" in kept)
+    makes_them = hstu.uvqk_activation == "all" or hstu.rotary.angles != "none"
+    copies = (1 + ("silu" in kept and makes_them)) * ("uvqk" in kept)
+    numbers += (tokens + rows) * H * (K + V) * copies
     numbers += rows * columns * ("gated" in kept)
     statistics = 8 * tokens + 8 * groups * rows + 4 * H * rows * (hstu.attention == "softmax")
     shapes = {"uvqk": (dim, 2 * H * (K + V)), "output": (columns, dim)}

@@ -124,14 +124,16 @@ class HSTUConfig:
     fp8_products: tuple[Literal["uvqk", "output"], ...] = ()
     """Which products precision=fp8 means: the UVQK projection, the output projection. (): those
     that are faster so on one H100, uvqk, and from model.dim=2048 on output too."""
-    recompute: tuple[Literal["normed", "uvqk", "gated", "attended"], ...] = (
+    recompute: tuple[Literal["normed", "uvqk", "silu", "gated", "attended"], ...] = (
         "normed",
         "uvqk",
+        "silu",
         "gated",
     )
     """What the kernels' backward pass computes again instead of keeping it (kernels/hstu_layer):
-    norm(X), the UVQK projection, what the output projection reads; attended: A V, which halves what
-    is kept by default and costs the attention's forward pass. The reference keeps all."""
+    norm(X), the UVQK projection, U V Q and K of it, what the output projection reads; attended:
+    A V, which halves what is kept by default and costs the attention's forward pass. (): nothing,
+    the fastest where memory is left. The reference keeps all."""
     graph_tokens: int = 0
     """Train the layers as CUDA graphs, which a host launches in a tenth of the time
     (gr/layer_graphs.py), with tokens rounded up to a multiple of this; 512 will do. 0, and on a

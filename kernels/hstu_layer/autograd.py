@@ -3,7 +3,7 @@
 Letters: L tokens, R rows of the result, D model dim, H heads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,8 +24,6 @@ from kernels.hstu_layer.structure import (
     Saved,
     Weights,
 )
-
-_OF_SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
 
 
 def apply(inputs: Inputs) -> Tensor:
@@ -89,6 +87,8 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
             normed_scale=normed_scale,
             uvqk=kept(options.keep_uvqk, R, uvqk if tail is None else uq),
             vk=kept(options.keep_uvqk and tail is not None, L, uq),
+            act_uvqk=kept(given.keeps_activated, R, uvqk if tail is None else uq),
+            act_vk=kept(given.keeps_activated and tail is not None, L, uq),
             attended=kept(options.keep_attended, R, H, options.v_dim),
             gated=kept(keeps_gated, R, weights.output.shape[1]),
             lse=float32(R, H) if structure.softmax else float32(0),
@@ -100,27 +100,31 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _run_backward(dy: Tensor, needs_bias_grad: bool, *inputs: Any) -> tuple[Tensor, ...]:
+def _run_backward(
+    dy: Tensor, needs_bias_grad: bool, of_forward: Sequence[Tensor], *inputs: Any
+) -> tuple[Tensor, ...]:
     from kernels.hstu_layer.fused import hstu_layer_bwd
 
-    num_saved = len(Saved._fields)
-    saved, given = Saved(*inputs[:num_saved]), Inputs.of(inputs[num_saved:])
+    given = Inputs.of(inputs)
     with torch.autocast(dy.device.type, enabled=False):
-        return hstu_layer_bwd(dy, needs_bias_grad, saved, given)
+        return hstu_layer_bwd(dy, needs_bias_grad, Saved(*of_forward), given)
 
 
 _backward = torch.library.custom_op(
     "gr::hstu_layer_bwd",
     _run_backward,
     mutates_args=(),
-    schema=f"(Tensor dy, bool needs_bias_grad, {_OF_SAVED}, {INPUTS_SCHEMA}) -> "
+    # What the forward pass saved is a list: an operator takes at most 64 arguments.
+    schema=f"(Tensor dy, bool needs_bias_grad, Tensor[] of_forward, {INPUTS_SCHEMA}) -> "
     f"({', '.join(['Tensor'] * (1 + len(Weights._fields) + 2))})",
 )
 
 
 @_backward.register_fake
-def _(dy: Tensor, needs_bias_grad: bool, *inputs: Any) -> tuple[Tensor, ...]:
-    given = Inputs.of(inputs[len(Saved._fields) :])
+def _(
+    dy: Tensor, needs_bias_grad: bool, of_forward: Sequence[Tensor], *inputs: Any
+) -> tuple[Tensor, ...]:
+    given = Inputs.of(inputs)
     x, weights, structure = given.x, given.weights, given.structure
     tables = structure.position_table, structure.time_table
 
@@ -148,12 +152,13 @@ def _differentiate(
     weights = ctx.needs_input_grad[FIRST_WEIGHT:FP8]
     needs = Structure(*ctx.needs_input_grad[FIRST_OF_STRUCTURE:])
     needs_bias_grad = bool(needs.position_table or needs.time_table)
-    before = len(Saved._fields) + FP8
-    after = before + 4 * len(PRODUCTS)
-    saved, fp8 = ctx.saved_tensors[:before], list(ctx.saved_tensors[before:after])
-    of_structure = ctx.saved_tensors[after:]
+    first = len(Saved._fields)
+    last = first + FP8
+    after = last + 4 * len(PRODUCTS)
+    saved, before = list(ctx.saved_tensors[:first]), ctx.saved_tensors[first:last]
+    fp8, of_structure = list(ctx.saved_tensors[last:after]), ctx.saved_tensors[after:]
     dx, *dweights, dposition, dtime = backward(
-        dy, needs_bias_grad, *saved, fp8, *ctx.options, *of_structure, *ctx.values
+        dy, needs_bias_grad, saved, *before, fp8, *ctx.options, *of_structure, *ctx.values
     )
     is_list = backward is _backward and all(x is not None for x in fp8)
     grads: dict[str, Tensor | None] = dict.fromkeys(Structure._fields)

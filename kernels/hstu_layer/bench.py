@@ -23,7 +23,11 @@ CASES = [
     )
     for D, H, N, B in ((1024, 4, 4096, 32), (512, 4, 8192, 16), (2048, 8, 4096, 16))
 ]
-KEPT = {"ours, 14d kept": ("gated",), "ours, all kept": ()}
+KEPT = {
+    "ours, 14d kept": ("silu", "gated"),
+    "ours, 16d kept": ("silu",),
+    "ours, 24d kept": (),
+}
 LEAST_OUTPUT_FP8 = 2048
 """D from which the output projection gains in fp8."""
 
@@ -86,7 +90,7 @@ def variants(case, mode, device):
         found["ours, rotary"] = ours(RECOMPUTED, rotations=turned)
         found["ours, fp8, rotary"] = ours(RECOMPUTED, in_fp8=True, rotations=turned)
     if mode == "both":
-        found["ours, fp8, 14d kept"] = ours(("gated",), in_fp8=True)
+        found["ours, fp8, 14d kept"] = ours(("silu", "gated"), in_fp8=True)
         found |= {name: ours(recompute) for name, recompute in KEPT.items()}
     return {**found, "torch operators, our attention": run(separate)}
 

@@ -3,7 +3,8 @@
     X' = norm(X);  Z = X' W + b;  U, V, Q, K = silu(Z);  Y = X + W_o gate(norm(attention), U)
 
 U, V, Q and K are views of one buffer, Z has one, and so has its gradient. SiLU has no inverse, so
-it is Z that is kept, if anything, and SiLU is applied again; both passes see the same bits. The
+it is Z that is kept, if anything, and SiLU is applied again, unless its result is kept beside Z;
+both passes see the same bits. The
 backward pass does not store U: the gated norm's kernel makes it from Z, and U's columns of Z's
 gradient with it.
 
@@ -35,11 +36,12 @@ def hstu_layer_fwd(inputs: Inputs) -> tuple[Tensor, Saved]:
     plain = inputs.reads_normed.plain and keep[0]
     normed, mean, rstd = _normed(inputs, plain=plain, fp8=inputs.fp8.uvqk is not None)
     parts: dict[str, Tensor] = {}
-    kept = []
+    kept, activated = [], []
     for projection in projections(inputs):
         y, z = projection.forward(normed, options.keep_uvqk)
         parts |= projection.split(y)
         kept.append(z)
+        activated.append(y if inputs.keeps_activated else x.new_empty(0))
         del y, z
     attended, lse = attention_fwd(*_heads(parts, options), *inputs.structure)
     gated, gate_mean, gate_rstd = _gated(attended.flatten(1), parts["u"], inputs)
@@ -50,6 +52,8 @@ def hstu_layer_fwd(inputs: Inputs) -> tuple[Tensor, Saved]:
         *of_normed,
         kept[0] if options.keep_uvqk else x.new_empty(0),
         kept[1] if options.keep_uvqk and tail is not None else x.new_empty(0),
+        activated[0],
+        activated[1] if tail is not None else x.new_empty(0),
         attended if options.keep_attended else x.new_empty(0),
         gated.plain if gated.plain is not None and keeps_gated else x.new_empty(0),
         lse,
@@ -96,13 +100,15 @@ def hstu_layer_bwd(
     parts: dict[str, Tensor] = {}
     used = projections(inputs)
     kept = [saved.uvqk, saved.vk][: len(used)]
-    for i, projection in enumerate(used):
-        if options.keep_uvqk:
+    for i, (projection, y) in enumerate(zip(used, (saved.act_uvqk, saved.act_vk), strict=False)):
+        if inputs.keeps_activated:
+            parts |= projection.split(y)
+        elif options.keep_uvqk:
             parts |= projection.activate(kept[i])
         else:
             y, kept[i] = projection.forward(normed, True)
             parts |= projection.split(y)
-            del y
+        del y
     parts.pop("u", None)
     attended = saved.attended
     if not options.keep_attended:
@@ -155,7 +161,8 @@ def hstu_layer_bwd(
         duvqk = torch.cat([duq[:, :u], duvqk[:, :v], duq[:, u:], duvqk[:, v:]], 1)
         dbias = torch.cat([dbias[:v], dq_bias, dbias[v:]])
     del normed, kept, dparts, gradients
-    dx, dnorm_weight, dnorm_bias = layer_norm_bwd(
+    sums_dy = tail is None and weights.output_bias is not None
+    dx, dnorm_weight, dnorm_bias, doutput_bias = layer_norm_bwd(
         dnormed,
         x,
         _contiguous(weights.input_norm),
@@ -163,7 +170,10 @@ def hstu_layer_bwd(
         saved.mean,
         saved.rstd,
         dy if tail is None else None,
+        sum_dskip=sums_dy,
     )
+    if not sums_dy and weights.output_bias is not None:
+        doutput_bias = dy.sum(0, dtype=torch.float32)
     if tail is not None:
         _add_rows(dx, tail, dy)
     of_weights = Weights(
@@ -174,7 +184,7 @@ def hstu_layer_bwd(
         uvqk_bias=None if weights.uvqk_bias is None else torch.cat([du_sum, dbias]),
         attention_norm=dgate_weight,
         attention_norm_bias=dgate_bias,
-        output_bias=None if weights.output_bias is None else dy.sum(0, dtype=torch.float32),
+        output_bias=None if weights.output_bias is None else doutput_bias,
     )
     return dx, *_as_weights(of_weights, weights), dposition, dtime
 

@@ -115,6 +115,7 @@ def hstu_layer_around(
             eps=eps,
             keep_normed=False,
             keep_uvqk=False,
+            keep_silu=False,
             keep_gated=False,
             keep_attended=False,
             hopper_products=impl != Impl.TRITON,

@@ -87,7 +87,8 @@ def hstu_layer(
 
     Triton: for the backward pass X, A V and a few float32 a token are kept, 4 D bytes a token in 16
     bits with H V = D, and what `recompute` does not name: 2 D for "normed", 4 H (K + V) for "uvqk"
-    (Z, of which both U, V, Q, K and the slope of SiLU are made), 2 C for "gated". If it names
+    (Z, of which both U, V, Q, K and the slope of SiLU are made), as much again for "silu" (U, V, Q,
+    K beside Z; nothing where "uvqk" is named or they are columns of Z), 2 C for "gated". If it has
     "attended", A V is not kept either (2 D bytes then) and the attention runs forward again. What
     is computed again has the same bits: gradients do not depend on `recompute`. Q and K are turned
     where the projection is stored (in plain Triton a pass later), their gradients where SiLU's is
@@ -241,6 +242,7 @@ def hstu_layer(
         eps=eps,
         keep_normed=learns and "normed" not in recompute,
         keep_uvqk=learns and "uvqk" not in recompute,
+        keep_silu=learns and "silu" not in recompute,
         keep_gated=learns and "gated" not in recompute,
         keep_attended=learns and "attended" not in recompute,
         hopper_products=impl != Impl.TRITON,

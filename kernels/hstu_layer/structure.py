@@ -15,10 +15,11 @@ from kernels.linear import QuantizedWeight
 from kernels.quantize import QuantizedRows
 from kernels.rotary import Rotation
 
-RECOMPUTABLE = ("normed", "uvqk", "gated", "attended")
+RECOMPUTABLE = ("normed", "uvqk", "silu", "gated", "attended")
 """What the backward pass can compute again instead of reading it: norm(X); the projection that U,
-V, Q and K are made of; what the output projection reads; A V, at the price of the attention."""
-RECOMPUTED = RECOMPUTABLE[:3]
+V, Q and K are made of; these four themselves, which the projection gives anyway where it is made
+again; what the output projection reads; A V, at the price of the attention."""
+RECOMPUTED = RECOMPUTABLE[:4]
 """What it does compute again, unless it is told otherwise."""
 
 
@@ -121,6 +122,7 @@ class Options(NamedTuple):
     eps: float
     keep_normed: bool
     keep_uvqk: bool
+    keep_silu: bool
     keep_gated: bool
     keep_attended: bool
     hopper_products: bool
@@ -154,8 +156,8 @@ class Options(NamedTuple):
 
 OPTIONS_SCHEMA = (
     "SymInt num_heads, SymInt qk_dim, SymInt v_dim, bool activate_all, SymInt norm_groups, "
-    "bool concat_ua, float dropout, float eps, bool keep_normed, bool keep_uvqk, bool keep_gated, "
-    "bool keep_attended, bool hopper_products, bool folds_uvqk, bool folds_output"
+    "bool concat_ua, float dropout, float eps, bool keep_normed, bool keep_uvqk, bool keep_silu, "
+    "bool keep_gated, bool keep_attended, bool hopper_products, bool folds_uvqk, bool folds_output"
 )
 
 
@@ -198,6 +200,12 @@ class Inputs(NamedTuple):
             return Reads(plain=True, fp8=False)
         folds = self.options.folds_uvqk
         return Reads(plain=not folds, fp8=folds or not self.options.keep_uvqk)
+
+    @property
+    def keeps_activated(self) -> bool:
+        """Whether act(Z) is kept beside Z: not where V, Q and K are columns of Z."""
+        makes_them = self.options.activate_all or self.rotations.query_cos is not None
+        return self.options.keep_silu and self.options.keep_uvqk and makes_them
 
     @property
     def folds_output(self) -> bool:
@@ -262,6 +270,10 @@ class Saved(NamedTuple):
     """(L, H (2 K + 2 V)) before SiLU; with tails (R, H (K + V)), U and Q."""
     vk: Tensor
     """With tails (L, H (K + V)) before SiLU, V and K."""
+    act_uvqk: Tensor
+    """`uvqk` after SiLU, queries and keys turned."""
+    act_vk: Tensor
+    """Likewise."""
     attended: Tensor
     """(R, H, V), before the norm."""
     gated: Tensor

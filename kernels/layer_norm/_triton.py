@@ -2,7 +2,7 @@
 
 Forward:  xh = (x - mean) * rstd,  y = xh * w + b
 Backward: g = dy * w,  dx = rstd * (g - mean(g) - xh * mean(g * xh)) [+ dskip]
-          dw = sum(dy * xh),  db = sum(dy)
+          dw = sum(dy * xh),  db = sum(dy)  [, sum(dskip)]
 
 L rows, D columns. Sums over rows: each program keeps one partial row, added up by torch in a fixed
 order, so that gradients are the same in every run on one device.
@@ -79,6 +79,7 @@ def _layer_norm_bwd_kernel(
     dx_ptr,
     dweight_ptr,
     dbias_ptr,
+    dskip_sum_ptr,
     L,
     stride_dy,
     stride_x,
@@ -97,6 +98,7 @@ def _layer_norm_bwd_kernel(
         weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
     dweight = tl.zeros((ROWS, BLOCK_D), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    dskip_sum = tl.zeros((ROWS, BLOCK_D), tl.float32)
     # Staged: the next rows are on their way while these are worked on.
     for block in tl.range(pid, tl.cdiv(L, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = block * ROWS + tl.arange(0, ROWS).to(tl.int64)
@@ -117,7 +119,10 @@ def _layer_norm_bwd_kernel(
         dx = rstd[:, None] * (g - mean_g[:, None] - xh * mean_gx[:, None])
         if dskip_ptr is not None:
             offs_dskip = rows[:, None] * stride_dskip + cols[None, :]
-            dx += tl.load(dskip_ptr + offs_dskip, mask=mask, other=0.0).to(tl.float32)
+            dskip = tl.load(dskip_ptr + offs_dskip, mask=mask, other=0.0).to(tl.float32)
+            dx += dskip
+            if dskip_sum_ptr is not None:
+                dskip_sum += dskip
         offs = rows[:, None] * D + cols[None, :]
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     offs = pid.to(tl.int64) * D + cols
@@ -125,6 +130,8 @@ def _layer_norm_bwd_kernel(
         tl.store(dweight_ptr + offs, tl.sum(dweight, 0), mask=cols < D)
     if HAS_BIAS:
         tl.store(dbias_ptr + offs, tl.sum(dbias, 0), mask=cols < D)
+    if dskip_sum_ptr is not None:
+        tl.store(dskip_sum_ptr + offs, tl.sum(dskip_sum, 0), mask=cols < D)
 
 
 def layer_norm_fwd(
@@ -199,8 +206,12 @@ def layer_norm_bwd(
     mean: Tensor,
     rstd: Tensor,
     dskip: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dx, and dweight and dbias in float32 (zero where there is none).
+    *,
+    sum_dskip: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return dx, and dweight, dbias and the sum of dskip over rows in float32.
+
+    Zero where there is none, or the sum is not wanted.
 
     Args:
         dy: (L, D), any row stride.
@@ -210,13 +221,17 @@ def layer_norm_bwd(
         mean: as the forward pass returned it.
         rstd: likewise.
         dskip: (L, D), any row stride: what x gets by a way around the norm, added to dx.
+        sum_dskip: whether its sum is wanted: the gradient of a bias on that way, which would be a
+            pass of its own.
     """
     L, D = x.shape
     dx = x.new_empty(L, D)
     rows, columns, warps, per_processor = backward_tile(D)
     programs = num_programs(x.device, cdiv(L, rows), per_processor)
-    wanted = (weight is not None, has_bias)
-    dweight, dbias = (x.new_empty(programs if w else 0, D, dtype=torch.float32) for w in wanted)
+    wanted = (weight is not None, has_bias, sum_dskip)
+    dweight, dbias, dskip_sum = (
+        x.new_empty(programs if w else 0, D, dtype=torch.float32) for w in wanted
+    )
     if L > 0:
         launch(
             _layer_norm_bwd_kernel,
@@ -231,6 +246,7 @@ def layer_norm_bwd(
                 dx,
                 dweight,
                 dbias,
+                dskip_sum if sum_dskip else None,
                 L,
                 dy.stride(0),
                 x.stride(0),
@@ -246,4 +262,4 @@ def layer_norm_bwd(
             },
             num_warps=warps,
         )
-    return dx, dweight.sum(0), dbias.sum(0)
+    return dx, dweight.sum(0), dbias.sum(0), dskip_sum.sum(0)

@@ -195,7 +195,7 @@ def _backward(
     from kernels.layer_norm._triton import layer_norm_bwd
 
     weight = None if weight is None else weight.contiguous()
-    return layer_norm_bwd(_rows(dy), _rows(x), weight, has_bias, mean, rstd)
+    return layer_norm_bwd(_rows(dy), _rows(x), weight, has_bias, mean, rstd)[:3]
 
 
 @_backward.register_fake

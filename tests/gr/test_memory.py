@@ -8,6 +8,7 @@ import torch
 from gr.config import HSTUConfig, ModelConfig, SemiLocalConfig, TruncationConfig
 from gr.hstu import HSTUEncoder, kept_history
 from gr.memory import activation_bytes, run_bytes
+from kernels.hstu_layer import RECOMPUTABLE, RECOMPUTED
 from tests.gr.batches import data_config, train_config
 from tests.gr.hstu_oracle import make_info, make_sequences, on_device
 
@@ -15,9 +16,10 @@ SMALL = HSTUConfig(num_heads=2, qk_dim=16, v_dim=16, impl="triton")
 MODELS = {
     "default": SMALL,
     "all kept": replace(SMALL, recompute=()),
-    "some kept": replace(SMALL, recompute=("normed", "gated"), concat_ua=True, norm="group"),
+    "u alone activated": replace(SMALL, recompute=(), uvqk_activation="u_only"),
+    "some kept": replace(SMALL, recompute=("normed", "silu"), concat_ua=True, norm="group"),
     "softmax": replace(SMALL, recompute=("uvqk",), attention="softmax"),
-    "input alone": replace(SMALL, recompute=("normed", "uvqk", "gated", "attended")),
+    "input alone": replace(SMALL, recompute=RECOMPUTABLE),
     "ultra": replace(
         SMALL,
         semi_local=SemiLocalConfig(window=3, global_rows=2),
@@ -58,7 +60,7 @@ def test_activations_are_what_autograd_keeps(name, device):
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 @pytest.mark.parametrize(
     "recompute",
-    [("normed", "uvqk", "gated"), ("gated",), (), ("normed", "uvqk", "gated", "attended")],
+    [RECOMPUTED, ("silu", "gated"), (), RECOMPUTABLE],
     ids=str,
 )
 def test_activations_are_what_the_allocator_gives(precision, recompute):

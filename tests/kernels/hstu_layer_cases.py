@@ -22,7 +22,7 @@ OPTIONS = {
     "has_tail": (False, True),
     "uvqk_bias": (True, False),
     "norm_affine": (True, False),
-    "recompute": ((), RECOMPUTED, RECOMPUTABLE, ("normed", "gated"), ("uvqk",)),
+    "recompute": ((), RECOMPUTED, RECOMPUTABLE, ("normed", "gated"), ("silu",), ("uvqk",)),
 }
 
 

@@ -101,7 +101,7 @@ def test_what_is_recomputed_has_the_same_bits(activate, has_tail, dtype, angles,
     layer = Layer([17, 5], [3, 5], [2, 0], bias="position", num_heads=1, **options)
     found = [
         layer.run(dtype, device, impl="triton", recompute=recompute)
-        for recompute in ((), ("uvqk",), RECOMPUTED, RECOMPUTABLE, ("attended",))
+        for recompute in ((), ("uvqk",), ("silu",), RECOMPUTED, RECOMPUTABLE)
     ]
     for other in found[1:]:
         for name, expected in found[0].items():
@@ -117,9 +117,11 @@ def test_what_is_recomputed_has_the_same_bits_in_bfloat16(activate, angles, impl
     shape = {"dim": 256, "num_heads": 4, "qk_dim": 64, "v_dim": 64, "angles": angles}
     layer = Layer([700, 131], [3, 5], [2, 0], activate=activate, dropout=0.2, **shape)
     run = partial(layer.run, torch.bfloat16, "cuda", impl=impl, deterministic=True)
-    kept, again = run(recompute=()), run(recompute=RECOMPUTABLE)
-    for name, expected in kept.items():
-        assert torch.equal(again[name], expected), name
+    kept = run(recompute=())
+    for recompute in (("silu",), RECOMPUTABLE):
+        again = run(recompute=recompute)
+        for name, expected in kept.items():
+            assert torch.equal(again[name], expected), (recompute, name)
 
 
 def saved_bytes(layer, dtype, **options):
@@ -141,7 +143,15 @@ def saved_bytes(layer, dtype, **options):
 @pytest.mark.interpret
 @pytest.mark.parametrize(
     ("recompute", "multiple"),
-    [((), 16), (("gated",), 14), (("normed", "gated"), 12), (RECOMPUTED, 4), (RECOMPUTABLE, 2)],
+    [
+        ((), 24),
+        (("silu",), 16),
+        (("silu", "gated"), 14),
+        (("normed", "gated"), 20),
+        (("uvqk",), 8),
+        (RECOMPUTED, 4),
+        (RECOMPUTABLE, 2),
+    ],
     ids=str,
 )
 def test_bytes_that_are_kept(recompute, multiple):

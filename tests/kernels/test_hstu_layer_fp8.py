@@ -97,7 +97,7 @@ def test_what_is_recomputed_has_the_same_bits(device):
     layer = Layer([9, 4], [3, 4], [2, 0], num_heads=1, **CASES[2])
     run = partial(layer.run, torch.float16, device, impl="triton", deterministic=True)
     kept = run(recompute=())
-    for recompute in (("uvqk",), RECOMPUTABLE):
+    for recompute in (("uvqk",), ("silu",), RECOMPUTABLE):
         again = run(recompute=recompute)
         for name, expected in kept.items():
             assert torch.equal(again[name], expected), (recompute, name)
@@ -118,10 +118,11 @@ def test_what_is_recomputed_has_the_same_bits_on_a_gpu(options):
 @pytest.mark.parametrize(
     ("wgrad", "recompute", "a_dim", "a_token"),
     [
-        ("fold", (), 16 - 1 - 2, 4),
+        ("fold", (), 24 - 1 - 2, 4),
+        ("fold", ("silu",), 16 - 1 - 2, 4),
         ("fold", RECOMPUTED, 4, 0),
         ("fold", RECOMPUTABLE, 2, 0),
-        ("bf16", (), 16, 0),
+        ("bf16", (), 24, 0),
         ("bf16", ("uvqk",), 16 - 8 + 1, 4),  # X' in fp8 for the projection that is made again.
     ],
     ids=str,
