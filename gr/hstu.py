@@ -81,7 +81,7 @@ class HSTUEncoder(nn.Module):
         first = self._num_captured(x_LD, info)
         if first:
             assert self.graphs is not None
-            x_LD = self.graphs(x_LD, info, first)
+            x_LD = self.graphs(x_LD, info, first, turned)
         last = len(self.layers) - 1
         for number in range(first, len(self.layers)):
             if number == self.first_truncated:

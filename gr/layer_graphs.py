@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gr.sequence import SequenceInfo
+from kernels.rotary import Rotation
 
 if TYPE_CHECKING:
     from gr.hstu import HSTULayer
@@ -78,9 +79,12 @@ class Buffers:
         like: (., D), for its dtype and device.
         num_tokens: most that there is room for.
         reads_times: whether the layers read when tokens came.
+        turned: cosines and sines of queries and of keys, (., G, P), for their shapes; or nothing.
     """
 
-    def __init__(self, like: Tensor, num_tokens: int, *, reads_times: bool) -> None:
+    def __init__(
+        self, like: Tensor, num_tokens: int, *, reads_times: bool, turned: Sequence[Tensor]
+    ) -> None:
         def rows() -> Tensor:
             return torch.zeros(num_tokens, like.shape[1], dtype=like.dtype, device=like.device)
 
@@ -91,6 +95,7 @@ class Buffers:
         self.num_tokens = num_tokens
         self.x, self.y, self.dx, self.dy = rows(), rows(), rows(), rows()
         self.timestamp, self.query_time = numbers(), numbers()
+        self.turned = [x.new_zeros(num_tokens, *x.shape[1:]) for x in turned]
 
 
 class LayerGraphs:
@@ -130,13 +135,20 @@ class LayerGraphs:
         is_training = torch.is_grad_enabled() and self.layers[0].training
         return is_training and not watched and x_LD.shape[0] > 0 and _is_capturable(x_LD)
 
-    def __call__(self, x_LD: Tensor, info: SequenceInfo, num_layers: int) -> Tensor:
+    def __call__(
+        self,
+        x_LD: Tensor,
+        info: SequenceInfo,
+        num_layers: int,
+        rotations: tuple[Rotation, Rotation] | None = None,
+    ) -> Tensor:
         """Return what the first `num_layers` layers make of the tokens, (L, D), differentiable."""
+        turned = [] if rotations is None else [part for one in rotations for part in one]
         size = self._size(x_LD, info, num_layers)
         captured = self.captured.get(size)
         if captured is None:
-            captured = self._capture(size, x_LD, info)
-        self._load(size, x_LD, info)
+            captured = self._capture(size, x_LD, info, turned)
+        self._load(size, x_LD, info, turned)
         self.generation += 1
         chain, L = x_LD, x_LD.shape[0]
         for number in range(num_layers):
@@ -161,30 +173,30 @@ class LayerGraphs:
         )
 
     @torch.no_grad()
-    def _load(self, size: Size, x_LD: Tensor, info: SequenceInfo) -> None:
+    def _load(self, size: Size, x_LD: Tensor, info: SequenceInfo, turned: Sequence[Tensor]) -> None:
         """Put a batch where the graphs read it, and zeros behind."""
         assert self.buffers is not None
         buffers, structure = self.buffers, self.structures[size.sequences]
         L, B, C = x_LD.shape[0], info.offsets.numel() - 1, size.tokens
-        buffers.x[:L].copy_(x_LD)
-        buffers.x[L:C].zero_()
         structure.offsets[: B + 1].copy_(info.offsets)
         structure.offsets[B + 1 :].fill_(C)
         structure.num_candidates[:B].copy_(info.num_candidates)
         structure.num_candidates[B:].zero_()
+        by_token = [(buffers.x, x_LD), *zip(buffers.turned, turned, strict=True)]
         if buffers.timestamp.numel():
-            for to, source in (
-                (buffers.timestamp, info.timestamp),
-                (buffers.query_time, info.query_time),
-            ):
-                to[:L].copy_(source)
-                to[L:C].zero_()
+            by_token.append((buffers.timestamp, info.timestamp))
+            by_token.append((buffers.query_time, info.query_time))
+        for to, source in by_token:
+            to[:L].copy_(source)
+            to[L:C].zero_()
 
-    def _capture(self, size: Size, x_LD: Tensor, info: SequenceInfo) -> Captured:
+    def _capture(
+        self, size: Size, x_LD: Tensor, info: SequenceInfo, turned: Sequence[Tensor]
+    ) -> Captured:
         if x_LD.is_cuda:
             torch.cuda.synchronize()  # graphs that are forgotten have run
-        self._make_room(size, x_LD)
-        self._load(size, x_LD, info)
+        self._make_room(size, x_LD, turned)
+        self._load(size, x_LD, info, turned)
         if len(self.captured) >= MOST_SIZES:
             del self.captured[next(iter(self.captured))]
         if x_LD.is_cuda:
@@ -203,7 +215,7 @@ class LayerGraphs:
         self.captured[size] = made
         return made
 
-    def _make_room(self, size: Size, x_LD: Tensor) -> None:
+    def _make_room(self, size: Size, x_LD: Tensor, turned: Sequence[Tensor]) -> None:
         """Have buffers for this size; graphs that used smaller ones are forgotten."""
         device = x_LD.device
         has_room = (
@@ -215,7 +227,7 @@ class LayerGraphs:
             self.captured.clear()
             room = _round_up(size.tokens * 9 // 8, self.round_to)
             reads_times = self.layers[0].config.bias == "position_time"
-            self.buffers = Buffers(x_LD, room, reads_times=reads_times)
+            self.buffers = Buffers(x_LD, room, reads_times=reads_times, turned=turned)
             self.gradients = [
                 [torch.zeros_like(p) for p in _learning(layer)] for layer in self.layers
             ]
@@ -258,6 +270,8 @@ class LayerGraphs:
         assert self.buffers is not None
         layer, info, buffers = self.layers[number], self._info(size), self.buffers
         own, C, device = passes[number], size.tokens, buffers.x.device.type
+        turned = [part[:C] for part in buffers.turned]
+        rotations = (Rotation(*turned[:2]), Rotation(*turned[2:])) if turned else None
 
         def run() -> None:
             source = buffers.x[:C] if number == 0 else passes[number - 1].y
@@ -267,7 +281,7 @@ class LayerGraphs:
             is_cast = size.autocast is not None
             cast = torch.autocast(device, size.autocast, is_cast, cache_enabled=False)
             with torch.enable_grad(), cast:
-                own.y = layer(own.x, info)
+                own.y = layer(own.x, info, rotations=rotations)
             if number == size.layers - 1:
                 buffers.y[:C].copy_(own.y.detach())
 

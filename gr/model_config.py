@@ -172,11 +172,6 @@ class HSTUConfig:
     def _check_graphs(self) -> None:
         if self.graph_tokens < 0:
             raise ValueError(f"model.hstu.graph_tokens must be at least 0, got {self.graph_tokens}")
-        if self.graph_tokens and self.rotary.angles != "none":
-            raise ValueError(
-                "model.hstu.graph_tokens: angles of model.hstu.rotary are not captured: set "
-                "model.hstu.rotary.angles=none, or model.hstu.graph_tokens=0"
-            )
         if self.graph_tokens and self.impl in ("composed", "reference"):
             raise ValueError(
                 f"model.hstu.graph_tokens: what model.hstu.impl={self.impl} runs is not captured: "

@@ -18,12 +18,8 @@ from tests.gr.test_hstu import (
     make_encoder,
 )
 
-QUICK = ("paper", "position_time", "dlrm_v3", "global_rows")
-CAPTURED = [
-    pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
-    for name, options in OPTIONS.items()
-    if "rotary" not in options
-]
+QUICK = ("position_time", "dlrm_v3", "global_rows", "rotary_heads")
+CAPTURED = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in OPTIONS]
 
 
 @pytest.fixture
@@ -118,7 +114,6 @@ def test_nothing_is_captured_on_a_cpu():
     ("options", "message"),
     [
         ({"graph_tokens": -1}, "at least 0, got -1"),
-        ({"graph_tokens": 8, "rotary": RotaryConfig(angles="position")}, "rotary are not captured"),
         ({"graph_tokens": 8, "impl": "composed"}, "impl=composed runs is not captured"),
     ],
 )
@@ -134,6 +129,7 @@ GPU_OPTIONS = {
     "affine_u_only": {"norm_affine": True, "uvqk_activation": "u_only", "norm": "group"},
     "fp8": {"precision": "fp8"},
     "dropout": {"dropout": 0.3},
+    "rotary": {"rotary": RotaryConfig(angles="sum")},
     "plain_triton": {"impl": "triton"},
 }
 
