@@ -105,11 +105,14 @@ def test_of_any_numbers_nothing_better_is_left_out(dtype, impl):
 
 
 @pytest.mark.interpret
-def test_what_reaches_the_bound_is_all_that_is_kept(monkeypatch):
+@pytest.mark.parametrize(("shares", "most_sorted"), [(16, 4096), (2, 0)])
+def test_what_reaches_the_bound_is_all_that_is_kept(shares, most_sorted, monkeypatch):
     pytest.importorskip("triton")
-    from kernels.top_k import _triton
+    from kernels.top_k._triton import lists, search
 
-    monkeypatch.setattr(_triton, "_by_groups", None)  # the way out of lists that overflow
+    monkeypatch.setattr(search, "_by_groups", None)  # the way out of lists that overflow
+    monkeypatch.setattr(lists, "SHARES", shares)  # fewer programs than groups
+    monkeypatch.setattr(lists, "MOST_SORTED", most_sorted)  # 0: by torch
     generator = torch.Generator().manual_seed(0)
     items = torch.randn(64 * 64 * 3 + 70, 16, generator=generator).to(DEVICE)
     queries = torch.randn(3, 16, generator=generator).to(DEVICE)
