@@ -1,4 +1,4 @@
-"""A cached sequence and the tokens behind it, copied from their pages to one place.
+"""Keys and values into the rows of a cache, and a cached sequence out of them to one place.
 
 Attention kernels that read a sequence in one place then take it whole.
 
@@ -58,3 +58,32 @@ def laid_out(
         return torch.where((row_n < length)[:, None, None], old[from_cache], behind)
 
     return whole(cached.k, k), whole(cached.v, v)
+
+
+def keep_rows(
+    k: Tensor,
+    v: Tensor,
+    rows_R: Tensor,
+    kept_k: Tensor,
+    kept_v: Tensor,
+    *,
+    impl: Impl | str = Impl.AUTO,
+) -> None:
+    """Write keys and values to these rows of a cache. Of a row that stands twice either may stay.
+
+    Args:
+        k: (R, H, K).
+        v: (R, H, V).
+        rows_R: int64, below C. A row outside of the cache is the caller's error, which the kernel
+            does not look for.
+        kept_k: (C, H, K), dtype of k, contiguous.
+        kept_v: (C, H, V), likewise.
+        impl: which implementation runs.
+    """
+    if resolve(impl, k) is not Impl.REFERENCE:
+        from kernels.hstu_attention._triton.laid_out import keep_rows as run
+
+        run(k, v, rows_R, kept_k, kept_v)
+        return
+    for new, kept in ((k, kept_k), (v, kept_v)):
+        kept.index_copy_(0, rows_R, new)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.hstu_attention.cached import PAGE, CachedKeys
-from kernels.hstu_attention.laid_out import laid_out
+from kernels.hstu_attention.laid_out import keep_rows, laid_out
 from tests.kernels.evaluate import poisoned_memory
 
 
@@ -63,6 +63,33 @@ def test_reference(length, new, spare_pages, heads, dims, dtype, seed):
 )
 def test_triton(length, new, spare_pages, heads, dims, dtype, device):
     check(length, new, spare_pages, heads, dims, dtype, "triton", device)
+
+
+def check_kept(new, dims, dtype, impl, device, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(2 * PAGE, generator=generator)[:new]
+    given, kept, expected = [], [], []
+    for dim in dims:
+        wide = torch.randint(-99, 99, (new, 3 * 2 * dim), generator=generator).to(dtype)
+        own = wide[:, 2 * dim : 4 * dim].unflatten(1, (2, dim))
+        store = torch.randint(-99, 99, (2 * PAGE, 2, dim), generator=generator).to(dtype)
+        expected.append(store.clone())
+        expected[-1][rows] = own
+        given.append(own.to(device))
+        kept.append(store.to(device))
+    keep_rows(*given, rows.to(device), *kept, impl=impl)
+    for got, wanted in zip(kept, expected, strict=True):
+        assert torch.equal(got.cpu(), wanted)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("new", "dims", "dtype"),
+    [(0, (8, 8), torch.float32), (1, (16, 16), torch.float16), (133, (8, 24), torch.bfloat16)],
+)
+def test_rows_are_kept(impl, new, dims, dtype, device):
+    check_kept(new, dims, dtype, impl, device)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,6 @@
-"""A cached sequence and what follows it, copied to one place: keys and values in one kernel.
+"""Keys and values copied between rows of the cache and rows in one place: both in one kernel.
 
-Letters: R new tokens, N rows of the result, G pages, H heads, K dim of keys, V dim of values.
+Letters: R new tokens, C rows of the cache, G pages, H heads, K dim of keys, V dim of values.
 """
 
 import triton
@@ -58,6 +58,29 @@ def _laid_out_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def _put_rows(
+    source_ptr, kept_ptr, row, to, inside, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    cols = tl.arange(0, BLOCK)
+    mask = inside[:, None] & (cols < WIDTH)[None, :]
+    values = tl.load(source_ptr + row[:, None] * stride + cols[None, :], mask=mask, other=0)
+    tl.store(kept_ptr + to[:, None] * WIDTH + cols[None, :], values, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _keep_kernel(
+    k_ptr, v_ptr, rows_ptr, kept_k_ptr, kept_v_ptr, stride_k, stride_v, num_rows,
+    WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < num_rows
+    to = tl.load(rows_ptr + row, mask=inside, other=0)
+    _put_rows(k_ptr, kept_k_ptr, row, to, inside, stride_k, WIDTH_K, BLOCK_K)
+    _put_rows(v_ptr, kept_v_ptr, row, to, inside, stride_v, WIDTH_V, BLOCK_V)
+
+
 def laid_out(
     pages_G: Tensor,
     length: Tensor,
@@ -82,16 +105,45 @@ def laid_out(
     """
     cached_k, cached_v, k, v = (_with_whole_rows(x) for x in (cached_k, cached_v, k, v))
     out_k, out_v = k.new_empty(num_rows, *k.shape[1:]), v.new_empty(num_rows, *v.shape[1:])
-    widths = k.shape[1] * k.shape[2], v.shape[1] * v.shape[2]
-    block_k, block_v = (triton.next_power_of_2(n) for n in widths)
-    rows = max(1, NUMBERS // max(block_k, block_v))
-    _laid_out_kernel[(triton.cdiv(num_rows, rows),)](
+    tile = _tile(k, v)
+    _laid_out_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
         pages_G, length, cached_k, cached_v, k, v, out_k, out_v,
         cached_k.stride(0), cached_v.stride(0), k.stride(0), v.stride(0), len(k), num_rows,
-        WIDTH_K=widths[0], WIDTH_V=widths[1], BLOCK_K=block_k, BLOCK_V=block_v,
-        PAGE=page, ROWS=rows,
+        PAGE=page, **tile,
     )  # fmt: skip
     return out_k, out_v
+
+
+def keep_rows(k: Tensor, v: Tensor, rows_R: Tensor, kept_k: Tensor, kept_v: Tensor) -> None:
+    """Write rows of keys and values to rows of the cache.
+
+    Args:
+        k: (R, H, K).
+        v: (R, H, V).
+        rows_R: int64, below C.
+        kept_k: (C, H, K) contiguous.
+        kept_v: (C, H, V) contiguous.
+    """
+    k, v = _with_whole_rows(k), _with_whole_rows(v)
+    if not len(k):
+        return
+    tile = _tile(k, v)
+    _keep_kernel[(triton.cdiv(len(k), tile["ROWS"]),)](
+        k, v, rows_R, kept_k, kept_v, k.stride(0), v.stride(0), len(k), **tile
+    )
+
+
+def _tile(k: Tensor, v: Tensor) -> dict[str, int]:
+    """Return how wide the rows of keys and values are, and how many a program copies."""
+    widths = k.shape[1] * k.shape[2], v.shape[1] * v.shape[2]
+    block_k, block_v = (triton.next_power_of_2(n) for n in widths)
+    return {
+        "WIDTH_K": widths[0],
+        "WIDTH_V": widths[1],
+        "BLOCK_K": block_k,
+        "BLOCK_V": block_v,
+        "ROWS": max(1, NUMBERS // max(block_k, block_v)),
+    }
 
 
 def _with_whole_rows(x: Tensor) -> Tensor:
