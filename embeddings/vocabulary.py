@@ -135,6 +135,11 @@ def _to_rows(ids: Tensor, table: TableConfig) -> Tensor:
 
 def _outside(ids: Tensor, table: TableConfig) -> Tensor:
     """Return the positions of the ids that the static table has no row for."""
+    if not ids.numel():
+        return ids
+    least, most = ids.aminmax()
+    if int(least) >= UNKNOWN_ID and int(most) <= table.num_embeddings - 2:
+        return ids[:0]
     bad = (ids < UNKNOWN_ID) | (ids > table.num_embeddings - 2)
     return bad.nonzero().squeeze(1)
 

@@ -277,8 +277,11 @@ class Scorer:
             known = [x.known for x in users]
             requests, items = self.encoder.after(requests, first, known, items)
         stores, pages = plan.pages_of(chosen, self.passes.new_stores)
-        if users and self.next is not None and self.next.takes(users, requests, items):
-            found = self.next.run(chosen, users, pages[0], requests, items)
+        size = None
+        if users and self.next is not None:
+            size = self.next.takes(users, requests, items)
+        if size is not None and self.next is not None:
+            found = self.next.run(size, chosen, users, pages[0], requests, items)
             if found is not None:
                 plan.keep_next(chosen, requests)
                 return found

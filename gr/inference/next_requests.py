@@ -99,22 +99,28 @@ class NextRequests:
         self._known_places: dict[NextSize, Places] = {}
         self._pool: Any = None
 
-    def takes(self, users: Sequence[CachedUser], requests: Requests, items: Candidates) -> bool:
-        """Return whether to `run` requests: they fit a graph, and such ones came before."""
+    def takes(
+        self, users: Sequence[CachedUser], requests: Requests, items: Candidates
+    ) -> NextSize | None:
+        """Return the size to `run` requests at: they fit a graph, and such ones came before.
+
+        None: they are not for a graph.
+        """
         size = self._size(users, requests, items)
         rows = size.events * self.per_event + size.items
         if rows > MOST_ROWS or len(users) > MOST_SEQUENCES:
-            return False
+            return None
         if size in self._seen:
-            return True
+            return size
         if len(self._seen) >= 8 * MAX_GRAPHS:
             self._seen.clear()
             self._known_places.clear()
         self._seen.add(size)
-        return False
+        return None
 
     def run(
         self,
+        size: NextSize,
         chosen: Ints,
         users: Sequence[CachedUser],
         pages: list[list[int]],
@@ -126,13 +132,14 @@ class NextRequests:
         None: an id has no row, which the lookup of a batch reports.
 
         Args:
+            size: what `takes` has returned of them.
             chosen: (n,) int64: which requests of a plan they are.
             users: what is cached of each.
             pages: of each, with room for the new events.
             requests: RequestEncoder.after of what is cached.
             items: likewise.
         """
-        size, count = self._size(users, requests, items), len(users)
+        count = len(users)
         try:
             numbers = self._numbers(size, users, pages, requests, items)
         except ValueError:
