@@ -365,6 +365,8 @@ def recommender_of(
     elif faiss:
         raise ValueError("a FAISS index needs a model with a retrieval head (model.head.retrieval)")
     lookup = trainer_lookup(trainer, form=tables)
+    # Once, not for each request, which would walk through the modules twice.
+    trainer.model.eval()
     scorer = Scorer(config, trainer.model, lookup, device, cache_bytes=cache_bytes)
     return Recommender(scorer, index, read_users(scorer.encoder.data), step=step)
 

@@ -1,5 +1,6 @@
 """Relative bias of attention: by distance in position and in time, shared by the heads."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -47,7 +48,8 @@ def position_index(row: Tensor, col: Tensor, history: Tensor, table_size: int) -
     return distance.clamp(-reach, reach) + reach
 
 
-def time_thresholds(num_buckets: int) -> list[int]:
+@functools.cache
+def time_thresholds(num_buckets: int) -> tuple[int, ...]:
     """Return the smallest difference (s) of each bucket 1 .. num_buckets, as exact integers.
 
     Comparing integers makes the bucket the same on every device: a float32 logarithm is off by one
@@ -55,7 +57,7 @@ def time_thresholds(num_buckets: int) -> list[int]:
     """
     largest = 2**63 - 1
     exact = (math.exp(TIME_BUCKET_WIDTH * k) for k in range(1, num_buckets + 1))
-    return [math.ceil(x) if x < largest else largest for x in exact]
+    return tuple(math.ceil(x) if x < largest else largest for x in exact)
 
 
 def time_bucket(query_time: Tensor, key_time: Tensor, num_buckets: int) -> Tensor:
