@@ -14,7 +14,9 @@ SUPER = 64
 """Consecutive groups of which the largest score makes the bound."""
 SPARE = 64
 """A list has room for 2 k + SPARE."""
-SHARES = 16
+PICKED = 8
+"""Super groups that one program looks through."""
+SHARES = 32
 """Programs that score the listed groups of a query."""
 MOST_SORTED = 4096
 """Room of a list that one program sorts."""
@@ -44,11 +46,17 @@ def _append(list_ptr, count_ptr, query, room, keep, values):
 
 @triton.jit
 def _pick_kernel(
-    max_ptr, super_ptr, bound_ptr, list_ptr, count_ptr, Q, G, k, room, SUPER: tl.constexpr
-):
+    max_ptr, super_ptr, bound_ptr, list_ptr, count_ptr, Q, G, k, room,
+    SUPER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """List the groups that reach the bound, of BLOCK of the k best super groups of a query."""
     query = tl.program_id(1)
-    number = 0xFFFFFFFF - (tl.load(super_ptr + query * k + tl.program_id(0)) & 0xFFFFFFFF)
-    groups = number * SUPER + tl.arange(0, SUPER)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(super_ptr + query * k + place, mask=place < k, other=0)
+    number = 0xFFFFFFFF - (key & 0xFFFFFFFF)
+    groups = number[:, None] * SUPER + tl.arange(0, SUPER)[None, :]
+    groups = tl.reshape(groups, [BLOCK * SUPER])
+    # Those of a place behind the last are no groups: their number is the largest.
     most = tl.load(max_ptr + groups * Q + query, mask=groups < G, other=float("-inf"))
     bound = tl.load(bound_ptr + query) >> 32
     keep = (groups < G) & ((keys(most, groups) >> 32) >= bound)
@@ -134,7 +142,7 @@ def by_bound(
     group_Qr, key_Qr = torch.empty(2, num_queries, room, dtype=torch.int64, device=device)
     # Groups and items listed of each query, and the most of all.
     counts = torch.zeros(2 * num_queries + 1, dtype=torch.int32, device=device)
-    _pick_kernel[(k, num_queries)](
+    _pick_kernel[(triton.cdiv(k, PICKED), num_queries)](
         max_GQ,
         super_Qk,
         bound_Q,
@@ -145,7 +153,8 @@ def by_bound(
         k,
         room,
         SUPER=SUPER,
-        num_warps=1,
+        BLOCK=PICKED,
+        num_warps=4,
     )
     _rescore_listed_kernel[(min(room, SHARES), num_queries)](
         queries_QD,

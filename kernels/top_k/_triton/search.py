@@ -18,6 +18,8 @@ for equal scores too. A score and its index are one int64 key, whose order is th
 Letters: Q queries, E items, D width, G groups, S super groups.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -28,7 +30,8 @@ from kernels.top_k._triton.scores import GROUP, found, group_scores, queries, sc
 
 QUERIES_AT_A_TIME = 256
 """Bounds what step 1 writes: 4 bytes a group and query."""
-PROGRAMS_PER_SM = 4
+PROGRAMS_PER_SM = 8
+"""Of 2 and 8 the pass over 10 M items took 1.5 % less than of 4 (H200)."""
 
 
 @triton.jit
@@ -199,6 +202,7 @@ def _best(score_Qn: Tensor, index_Qn: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return scores_and_indices(key_Qn.topk(min(k, key_Qn.shape[1]), 1, sorted=True).values)
 
 
+@functools.cache
 def _num_multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1  # the interpreter
