@@ -74,7 +74,8 @@ def hstu_layer_around(
         ValueError: if an argument does not fit the others, or the implementation, naming it.
     """
     check_options(activate, norm, ())
-    empty = torch.zeros(1, dtype=torch.int64, device=x_LD.device)
+    # Its shape is read; zeros would be a kernel a layer.
+    empty = torch.empty(1, dtype=torch.int64, device=x_LD.device)
     check_tensors(x_LD, weights, empty, None, num_heads, qk_dim, v_dim, concat_ua)
     q, v = (x_LD.new_empty(0, num_heads, dim) for dim in (qk_dim, v_dim))
     with torch.no_grad():

@@ -9,6 +9,9 @@ from kernels.linear.op import why_not_hopper
 from kernels.quantize import QuantizedRows
 from kernels.rotary.columns import Turn
 
+FEW_ROWS = 256
+"""As of kernels/linear/_triton/linear.py, which is not loaded for it."""
+
 
 def product(
     x: Tensor,
@@ -22,12 +25,14 @@ def product(
 ) -> tuple[Tensor, Tensor]:
     """Return y and z (empty unless `keep`) of kernels/linear, in its Hopper kernel if it can.
 
-    Only that turns.
+    Only that turns. Few rows of which nothing is kept go to the other, whose tiles are small; both
+    add up in one order, so that a row is the same to the bit whoever shares its batch.
     """
     bias = None if bias is None else bias.contiguous()
     operands = (x, weight.contiguous(), bias, residual, silu_columns, keep)
     found: tuple[Tensor, Tensor]
-    if may_use_hopper(x, options) and not why_not_hopper(x, weight, residual):
+    is_small = len(x) <= FEW_ROWS and not keep and turns == (None, None)
+    if may_use_hopper(x, options) and not (is_small or why_not_hopper(x, weight, residual)):
         from kernels.linear._hopper.forward import linear_fwd as hopper_fwd
 
         found = hopper_fwd(*operands, turns=turns)
