@@ -64,7 +64,12 @@ class TokenEncoding(nn.Module):
         Raises:
             ValueError: if the position table has no room beside the context tokens.
         """
-        sequence_L = sequence_index(info.offsets, x_LD.shape[0])
+        # From the start on, known places are all that a position is made of.
+        has_position = info.places is not None and self.config.position in ("none", "from_start")
+        if has_position and self.time is None and self.gap is None:
+            sequence_L = info.offsets[:0]
+        else:
+            sequence_L = sequence_index(info.offsets, x_LD.shape[0])
         looked_up = []
         if self.position is not None:
             index_L = position_index(
@@ -138,7 +143,9 @@ def position_index(info: SequenceInfo, sequence_L: Tensor, *, kind: str, buckets
     else:
         history_B = info.offsets.diff() - info.num_candidates + behind_B
         index_L = C + history_B[sequence_L] - place_L
-    return torch.where(place_L < C, place_L, index_L).clamp(max=buckets - 1)
+    if C:
+        index_L = torch.where(place_L < C, place_L, index_L)
+    return index_L.clamp(max=buckets - 1)
 
 
 def session_time(info: SequenceInfo, sequence_L: Tensor) -> Tensor:

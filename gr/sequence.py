@@ -97,6 +97,8 @@ class SequenceInfo:
     """With a mixture: what each of its stacks reads."""
     before: Before | None = None
     """Of a part of each sequence (gr/inference): positions count what it leaves out."""
+    places: Tensor | None = None
+    """(L,) int64: `token_places` of the tokens, where they are known; None: they are computed."""
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tell the allocator that what is not the batch's own is used on `stream`."""
@@ -298,8 +300,10 @@ def token_places(info: SequenceInfo, sequence_L: Tensor) -> Tensor:
 
     Args:
         info: structure of the batch.
-        sequence_L: int64, the sequence of each token.
+        sequence_L: int64, the sequence of each token; not read where places are known.
     """
+    if info.places is not None:
+        return info.places
     place_L = torch.arange(sequence_L.numel(), device=sequence_L.device)
     place_L = place_L - info.offsets[sequence_L]
     history_L = (info.offsets.diff() - info.num_candidates)[sequence_L]

@@ -71,12 +71,20 @@ class TokenEmbedding(nn.Module):
             else None
         )
 
-    def forward(self, batch: SequenceBatch, rows: Mapping[str, Tensor]) -> Tensor:
+    def forward(
+        self,
+        batch: SequenceBatch,
+        rows: Mapping[str, Tensor],
+        *,
+        known_places: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Return x_LD: sums in float32 or better, whatever autocast makes of their parts.
 
         Args:
             batch: token kinds and action codes.
             rows: feature -> looked-up rows, in the order of the batch's ids.
+            known_places: (I,) and (A,) int64: the tokens of items and of actions, where that is
+                known; None: they are looked for.
         """
         kind = batch.token_kind
         item_ID = self._sum(self.item_features, rows)
@@ -89,8 +97,14 @@ class TokenEmbedding(nn.Module):
             x_LD = item_ID.clone()
         else:
             x_LD = item_ID.new_zeros(batch.num_tokens, self.dim)
-            x_LD.index_copy_(0, places(carries_item(kind), len(item_ID)), item_ID)
-        if self.action is not None or self.action_context:
+            if known_places is None:
+                token_I = places(carries_item(kind), len(item_ID))
+            else:
+                token_I = known_places[0]
+            x_LD.index_copy_(0, token_I, item_ID)
+        if known_places is not None:
+            token_A = known_places[1]
+        elif self.action is not None or self.action_context:
             has_action_L = (kind == TokenKind.ACTION) | (kind == TokenKind.EVENT)
             token_A = places(has_action_L, len(batch.action_codes))
         if self.action is not None:

@@ -40,9 +40,7 @@ class LocalRows:
         Raises:
             ValueError: for an id outside a static table.
         """
-        rows = self.vocabulary.row_of(self._weights[feature][0], torch.from_numpy(ids))
-        found: Ints = rows.numpy()
-        return found
+        return self.vocabulary.rows_of_few(self._weights[feature][0], ids)
 
     def vectors(self, feature: str, rows_n: Tensor) -> Tensor:
         """Return (n, width) of rows, on the device."""

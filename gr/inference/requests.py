@@ -410,4 +410,6 @@ def rows_of(counts: Ints, chosen: Ints) -> Ints:
 
 def _is_all(chosen: Ints, count: int) -> bool:
     """Return whether nothing is left out, so that nothing has to be copied."""
-    return len(chosen) == count and bool((chosen == np.arange(count)).all())
+    if len(chosen) != count:
+        return False
+    return count == 1 or bool((chosen == np.arange(count)).all())
