@@ -127,4 +127,4 @@ def rows_in_pages(
         used = np.array(mine[page : pages_for(end)], np.int64)
         whole = (used[:, None] * PAGE + np.arange(PAGE)).reshape(-1)
         rows.append(whole[begin - page * PAGE :][:count])
-    return np.concatenate(rows)
+    return rows[0] if len(rows) == 1 else np.concatenate(rows)

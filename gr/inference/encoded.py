@@ -59,14 +59,17 @@ class EncodedHistory:
     user_vectors: Tensor | None
     """(B, item dim) float32, for retrieval: to be compared with SequenceModel.item_vectors. None
     without a retrieval head; zeros where `has_history` is false."""
-    has_history: Tensor
-    """(B,) bool: whether there is an event to predict from."""
     reused: Ints
     """(B,) int64: tokens whose keys and values were cached, from an earlier request."""
     reasons: list[str]
     """Of each request: why the whole history was encoded; "": it was not."""
     parts: list[Part] = field(default_factory=list)
     """All requests, each in one of them."""
+
+    @property
+    def has_history(self) -> Tensor:
+        """(B,) bool, on the host: whether there is an event to predict from."""
+        return torch.from_numpy(self.requests.counts > 0)
 
 
 @dataclass(frozen=True)
@@ -243,16 +246,21 @@ def part_of(
     total = int(counts_B.sum())
     offsets = torch.zeros(len(counts_B) + 1, dtype=torch.int64)
     offsets[1:] = counts_B.cumsum(0)
-    shift_R = torch.repeat_interleave(first_B - offsets[:-1], counts_B, output_size=total)
-    rows_R = shift_R + torch.arange(total)
+    chosen: Tensor | slice
+    if len(counts_B) == 1:  # as it lies there: what is long is not copied
+        first = int(first_B)
+        rows_R, chosen = torch.arange(first, first + total), slice(first, first + total)
+    else:
+        shift_R = torch.repeat_interleave(first_B - offsets[:-1], counts_B, output_size=total)
+        rows_R = chosen = shift_R + torch.arange(total)
     longest = int(counts_B.max()) if len(counts_B) else 0
     part = SequenceInfo(
         offsets=offsets,
         tail_offsets=offsets,
         max_len=longest,
         max_tail_len=longest,
-        timestamp=info.timestamp[rows_R],
-        query_time=info.query_time[rows_R],
+        timestamp=info.timestamp[chosen],
+        query_time=info.query_time[chosen],
         session_start=info.session_start,
         num_context=info.num_context,
         num_candidates=torch.minimum(info.num_candidates, counts_B),

@@ -283,7 +283,11 @@ def _fill(out: np.ndarray, size: Size, given: Pass, rows: int) -> None:
     view.session_start[:count] = info.session_start.numpy()
     view.timestamp[:rows], view.query_time[:rows] = info.timestamp.numpy(), info.query_time.numpy()
     if layout.rows is not None:
-        kept = slice(0, rows) if layout.keep is None else layout.keep.numpy()
+        kept: Any = slice(0, rows)
+        if layout.keep is not None and len(layout.keep):
+            first, last = int(layout.keep[0]), int(layout.keep[-1])
+            is_whole = last - first + 1 == len(layout.keep)  # they ascend
+            kept = slice(first, last + 1) if is_whole else layout.keep.numpy()
         view.rows[kept] = layout.rows.numpy()
     if size.pages:
         assert info.before is not None
@@ -310,7 +314,9 @@ def padded(rows: int) -> int:
     """Return for how many rows a graph is captured that takes so many."""
     if rows <= 512:
         return round_up(rows, 64)
-    return round_up(rows, 256) if rows <= 2048 else round_up(rows, 512)
+    if rows <= 2048:
+        return round_up(rows, 256)
+    return round_up(rows, 512 if rows <= 4096 else 1024)
 
 
 def round_up(n: int, step: int) -> int:

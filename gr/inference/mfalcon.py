@@ -50,8 +50,9 @@ from pipelines.history import Ints
 
 MICROBATCH = 1024
 """Candidates of a request that go through the layers together."""
-MICROBATCH_ON_GPU = 4096
-"""From 2,048 on attention is the causal kernel's (gr/inference/tails.py)."""
+MICROBATCH_ON_GPU = 16384
+"""From 2,048 on attention is the causal kernel's (gr/inference/tails.py), for which the history is
+laid out once a microbatch."""
 Scored = tuple[Ints, dict[str, Tensor]]
 """Which candidates, and of each task their scores."""
 
@@ -186,7 +187,7 @@ class Scorer:
         Args:
             history: of the requests that the candidates are for.
             candidates: RequestEncoder.candidates of them.
-            microbatch: candidates of a request that go through the layers together; None: 4,096 on
+            microbatch: candidates of a request that go through the layers together; None: 16,384 on
                 a GPU, 1,024 elsewhere.
 
         Raises:
@@ -238,13 +239,9 @@ class Scorer:
         except BaseException:
             plan.release()
             raise
-        has_history = torch.ones(len(requests.counts), dtype=torch.bool, device=self.device)
-        if not requests.counts.all():
-            has_history = torch.from_numpy(requests.counts > 0).to(self.device)
         history = EncodedHistory(
             requests=requests,
             user_vectors=None,
-            has_history=has_history,
             reused=plan.reused,
             reasons=plan.reasons,
             parts=parts,
@@ -256,7 +253,7 @@ class Scorer:
         if vectors:
             history.user_vectors = vectors[0]
             if not requests.counts.all():
-                history.user_vectors = vectors[0] * has_history[:, None]
+                history.user_vectors = vectors[0] * history.has_history.to(self.device)[:, None]
         return history, scored
 
     def _encode_part(
