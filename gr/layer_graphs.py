@@ -14,7 +14,7 @@ Letters: L tokens, C tokens of a graph, B sequences, S sequences of a graph, D m
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -61,17 +61,6 @@ class Pass:
     dx: Tensor | None = None
 
 
-@dataclass
-class Captured:
-    """The graphs of one size."""
-
-    size: Size
-    forward: list[Callable[[], None]] = field(default_factory=list)
-    """Of each layer, first to last."""
-    backward: list[Callable[[], None]] = field(default_factory=list)
-    """Likewise."""
-
-
 class Buffers:
     """Memory that graphs of all sizes read and write.
 
@@ -98,6 +87,28 @@ class Buffers:
         self.turned = [x.new_zeros(num_tokens, *x.shape[1:]) for x in turned]
 
 
+@dataclass
+class Captured:
+    """The graphs of one size."""
+
+    size: Size
+    buffers: Buffers
+    """Which they read and write."""
+    forward: list[Callable[[], None]] = field(default_factory=list)
+    """Of each layer, first to last."""
+    backward: list[Callable[[], None]] = field(default_factory=list)
+    """Likewise."""
+
+
+class Structure(NamedTuple):
+    """Where graphs read which tokens are of which sequence."""
+
+    offsets: Tensor
+    """(S + 1,) int64."""
+    num_candidates: Tensor
+    """(S,) int64."""
+
+
 class LayerGraphs:
     """Layers of one stack, called like them, in training on a GPU.
 
@@ -117,8 +128,9 @@ class LayerGraphs:
         """Calls so far: a backward pass is of the last one, or what it reads is gone."""
         self.captured: dict[Size, Captured] = {}
         self.buffers: Buffers | None = None
-        self.structures: dict[int, SequenceInfo] = {}
-        """S -> where the structure of a batch is read, its tokens apart."""
+        """Of the largest size so far."""
+        self.structures: dict[int, Structure] = {}
+        """By S."""
         self.gradients: list[list[Tensor]] = []
         """Of each layer's parameters that learn, in their order."""
         self.pool: Any = None
@@ -148,7 +160,7 @@ class LayerGraphs:
         captured = self.captured.get(size)
         if captured is None:
             captured = self._capture(size, x_LD, info, turned)
-        self._load(size, x_LD, info, turned)
+        self._load(captured, x_LD, info, turned)
         self.generation += 1
         chain, L = x_LD, x_LD.shape[0]
         for number in range(num_layers):
@@ -172,11 +184,22 @@ class LayerGraphs:
             fp8=tuple(layer.fp8_products for layer in self.layers[:num_layers]),
         )
 
+    def keep_gradients(self, number: int) -> None:
+        """Copy what parameters of a layer hold of a batch before, since it is to be overwritten."""
+        for parameter, gradient in zip(
+            _learning(self.layers[number]), self.gradients[number], strict=True
+        ):
+            held = parameter.grad
+            if held is not None and held.data_ptr() == gradient.data_ptr():
+                parameter.grad = held.clone()
+
     @torch.no_grad()
-    def _load(self, size: Size, x_LD: Tensor, info: SequenceInfo, turned: Sequence[Tensor]) -> None:
+    def _load(
+        self, captured: Captured, x_LD: Tensor, info: SequenceInfo, turned: Sequence[Tensor]
+    ) -> None:
         """Put a batch where the graphs read it, and zeros behind."""
-        assert self.buffers is not None
-        buffers, structure = self.buffers, self.structures[size.sequences]
+        size, buffers = captured.size, captured.buffers
+        structure = self.structures[size.sequences]
         L, B, C = x_LD.shape[0], info.offsets.numel() - 1, size.tokens
         structure.offsets[: B + 1].copy_(info.offsets)
         structure.offsets[B + 1 :].fill_(C)
@@ -193,82 +216,67 @@ class LayerGraphs:
     def _capture(
         self, size: Size, x_LD: Tensor, info: SequenceInfo, turned: Sequence[Tensor]
     ) -> Captured:
-        if x_LD.is_cuda:
-            torch.cuda.synchronize()  # graphs that are forgotten have run
-        self._make_room(size, x_LD, turned)
-        self._load(size, x_LD, info, turned)
-        if len(self.captured) >= MOST_SIZES:
-            del self.captured[next(iter(self.captured))]
+        made = Captured(size, self._room(size, x_LD, turned))
+        for number in range(size.layers):
+            self.keep_gradients(number)
+        self._load(made, x_LD, info, turned)
         if x_LD.is_cuda:
             # What dropout draws must not depend on when a size is captured.
             state = torch.cuda.get_rng_state(x_LD.device)
-            self._warm_up(size)
+            self._warm_up(made)
             torch.cuda.synchronize()
+        if len(self.captured) >= MOST_SIZES:
+            del self.captured[next(iter(self.captured))]
         passes = [Pass() for _ in range(size.layers)]
         numbers = range(size.layers)
-        made = Captured(size)
-        made.forward = [self._record(self._forward(size, passes, i)) for i in numbers]
-        made.backward = [self._record(self._backward(size, passes, i)) for i in reversed(numbers)]
+        made.forward = [self._record(self._forward(made, passes, i)) for i in numbers]
+        made.backward = [self._record(self._backward(made, passes, i)) for i in reversed(numbers)]
         made.backward.reverse()
         if x_LD.is_cuda:
             torch.cuda.set_rng_state(state, x_LD.device)
         self.captured[size] = made
         return made
 
-    def _make_room(self, size: Size, x_LD: Tensor, turned: Sequence[Tensor]) -> None:
-        """Have buffers for this size; graphs that used smaller ones are forgotten."""
+    def _room(self, size: Size, x_LD: Tensor, turned: Sequence[Tensor]) -> Buffers:
+        """Return buffers that this size fits in; those of smaller sizes stay with their graphs."""
         device = x_LD.device
-        has_room = (
-            self.buffers is not None
-            and self.buffers.num_tokens >= size.tokens
-            and self.buffers.x.dtype == size.dtype
-        )
-        if self.buffers is None or not has_room:
-            self.captured.clear()
-            room = _round_up(size.tokens * 9 // 8, self.round_to)
-            reads_times = self.layers[0].config.bias == "position_time"
-            self.buffers = Buffers(x_LD, room, reads_times=reads_times, turned=turned)
+        if size.sequences not in self.structures:
+            offsets = torch.zeros(size.sequences + 1, dtype=torch.int64, device=device)
+            self.structures[size.sequences] = Structure(offsets, torch.zeros_like(offsets[1:]))
+        if not self.gradients:
             self.gradients = [
                 [torch.zeros_like(p) for p in _learning(layer)] for layer in self.layers
             ]
-            self.structures.clear()
             if x_LD.is_cuda:
                 self.pool = torch.cuda.graph_pool_handle()
                 self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        if size.sequences not in self.structures:
-            S = size.sequences
-            offsets = torch.zeros(S + 1, dtype=torch.int64, device=device)
-            candidates = torch.zeros(S, dtype=torch.int64, device=device)
-            self.structures[S] = SequenceInfo(
-                offsets=offsets,
-                tail_offsets=offsets,
-                max_len=0,
-                max_tail_len=0,
-                timestamp=self.buffers.timestamp,
-                query_time=self.buffers.query_time,
-                session_start=candidates,
-                num_context=0,
-                num_candidates=candidates,
-                num_rows=0,
-            )
+        buffers = self.buffers
+        if buffers is None or buffers.num_tokens < size.tokens or buffers.x.dtype != size.dtype:
+            room = _round_up(size.tokens * 9 // 8, self.round_to)
+            reads_times = self.layers[0].config.bias == "position_time"
+            buffers = Buffers(x_LD, room, reads_times=reads_times, turned=turned)
+            self.buffers = buffers
+        return buffers
 
-    def _info(self, size: Size) -> SequenceInfo:
-        assert self.buffers is not None
-        has_times = self.buffers.timestamp.numel() > 0
-        C = size.tokens if has_times else 0
-        return replace(
-            self.structures[size.sequences],
+    def _info(self, captured: Captured) -> SequenceInfo:
+        size, buffers = captured.size, captured.buffers
+        structure = self.structures[size.sequences]
+        return SequenceInfo(
+            offsets=structure.offsets,
+            tail_offsets=structure.offsets,
             max_len=size.max_len,
             max_tail_len=size.max_len,
-            timestamp=self.buffers.timestamp[:C],
-            query_time=self.buffers.query_time[:C],
+            timestamp=buffers.timestamp[: size.tokens],
+            query_time=buffers.query_time[: size.tokens],
+            session_start=structure.num_candidates,  # which layers do not read
             num_context=size.num_context,
+            num_candidates=structure.num_candidates,
             num_rows=size.tokens,
         )
 
-    def _forward(self, size: Size, passes: list[Pass], number: int) -> Callable[[], None]:
-        assert self.buffers is not None
-        layer, info, buffers = self.layers[number], self._info(size), self.buffers
+    def _forward(self, captured: Captured, passes: list[Pass], number: int) -> Callable[[], None]:
+        size, buffers = captured.size, captured.buffers
+        layer, info = self.layers[number], self._info(captured)
         own, C, device = passes[number], size.tokens, buffers.x.device.type
         turned = [part[:C] for part in buffers.turned]
         rotations = (Rotation(*turned[:2]), Rotation(*turned[2:])) if turned else None
@@ -287,10 +295,10 @@ class LayerGraphs:
 
         return run
 
-    def _backward(self, size: Size, passes: list[Pass], number: int) -> Callable[[], None]:
-        assert self.buffers is not None
+    def _backward(self, captured: Captured, passes: list[Pass], number: int) -> Callable[[], None]:
+        size, buffers = captured.size, captured.buffers
         parameters, gradients = _learning(self.layers[number]), self.gradients[number]
-        own, buffers, C = passes[number], self.buffers, size.tokens
+        own, C = passes[number], size.tokens
 
         def run() -> None:
             is_last = number == size.layers - 1
@@ -310,16 +318,17 @@ class LayerGraphs:
 
         return run
 
-    def _warm_up(self, size: Size) -> None:
+    def _warm_up(self, captured: Captured) -> None:
         """Run all layers, so that their kernels of this size are compiled and loaded."""
+        numbers = range(captured.size.layers)
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            passes = [Pass() for _ in range(size.layers)]
-            for number in range(size.layers):
-                self._forward(size, passes, number)()
-            for number in reversed(range(size.layers)):
-                self._backward(size, passes, number)()
+            passes = [Pass() for _ in numbers]
+            for number in numbers:
+                self._forward(captured, passes, number)()
+            for number in reversed(numbers):
+                self._backward(captured, passes, number)()
         torch.cuda.current_stream().wait_stream(side)
 
     def _record(self, run: Callable[[], None]) -> Callable[[], None]:
@@ -352,19 +361,18 @@ class _Replay(torch.autograd.Function):
         chain: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        assert graphs.buffers is not None
         ctx.graphs, ctx.captured, ctx.number, ctx.num_tokens = graphs, captured, number, num_tokens
-        ctx.generation, ctx.parameters = graphs.generation, parameters
+        ctx.generation = graphs.generation
         captured.forward[number]()
         if number < captured.size.layers - 1:
             return chain.new_empty(0)
-        return graphs.buffers.y[:num_tokens].detach()
+        return captured.buffers.y[:num_tokens].detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         graphs, captured, number = ctx.graphs, ctx.captured, ctx.number
-        buffers, gradients, L = graphs.buffers, graphs.gradients[number], ctx.num_tokens
+        buffers, gradients, L = captured.buffers, graphs.gradients[number], ctx.num_tokens
         if ctx.generation != graphs.generation:
             raise RuntimeError(
                 "model.hstu.graph_tokens: the layers were called again before this backward pass, "
@@ -373,10 +381,7 @@ class _Replay(torch.autograd.Function):
         if number == captured.size.layers - 1:
             buffers.dy[:L].copy_(dy)
             buffers.dy[L : captured.size.tokens].zero_()
-        for parameter, gradient in zip(ctx.parameters, gradients, strict=True):
-            held = parameter.grad
-            if held is not None and held.data_ptr() == gradient.data_ptr():
-                parameter.grad = held.clone()  # of a batch before, to be added to
+        graphs.keep_gradients(number)
         captured.backward[number]()
         dx = buffers.dx[:L].detach() if number == 0 else dy.new_empty(0)
         return None, None, None, None, dx, *(gradient.detach() for gradient in gradients)

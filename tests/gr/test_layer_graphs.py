@@ -56,8 +56,8 @@ def test_gradients_of_several_batches_add_up():
     _, plain = make_encoder({"bias": "position"})
     plain.load_state_dict(encoder.state_dict())
     for model in (encoder, plain):
-        for seed in range(3):
-            sequences, num_context, x_LD = make_batch("context_and_candidates", seed)
+        for seed, structure in enumerate(("context_and_candidates", "long_history", "context")):
+            sequences, num_context, x_LD = make_batch(structure, seed)
             model(x_LD, make_info(sequences, num_context)).square().sum().backward()
     for actual, expected in zip(encoder.parameters(), plain.parameters(), strict=True):
         assert_equal_fp64(actual.grad, expected.grad)
