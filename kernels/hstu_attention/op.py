@@ -186,19 +186,48 @@ def _run_backward(
     v: Tensor,
     *structure: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    call = Structure(*structure)
+    args = (dout, out, lse, needs_bias_grad, q, k, v, Structure(*structure))
+    return run_backward(*args, rounds=True)[0]
+
+
+def run_backward(
+    dout: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    needs_bias_grad: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: Structure,
+    *,
+    rounds: bool,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], float]:
+    """Return the gradients of q, k, v and of both tables, and what dQ is still to be multiplied by.
+
+    Args:
+        dout: (R, H, V), like the rest as the registered operator takes it.
+        out: with softmax.
+        lse: with softmax.
+        needs_bias_grad: whether to compute those of the tables.
+        q: (R, H, K).
+        k: (L, H, K).
+        v: (L, H, V).
+        call: everything else.
+        rounds: whether dQ must be in the dtype of q, times 1. Else it may come as sums in float32
+            and a factor, for a caller who reads it once anyway.
+    """
     if not call.hopper:
         from kernels.hstu_attention._triton import hstu_attention_bwd
 
-        return hstu_attention_bwd(dout, out, lse, needs_bias_grad, q, k, v, call)
+        return hstu_attention_bwd(dout, out, lse, needs_bias_grad, q, k, v, call), 1.0
     from kernels.hstu_attention import _hopper
 
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     q, k, v = (_hopper.copyable(x) for x in (q, k, v))
-    dposition, dtime = _hopper.hstu_attention_bwd(
-        dout, q, k, v, call, (dq, dk, dv), call.deterministic, needs_bias_grad
+    dq, factor, dposition, dtime = _hopper.hstu_attention_bwd(
+        dout, q, k, v, call, (dk, dv), call.deterministic, needs_bias_grad, rounds=rounds
     )
-    return dq, dk, dv, dposition, dtime
+    return (dq, dk, dv, dposition, dtime), factor
 
 
 _backward = torch.library.custom_op(

@@ -17,8 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.hstu_attention.op import _run_backward as attention_bwd
 from kernels.hstu_attention.op import _run_forward as attention_fwd
+from kernels.hstu_attention.op import run_backward as attention_bwd
 from kernels.hstu_layer.projection import Output, Rows, projections
 from kernels.hstu_layer.structure import Inputs, Options, Saved, Weights
 from kernels.layer_norm import layer_norm_fp8
@@ -140,22 +140,23 @@ def hstu_layer_bwd(
         gated = Rows(None, quantize_rows(gated.plain, impl="triton"))
     doutput = output.wgrad(of_y, gated)
     del gated, written, of_y
-    dq, dk, dv, dposition, dtime = attention_bwd(
+    (dq, dk, dv, dposition, dtime), dq_factor = attention_bwd(
         dattended.view(attended.shape),
         attended if inputs.structure.softmax else None,
         saved.lse,
         needs_bias_grad,
         *_heads(parts, options),
-        *inputs.structure,
+        inputs.structure,
+        rounds=False,
     )
     del dattended, parts
     dparts = {"v": dv.flatten(1), "q": dq.flatten(1), "k": dk.flatten(1)}
     del dv, dq, dk
 
     # The last of the projections is of all tokens, the one before of the tails.
-    dnormed, duvqk, dbias = used[-1].gradients(dparts, kept[-1], gradients[-1], normed)
+    dnormed, duvqk, dbias = used[-1].gradients(dparts, dq_factor, kept[-1], gradients[-1], normed)
     if tail is not None:
-        dtail, duq, dq_bias = used[0].gradients(dparts, kept[0], gradients[0], normed)
+        dtail, duq, dq_bias = used[0].gradients(dparts, dq_factor, kept[0], gradients[0], normed)
         _add_rows(dnormed, tail, dtail)
         u, v = options.widths["u"], options.widths["v"]
         duvqk = torch.cat([duq[:, :u], duvqk[:, :v], duq[:, u:], duvqk[:, v:]], 1)

@@ -172,12 +172,13 @@ class Projection:
         return torch.empty_like(z) if self.options.keep_uvqk else z
 
     def gradients(
-        self, dparts: dict[str, Tensor], z: Tensor, dz: Tensor, normed: Rows
+        self, dparts: dict[str, Tensor], q_factor: float, z: Tensor, dz: Tensor, normed: Rows
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of X' and of the weight, and of the bias without U's columns.
 
         Args:
             dparts: gradient of each part of act(Z) but U, columns contiguous.
+            q_factor: what that of Q is still to be multiplied by.
             z: Z.
             dz: gradient_buffer(z), with U's gradient in it.
             normed: X', of all tokens.
@@ -190,6 +191,7 @@ class Projection:
             has_silu=self.has_silu,
             has_bias=self.bias is not None,
             turns=[of_parts.get(part) for part in parts],
+            factors=[q_factor if part == "q" else 1.0 for part in parts],
         )
         x = normed.select(self.rows).plain
         assert x is not None
@@ -253,7 +255,7 @@ class Fp8Projection(Projection):
         return super().gradient_buffer(z)
 
     def gradients(
-        self, dparts: dict[str, Tensor], z: Tensor, dz: Tensor, normed: Rows
+        self, dparts: dict[str, Tensor], q_factor: float, z: Tensor, dz: Tensor, normed: Rows
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return as Projection does."""
         folds = self.options.folds_uvqk
@@ -265,6 +267,7 @@ class Fp8Projection(Projection):
             keep=not folds,
             has_bias=self.bias is not None,
             turns=self._turns_of_parts(),
+            q_factor=q_factor,
         )
         dbias = self._put_back(dbias, self._but_u())
         impl, x = self.options.products, normed.select(self.rows)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kernels.hstu_attention import AttentionMask
 from kernels.hstu_layer import RECOMPUTABLE, RECOMPUTED, LayerWeights, hstu_layer
+from kernels.hstu_layer._triton import silu_bwd, silu_bwd_fp8
 from tests.checks import assert_within_reference_error
 from tests.kernels.evaluate import poisoned_memory
 from tests.kernels.hstu_layer_cases import OPTIONS, Layer, make_layer, pairwise
@@ -319,3 +320,27 @@ def test_the_mask_is_the_callers():
     layer = Layer([9], [9], [0])
     run = partial(layer.run, torch.float64, "cpu", impl="reference", gradients=False)
     assert not torch.equal(run()["y"], run(mask=AttentionMask(local_window=2))["y"])
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_sums_of_dq_are_multiplied_where_they_are_read(in_fp8, device):
+    """By a power of two, so that it makes no difference to the bits when."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(13, 96, generator=generator).to(device, torch.float16)
+    dq = torch.randn(13, 32, generator=generator).to(device)
+    others = {"v": torch.ones_like(z[:, :32]), "k": torch.ones_like(z[:, :32])}
+
+    def run(dq, factor):
+        parts = {"v": others["v"], "q": dq, "k": others["k"]}
+        dz = torch.empty_like(z)
+        options = {"has_silu": True, "has_bias": True}
+        if in_fp8:
+            rows, sums = silu_bwd_fp8(parts, z, dz, keep=True, q_factor=factor, **options)
+            return dz, rows.values.float(), sums
+        sums = silu_bwd([*parts.values()], z, dz, factors=[1.0, factor, 1.0], **options)
+        return dz, sums
+
+    for found, expected in zip(run(dq, 0.25), run(dq * 0.25, 1.0), strict=True):
+        assert torch.equal(found, expected)
+    assert not torch.equal(run(dq, 0.25)[0], run(dq, 1.0)[0])

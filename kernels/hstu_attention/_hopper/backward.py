@@ -47,11 +47,13 @@ def hstu_attention_bwd(
     k: Tensor,
     v: Tensor,
     structure: Structure,
-    gradients: tuple[Tensor, Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor],
     deterministic: bool,
     needs_bias_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """Write the gradients of q, k and v, return those of the bias tables. SiLU only.
+    *,
+    rounds: bool,
+) -> tuple[Tensor, float, Tensor, Tensor]:
+    """Write the gradients of k and v; return that of q, its factor, those of the tables. SiLU only.
 
     Args:
         dout: (R, H, V) contiguous.
@@ -59,11 +61,12 @@ def hstu_attention_bwd(
         k: likewise.
         v: likewise.
         structure: as in the forward pass.
-        gradients: where dq, dk and dv go; shapes of q, k and v, strides as `tiles` takes them.
+        gradients: where dk and dv go; shapes of k and v, strides as `tiles` takes them.
         deterministic: the same bits for the same input.
         needs_bias_grad: else both tables' gradients come back empty.
+        rounds: whether dQ comes back rounded, with a factor of 1, and not as sums in float32.
     """
-    dq, dk, dv = gradients
+    dk, dv = gradients
     K, H = q.shape[2], q.shape[1]
     programs = Programs(structure.offsets, k.shape[0], structure.max_len, BLOCK_N, H)
     order, placed, (k_tail, v_tail, q_tail, dout_tail) = prepare(
@@ -72,11 +75,13 @@ def hstu_attention_bwd(
         Tails(q, dout, structure.q_offsets, BLOCK_M),
         programs=programs,
     )
-    dq_sum = q
+    dq_sum = dq = q
     wide = max(K, v.shape[2]) > 128
     fused = not (deterministic or wide or K == 32)  # halves of 16 columns are no operands
     if fused:
         dq_sum = torch.zeros(q.shape, device=q.device, dtype=torch.float32)
+    if rounds or not fused:
+        dq = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     key_scale = 0.5 * structure.alpha * structure.scale
     bias = bias_inputs(structure)
     sums = BiasGradients()
@@ -106,7 +111,7 @@ def hstu_attention_bwd(
             launch(backward_kernel, (programs.count, 1, 1), arguments, constants)
     if not fused:
         query_gradient(dout, q, k, v, k_tail, order, structure, bias, dq)
-    elif q.shape[0]:
+    elif rounds and q.shape[0]:
         columns = H * K
         block_c = min(1024, next_power_of_2(columns))
         rows = 2048 // block_c
@@ -117,8 +122,9 @@ def hstu_attention_bwd(
             (dq_sum, dq, key_scale, q.shape[0], dq.stride(0)),
             {"COLUMNS": columns, "ROWS": rows, "BLOCK_C": block_c},
         )
+    of_q = (dq, 1.0) if rounds or not fused else (dq_sum, key_scale)
     if not needs_bias_grad:
-        return q.new_empty(0), q.new_empty(0)
+        return *of_q, q.new_empty(0), q.new_empty(0)
     if deterministic:
-        return bias_gradient(dout, q.new_empty(0), q.new_empty(0), q, k, v, structure)
-    return table_gradients(sums, structure)
+        return *of_q, *bias_gradient(dout, q.new_empty(0), q.new_empty(0), q, k, v, structure)
+    return *of_q, *table_gradients(sums, structure)

@@ -1,8 +1,8 @@
 """SiLU of columns of the projection, and its gradient, on strided views of one buffer.
 
 Forward:  y = turn(silu(z)) or turn(z)
-Backward: dz = back(dy) * silu'(z) or back(dy),  db = sum(dz) over rows, as partial sums in a fixed
-          order
+Backward: dz = back(f dy) * silu'(z) or back(f dy), f a factor,  db = sum(dz) over rows, as partial
+          sums in a fixed order
 
 Queries and keys alone are turned, if anything, by rotary angles (kernels/_triton/turn.py), and
 their gradients back.
@@ -78,6 +78,7 @@ def _silu_bwd_kernel(
     stride_dz,
     stride_dbias,
     F,
+    factor,
     cos_ptr,
     sin_ptr,
     turn_first,
@@ -98,7 +99,7 @@ def _silu_bwd_kernel(
         rows = block * ROWS + tl.arange(0, ROWS).to(tl.int64)
         mask = (rows < L)[:, None] & (cols < F)[None, :]
         dz = tl.load(dy_ptr + rows[:, None] * stride_dy + cols[None, :], mask=mask, other=0.0)
-        dz = dz.to(tl.float32)
+        dz = dz.to(tl.float32) * factor
         if cos_ptr is not None:
             dz = turn(
                 dz, rows, first, L, cos_ptr, sin_ptr, turn_first, H, K, PER_HEAD, True,
@@ -162,6 +163,7 @@ def silu_bwd(
     has_silu: bool,
     has_bias: bool,
     turns: list[Turn | None] | None = None,
+    factors: list[float] | None = None,
 ) -> Tensor:
     """Fill the last columns of dz; return their sum over rows in float32, zero unless `has_bias`.
 
@@ -173,6 +175,7 @@ def silu_bwd(
         has_silu: whether these are gradients of silu(z), or of z.
         has_bias: whether the sum is wanted.
         turns: how each part was turned, in columns of its own.
+        factors: what each part is multiplied by first.
     """
     (L, F), widths = z.shape, [dy.shape[1] for dy in parts]
     first = F - sum(widths)
@@ -184,7 +187,10 @@ def silu_bwd(
     programs = min(blocks, cdiv(programs, tiles_f))
     dbias = z.new_empty(programs if has_bias else 0, sum(widths), dtype=torch.float32)
     done = 0
-    for dy, width, turned in zip(parts, widths, turns or [None] * len(parts), strict=True):
+    of_parts = zip(
+        parts, widths, turns or [None] * len(parts), factors or [1.0] * len(parts), strict=True
+    )
+    for dy, width, turned, factor in of_parts:
         angles, heads = turn_arguments(turned)
         columns = slice(first + done, first + done + width)
         if L > 0:
@@ -202,6 +208,7 @@ def silu_bwd(
                     dz.stride(0),
                     dbias.stride(0),
                     width,
+                    factor,
                     *angles,
                 ],
                 {

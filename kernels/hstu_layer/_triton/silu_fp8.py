@@ -26,13 +26,13 @@ from kernels.rotary.columns import Turn, turn_arguments
 @triton.jit
 def _load(
     dy_ptr, z_ptr, rows, L, stride_dy, stride_z, WIDTH, BLOCK, SILU: tl.constexpr, FAST,
-    cos_ptr, sin_ptr, H, K, PER_HEAD, ROWS,
+    cos_ptr, sin_ptr, H, K, PER_HEAD, ROWS, factor=1.0,
 ):  # fmt: skip
     """Return dz of a part (ROWS, BLOCK) in float32, zero outside."""
     cols = tl.arange(0, BLOCK)
     mask = (rows < L)[:, None] & (cols < WIDTH)[None, :]
     dz = tl.load(dy_ptr + rows[:, None] * stride_dy + cols[None, :], mask=mask, other=0.0)
-    dz = dz.to(tl.float32)
+    dz = dz.to(tl.float32) * factor
     if cos_ptr is not None:
         dz = turn(dz, rows, 0, L, cos_ptr, sin_ptr, 0, H, K, PER_HEAD, True, ROWS, BLOCK)
     if SILU:
@@ -85,6 +85,7 @@ def _silu_bwd_fp8_kernel(
     stride_dz,
     F,
     stride_dbias,
+    q_factor,
     q_cos_ptr,
     q_sin_ptr,
     q_first,
@@ -135,7 +136,7 @@ def _silu_bwd_fp8_kernel(
         if dq_ptr is not None:
             dq = _load(
                 dq_ptr, z_ptr + Q, rows, L, stride_dq, stride_z, HK, BLOCK_K, SILU, FAST,
-                q_cos_ptr, q_sin_ptr, H, K_DIM, PER_HEAD, ROWS,
+                q_cos_ptr, q_sin_ptr, H, K_DIM, PER_HEAD, ROWS, q_factor,
             )  # fmt: skip
             largest = _larger(largest, dq)
         if dk_ptr is not None:
@@ -186,6 +187,7 @@ def silu_bwd_fp8(
     keep: bool,
     has_bias: bool,
     turns: dict[str, Turn] | None = None,
+    q_factor: float = 1.0,
 ) -> tuple[QuantizedRows, Tensor]:
     """Return dz in fp8, and as silu_bwd the sums over rows of all columns but U's.
 
@@ -198,6 +200,7 @@ def silu_bwd_fp8(
         keep: whether to fill the other columns of dz.
         has_bias: whether the sums are wanted.
         turns: how q and k were turned, by letter, in columns of their own.
+        q_factor: what the gradient of q is multiplied by first.
     """
     L, F = z.shape
     widths = {name: part.shape[1] for name, part in parts.items()}
@@ -228,6 +231,7 @@ def silu_bwd_fp8(
             dz.stride(0),
             F,
             dbias.stride(0),
+            q_factor,
             *angles,
             H=heads["H"],
             K_DIM=heads["K"],
