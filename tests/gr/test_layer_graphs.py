@@ -18,7 +18,7 @@ from tests.gr.test_hstu import (
     make_encoder,
 )
 
-QUICK = ("position_time", "dlrm_v3", "global_rows", "rotary_heads")
+QUICK = ("global_rows", "rotary_heads")  # bias of position and time among it
 CAPTURED = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in OPTIONS]
 
 
@@ -39,7 +39,7 @@ def test_rounded_tokens_change_nothing(options):
 
 
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("layers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_truncated_layers_are_called(layers):
     truncation = TruncationConfig(layers=layers, history=2)
     options = {"truncation": truncation, "bias": "position", "graph_tokens": 4}

@@ -208,7 +208,7 @@ def test_a_bad_batch_leaves_what_was_accumulated_before(log):
     assert not {k for k in differing(flat(trainer), flat(healthy)) if k.startswith(same)}
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_layers_that_are_replayed_train_like_those_called(log, monkeypatch, accumulate):
     """On a CPU a replay is the call itself; what differs is the rounded number of tokens."""
     monkeypatch.setattr(layer_graphs, "_is_capturable", lambda x_LD: True)
