@@ -7,8 +7,8 @@ forward pass: the backward pass multiplies each matrix twice.
 import torch
 
 from gr.config import ModelConfig, SemiLocalConfig
-from gr.hstu import EVERYTHING, attention_mask, kept_history, tail_index
-from gr.sequence import SequenceInfo, sequence_index, truncate
+from gr.hstu import EVERYTHING, attention_mask, kept_history
+from gr.sequence import SequenceInfo, sequence_index, tail_index, truncate
 from kernels.hstu_attention.mask import AttentionMask, num_visible
 from pipelines.cost import WHOLE, SequenceCost
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gr.config import HSTUConfig, ModelConfig, SemiLocalConfig
 from gr.layer_graphs import LayerGraphs
 from gr.rotary import rotations
-from gr.sequence import SequenceInfo, truncate
+from gr.sequence import SequenceInfo, tail_if_shorter, truncate
 from kernels.dispatch import Impl, resolve
 from kernels.hstu_attention import AttentionMask, RelativeBias
 from kernels.hstu_layer import (
@@ -78,11 +78,11 @@ class HSTUEncoder(nn.Module):
                 head_dim=self.config.qk_dim,
                 dtype=x_LD.dtype,
             )
-        first = self._num_captured(x_LD, info)
+        first, last = self._num_captured(x_LD), len(self.layers) - 1
         if first:
             assert self.graphs is not None
-            x_LD = self.graphs(x_LD, info, first, turned)
-        last = len(self.layers) - 1
+            of_tails = first > last and info.num_rows != x_LD.shape[0]
+            x_LD = self.graphs(x_LD, info, first, turned, of_tails=of_tails)
         for number in range(first, len(self.layers)):
             if number == self.first_truncated:
                 x_LD, info, turned = truncated(x_LD, info, turned)
@@ -90,12 +90,11 @@ class HSTUEncoder(nn.Module):
             x_LD = self.layers[number](x_LD, info, tail_R=tail_R, rotations=turned)
         return self.normed(x_LD)
 
-    def _num_captured(self, x_LD: Tensor, info: SequenceInfo) -> int:
-        """Return how many layers are replayed: of the first ones, those that compute all rows."""
+    def _num_captured(self, x_LD: Tensor) -> int:
+        """Return how many layers are replayed: of the first ones, those before truncation."""
         if self.graphs is None or not self.graphs.serves(x_LD):
             return 0
-        has_tail = tail_if_shorter(info, x_LD) is not None
-        return min(self.first_truncated, len(self.layers) - has_tail)
+        return self.first_truncated
 
     def normed(self, y_RD: Tensor) -> Tensor:
         """Return rows of the last layer after the final norm, if there is one."""
@@ -318,16 +317,3 @@ def truncated(
 def draw_seed(device: torch.device) -> Tensor:
     """Return (1,) int64 of the default generator of `device`: what dropout is a function of."""
     return torch.randint(2**63 - 1, (1,), device=device)
-
-
-def tail_if_shorter(info: SequenceInfo, x_LD: Tensor) -> Tensor | None:
-    """Return `tail_index(info)`, or None where the tails are the whole sequences."""
-    return None if info.num_rows == x_LD.shape[0] else tail_index(info)
-
-
-def tail_index(info: SequenceInfo) -> Tensor:
-    """Return (R,) int64: the tokens of the tails, in the order of the encoder's result."""
-    tail_lengths_B = info.tail_offsets.diff()
-    token_of_row_B = info.offsets[1:] - info.tail_offsets[1:]
-    shift_R = torch.repeat_interleave(token_of_row_B, tail_lengths_B, output_size=info.num_rows)
-    return shift_R + torch.arange(info.num_rows, device=shift_R.device)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gr.sequence import SequenceInfo
+from gr.sequence import SequenceInfo, tail_index
 from kernels.rotary import Rotation
 
 if TYPE_CHECKING:
@@ -40,10 +40,14 @@ class Size(NamedTuple):
     """The first so many of the stack."""
     tokens: int
     """C."""
+    rows: int
+    """Of the result: C, or of tails."""
     sequences: int
     """S."""
     max_len: int
     """At least the longest sequence: a power of 2."""
+    max_tail_len: int
+    """At least the longest tail, likewise; 0 where the last layer computes all rows."""
     num_context: int
     dtype: torch.dtype
     autocast: torch.dtype | None
@@ -67,23 +71,17 @@ class Buffers:
     Args:
         like: (., D), for its dtype and device.
         num_tokens: most that there is room for.
-        reads_times: whether the layers read when tokens came.
         turned: cosines and sines of queries and of keys, (., G, P), for their shapes; or nothing.
     """
 
-    def __init__(
-        self, like: Tensor, num_tokens: int, *, reads_times: bool, turned: Sequence[Tensor]
-    ) -> None:
+    def __init__(self, like: Tensor, num_tokens: int, turned: Sequence[Tensor]) -> None:
         def rows() -> Tensor:
             return torch.zeros(num_tokens, like.shape[1], dtype=like.dtype, device=like.device)
 
-        def numbers() -> Tensor:
-            count = num_tokens if reads_times else 0
-            return torch.zeros(count, dtype=torch.int64, device=like.device)
-
         self.num_tokens = num_tokens
         self.x, self.y, self.dx, self.dy = rows(), rows(), rows(), rows()
-        self.timestamp, self.query_time = numbers(), numbers()
+        times = torch.zeros(2, num_tokens, dtype=torch.int64, device=like.device)
+        self.timestamp, self.query_time = times
         self.turned = [x.new_zeros(num_tokens, *x.shape[1:]) for x in turned]
 
 
@@ -104,6 +102,8 @@ class Structure(NamedTuple):
     """Where graphs read which tokens are of which sequence."""
 
     offsets: Tensor
+    """(S + 1,) int64."""
+    tail_offsets: Tensor
     """(S + 1,) int64."""
     num_candidates: Tensor
     """(S,) int64."""
@@ -153,29 +153,39 @@ class LayerGraphs:
         info: SequenceInfo,
         num_layers: int,
         rotations: tuple[Rotation, Rotation] | None = None,
+        *,
+        of_tails: bool = False,
     ) -> Tensor:
-        """Return what the first `num_layers` layers make of the tokens, (L, D), differentiable."""
+        """Return what the first `num_layers` layers make of the tokens, differentiable.
+
+        (L, D), or `of_tails`, with all layers, (R, D): those of the tails.
+        """
         turned = [] if rotations is None else [part for one in rotations for part in one]
-        size = self._size(x_LD, info, num_layers)
+        size = self._size(x_LD, info, num_layers, of_tails)
         captured = self.captured.get(size)
         if captured is None:
             captured = self._capture(size, x_LD, info, turned)
         self._load(captured, x_LD, info, turned)
         self.generation += 1
-        chain, L = x_LD, x_LD.shape[0]
+        chain, R = x_LD, info.num_rows if of_tails else x_LD.shape[0]
         for number in range(num_layers):
             parameters = _learning(self.layers[number])
-            chain = _Replay.apply(self, captured, number, L, chain, *parameters)  # type: ignore[no-untyped-call]
+            chain = _Replay.apply(self, captured, number, R, chain, *parameters)  # type: ignore[no-untyped-call]
         return chain
 
-    def _size(self, x_LD: Tensor, info: SequenceInfo, num_layers: int) -> Size:
-        # One more of each: the sequence that is added has at least one token.
-        longest, device = max(info.max_len, self.round_to), x_LD.device.type
+    def _size(self, x_LD: Tensor, info: SequenceInfo, num_layers: int, of_tails: bool) -> Size:
+        # One more of each: the sequence that is added, and its tail, have at least one token.
+        multiple, device = self.round_to, x_LD.device.type
+        L, R = x_LD.shape[0], info.num_rows if of_tails else x_LD.shape[0]
+        rows = _round_up(R + 1, multiple)
+        tokens = _round_up(L + rows - R, multiple)  # room for that tail
         return Size(
             layers=num_layers,
-            tokens=_round_up(x_LD.shape[0] + 1, self.round_to),
+            tokens=tokens,
+            rows=rows if of_tails else tokens,
             sequences=_round_up(info.offsets.numel(), SEQUENCES),
-            max_len=1 << (longest - 1).bit_length(),
+            max_len=_power_of_2(max(info.max_len, 2 * multiple)),  # what is added may be so long
+            max_tail_len=_power_of_2(max(info.max_tail_len, multiple)) if of_tails else 0,
             num_context=info.num_context,
             dtype=x_LD.dtype,
             autocast=torch.get_autocast_dtype(device)
@@ -203,10 +213,12 @@ class LayerGraphs:
         L, B, C = x_LD.shape[0], info.offsets.numel() - 1, size.tokens
         structure.offsets[: B + 1].copy_(info.offsets)
         structure.offsets[B + 1 :].fill_(C)
+        structure.tail_offsets[: B + 1].copy_(info.tail_offsets)
+        structure.tail_offsets[B + 1 :].fill_(size.rows)
         structure.num_candidates[:B].copy_(info.num_candidates)
         structure.num_candidates[B:].zero_()
         by_token = [(buffers.x, x_LD), *zip(buffers.turned, turned, strict=True)]
-        if buffers.timestamp.numel():
+        if self.layers[0].config.bias == "position_time":
             by_token.append((buffers.timestamp, info.timestamp))
             by_token.append((buffers.query_time, info.query_time))
         for to, source in by_token:
@@ -242,7 +254,9 @@ class LayerGraphs:
         device = x_LD.device
         if size.sequences not in self.structures:
             offsets = torch.zeros(size.sequences + 1, dtype=torch.int64, device=device)
-            self.structures[size.sequences] = Structure(offsets, torch.zeros_like(offsets[1:]))
+            self.structures[size.sequences] = Structure(
+                offsets, torch.zeros_like(offsets), torch.zeros_like(offsets[1:])
+            )
         if not self.gradients:
             self.gradients = [
                 [torch.zeros_like(p) for p in _learning(layer)] for layer in self.layers
@@ -253,8 +267,7 @@ class LayerGraphs:
         buffers = self.buffers
         if buffers is None or buffers.num_tokens < size.tokens or buffers.x.dtype != size.dtype:
             room = _round_up(size.tokens * 9 // 8, self.round_to)
-            reads_times = self.layers[0].config.bias == "position_time"
-            buffers = Buffers(x_LD, room, reads_times=reads_times, turned=turned)
+            buffers = Buffers(x_LD, room, turned)
             self.buffers = buffers
         return buffers
 
@@ -263,15 +276,15 @@ class LayerGraphs:
         structure = self.structures[size.sequences]
         return SequenceInfo(
             offsets=structure.offsets,
-            tail_offsets=structure.offsets,
+            tail_offsets=structure.tail_offsets,
             max_len=size.max_len,
-            max_tail_len=size.max_len,
+            max_tail_len=size.max_tail_len,
             timestamp=buffers.timestamp[: size.tokens],
             query_time=buffers.query_time[: size.tokens],
             session_start=structure.num_candidates,  # which layers do not read
             num_context=size.num_context,
             num_candidates=structure.num_candidates,
-            num_rows=size.tokens,
+            num_rows=size.rows,
         )
 
     def _forward(self, captured: Captured, passes: list[Pass], number: int) -> Callable[[], None]:
@@ -280,6 +293,7 @@ class LayerGraphs:
         own, C, device = passes[number], size.tokens, buffers.x.device.type
         turned = [part[:C] for part in buffers.turned]
         rotations = (Rotation(*turned[:2]), Rotation(*turned[2:])) if turned else None
+        is_last = number == size.layers - 1
 
         def run() -> None:
             source = buffers.x[:C] if number == 0 else passes[number - 1].y
@@ -289,9 +303,10 @@ class LayerGraphs:
             is_cast = size.autocast is not None
             cast = torch.autocast(device, size.autocast, is_cast, cache_enabled=False)
             with torch.enable_grad(), cast:
-                own.y = layer(own.x, info, rotations=rotations)
-            if number == size.layers - 1:
-                buffers.y[:C].copy_(own.y.detach())
+                tail_R = tail_index(info) if is_last and size.max_tail_len else None
+                own.y = layer(own.x, info, tail_R=tail_R, rotations=rotations)
+            if is_last:
+                buffers.y[: size.rows].copy_(own.y.detach())
 
         return run
 
@@ -302,7 +317,7 @@ class LayerGraphs:
 
         def run() -> None:
             is_last = number == size.layers - 1
-            dy = buffers.dy[:C] if is_last else passes[number + 1].dx
+            dy = buffers.dy[: size.rows] if is_last else passes[number + 1].dx
             assert own.x is not None
             assert own.y is not None
             own.dx, *found = torch.autograd.grad(own.y, [own.x, *parameters], dy)
@@ -357,33 +372,33 @@ class _Replay(torch.autograd.Function):
         graphs: LayerGraphs,
         captured: Captured,
         number: int,
-        num_tokens: int,
+        num_rows: int,
         chain: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        ctx.graphs, ctx.captured, ctx.number, ctx.num_tokens = graphs, captured, number, num_tokens
-        ctx.generation = graphs.generation
+        ctx.graphs, ctx.captured, ctx.number, ctx.num_rows = graphs, captured, number, num_rows
+        ctx.generation, ctx.num_tokens = graphs.generation, chain.shape[0]  # of the first layer
         captured.forward[number]()
         if number < captured.size.layers - 1:
             return chain.new_empty(0)
-        return captured.buffers.y[:num_tokens].detach()
+        return captured.buffers.y[:num_rows].detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         graphs, captured, number = ctx.graphs, ctx.captured, ctx.number
-        buffers, gradients, L = captured.buffers, graphs.gradients[number], ctx.num_tokens
+        buffers, gradients = captured.buffers, graphs.gradients[number]
         if ctx.generation != graphs.generation:
             raise RuntimeError(
                 "model.hstu.graph_tokens: the layers were called again before this backward pass, "
                 "so that what it reads is gone. Go backward after each forward pass, or set 0"
             )
         if number == captured.size.layers - 1:
-            buffers.dy[:L].copy_(dy)
-            buffers.dy[L : captured.size.tokens].zero_()
+            buffers.dy[: ctx.num_rows].copy_(dy)
+            buffers.dy[ctx.num_rows : captured.size.rows].zero_()
         graphs.keep_gradients(number)
         captured.backward[number]()
-        dx = buffers.dx[:L].detach() if number == 0 else dy.new_empty(0)
+        dx = buffers.dx[: ctx.num_tokens].detach() if number == 0 else dy.new_empty(0)
         return None, None, None, None, dx, *(gradient.detach() for gradient in gradients)
 
 
@@ -393,6 +408,11 @@ def _is_capturable(x_LD: Tensor) -> bool:
 
 def _learning(layer: "HSTULayer") -> list[Tensor]:
     return [parameter for parameter in layer.parameters() if parameter.requires_grad]
+
+
+def _power_of_2(n: int) -> int:
+    """Return the least power of 2 that is at least n."""
+    return 1 << (n - 1).bit_length()
 
 
 def _round_up(n: int, multiple: int) -> int:

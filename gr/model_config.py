@@ -137,7 +137,7 @@ class HSTUConfig:
     graph_tokens: int = 0
     """Train the layers as CUDA graphs, which a host launches in a tenth of the time
     (gr/layer_graphs.py), with tokens rounded up to a multiple of this; 512 will do. 0, and on a
-    CPU, in evaluation, and for the layers that compute tails only: launched one by one."""
+    CPU, in evaluation, and for layers behind truncation: launched one by one."""
 
     def __post_init__(self) -> None:
         counts = ("num_heads", "qk_dim", "v_dim", "scaling_length", "bias_max_len")

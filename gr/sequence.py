@@ -337,3 +337,16 @@ def tail_rows(info: SequenceInfo, positions: Tensor, sequence: Tensor) -> Tensor
         sequence: (P,) int64, the sequence of each position.
     """
     return positions - info.offsets[sequence + 1] + info.tail_offsets[sequence + 1]
+
+
+def tail_if_shorter(info: SequenceInfo, x_LD: Tensor) -> Tensor | None:
+    """Return `tail_index(info)`, or None where the tails are the whole sequences."""
+    return None if info.num_rows == x_LD.shape[0] else tail_index(info)
+
+
+def tail_index(info: SequenceInfo) -> Tensor:
+    """Return (R,) int64: the tokens of the tails, in the order of the encoder's result."""
+    tail_lengths_B = info.tail_offsets.diff()
+    token_of_row_B = info.offsets[1:] - info.tail_offsets[1:]
+    shift_R = torch.repeat_interleave(token_of_row_B, tail_lengths_B, output_size=info.num_rows)
+    return shift_R + torch.arange(info.num_rows, device=shift_R.device)

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from gr.baselines.attention import softmax_attention
 from gr.baselines.transformer import NORM_EPS, LayerModules, rms_norm
 from gr.config import ModelConfig
-from gr.hstu import tail_if_shorter
-from gr.sequence import SequenceInfo
+from gr.sequence import SequenceInfo, tail_if_shorter
 from kernels.hstu_layer import Attend
 
 

@@ -10,8 +10,7 @@ from torch.nn import functional
 
 from gr.baselines.attention import softmax_attention
 from gr.config import ModelConfig
-from gr.hstu import tail_if_shorter
-from gr.sequence import SequenceInfo
+from gr.sequence import SequenceInfo, tail_if_shorter
 from kernels.hstu_layer import Attend
 
 NORM_EPS = 1e-8
@@ -79,7 +78,7 @@ class SASRecLayer(nn.Module):
             nn.init.xavier_normal_(linear.weight)
 
     def forward(self, x_LD: Tensor, info: SequenceInfo, tail_R: Tensor | None = None) -> Tensor:
-        """Return Y: (L, D), or (R, D) for the tokens `tail_R` (gr.hstu.tail_index)."""
+        """Return Y: (L, D), or (R, D) for the tokens `tail_R` (gr.sequence.tail_index)."""
         return self.around(
             x_LD, partial(softmax_attention, info=info, of_tails=tail_R is not None), tail_R
         )

@@ -12,9 +12,8 @@ from torch.nn import functional
 from gr.baselines.attention import softmax_attention
 from gr.config import ModelConfig, RotaryConfig
 from gr.flops import transformer_ffn_dim
-from gr.hstu import tail_if_shorter
 from gr.rotary import rotations
-from gr.sequence import SequenceInfo
+from gr.sequence import SequenceInfo, tail_if_shorter
 from kernels.hstu_layer import Attend as AttendRows
 from kernels.rotary import Rotation, rotary
 
@@ -148,7 +147,7 @@ class TransformerLayer(LayerModules):
         rotation: Rotation,
         tail_R: Tensor | None = None,
     ) -> Tensor:
-        """Return Y: (L, D), or (R, D) for the tokens `tail_R` (gr.hstu.tail_index).
+        """Return Y: (L, D), or (R, D) for the tokens `tail_R` (gr.sequence.tail_index).
 
         Args:
             x_LD: floating.

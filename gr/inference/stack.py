@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from gr.baselines.cross_attention import CrossAttentionEncoder, CrossAttentionLayer
 from gr.baselines.sasrec import SASRecEncoder, SASRecLayer
 from gr.baselines.transformer import TransformerEncoder, TransformerLayer
-from gr.hstu import HSTUEncoder, HSTULayer, attention_mask, tail_index, truncated
+from gr.hstu import HSTUEncoder, HSTULayer, attention_mask, truncated
 from gr.inference import tails
 from gr.inference.cache import KeyValueStore, LayerShape, page_bytes
 from gr.rotary import rotations
-from gr.sequence import SequenceInfo
+from gr.sequence import SequenceInfo, tail_index
 from kernels.hstu_attention import (
     AttentionMask,
     RelativeBias,
