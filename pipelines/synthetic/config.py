@@ -19,6 +19,9 @@ class DirichletConfig:
     """Categories of the items."""
     num_records: int = 1_000_000
     """Records, one user and one session each."""
+    first_record: int = 0
+    """Which record of the process is the first: that many of another log make this one what follows
+    on it, for evaluation on what no run has read. User ids count from 0 in each log."""
     length: int = 128
     """Events of each record."""
     max_categories: int = 5
@@ -41,6 +44,7 @@ class DirichletConfig:
             ("length", 1),
             ("max_categories", 1),
             ("seconds_per_record", 0),
+            ("first_record", 0),
         ):
             if getattr(self, name) < least:
                 raise ValueError(
@@ -54,6 +58,11 @@ class DirichletConfig:
         if not 0 < self.initial_fraction <= 1:
             raise ValueError(
                 f"dirichlet.initial_fraction must be in (0, 1], got {self.initial_fraction}"
+            )
+        if self.first_record and self.initial_fraction < 1:
+            raise ValueError(
+                f"dirichlet.first_record={self.first_record} needs initial_fraction=1, got "
+                f"{self.initial_fraction}: a vocabulary opens over the records of one log"
             )
         if self.max_categories > self.num_categories:
             raise ValueError(

@@ -72,7 +72,7 @@ class DirichletStream:
         categories = np.empty(c.max_categories, np.int64)
         prior = np.empty(c.max_categories)
         num, alpha, _ = _parameters(
-            U(record_key(self._seed, record)),
+            U(record_key(self._seed, c.first_record + record)),
             self.items,
             self.offsets,
             self.num_open(record),
@@ -90,11 +90,12 @@ class DirichletStream:
         for block in users:
             for begin in range(0, len(block), step):
                 records = block[begin : begin + step]
+                of_process = c.first_record + records
                 opened = np.array([self.num_open(int(r)) for r in records])
                 shape = (len(records), c.length)
                 items, categories = np.empty(shape, np.int64), np.empty(shape, np.int64)
                 _fill(
-                    records,
+                    of_process,
                     opened,
                     self._seed,
                     self.items,
@@ -106,7 +107,7 @@ class DirichletStream:
                     items,
                     categories,
                 )
-                starts = self._start_ts + records * c.seconds_per_record
+                starts = self._start_ts + of_process * c.seconds_per_record
                 times = starts[:, None] + np.arange(c.length)
                 yield Sessions(
                     user_id=records,

@@ -167,6 +167,19 @@ def test_dirichlet_items_come_back_as_often_as_defined():
     assert all(abs(z_of(*each)) < 4 for each in sums.values())
 
 
+def test_a_dirichlet_log_can_be_what_follows_on_another():
+    config = replace(DIRICHLET, initial_fraction=1.0, num_records=30)
+    (whole,) = DirichletStream(config, seed=5, start_ts=7).sessions([np.arange(30)], 10**6)
+    config = replace(config, first_record=20, num_records=10)
+    stream = DirichletStream(config, seed=5, start_ts=7)
+    (later,) = stream.sessions([np.arange(10)], 10**6)
+    for name in ("item_id", "timestamp"):
+        np.testing.assert_array_equal(getattr(later, name), getattr(whole, name)[20 * 40 :])
+    np.testing.assert_array_equal(later.user_id, np.arange(10))
+    categories, _, _ = stream.parameters(3)
+    assert set(later.columns["category"][3 * 40 : 4 * 40]) <= set(categories.tolist())
+
+
 def test_dirichlet_parameters_are_drawn_as_defined(dirichlet):
     config, _, _ = dirichlet
     stream, _, _ = make_stream(config)
@@ -443,6 +456,7 @@ def test_configurations_that_contradict_themselves(changes, message):
     ("kind", "changes", "message"),
     [
         (DirichletConfig, {"alpha": (3.0, 2.0)}, "dirichlet.alpha must be two finite numbers"),
+        (DirichletConfig, {"first_record": 9}, "first_record=9 needs initial_fraction=1, got 0.4"),
         (
             DirichletConfig,
             {"initial_fraction": 0.0},
