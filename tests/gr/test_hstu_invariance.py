@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gr.hstu
-from gr.hstu import tail_index
+from gr.sequence import tail_index
 from kernels.hstu_attention import AttentionMask, reference
 from tests.gr.hstu_oracle import make_info, make_sequences
 from tests.gr.test_hstu import DIM, OPTIONS, assert_equal_fp64, make_encoder

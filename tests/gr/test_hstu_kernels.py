@@ -7,7 +7,8 @@ import torch
 
 from gr.config import HSTUConfig, ModelConfig, TrainConfig
 from gr.config_io import load_config
-from gr.hstu import HSTUEncoder, fp8_products, tail_index
+from gr.hstu import HSTUEncoder, fp8_products
+from gr.sequence import tail_index
 from kernels.hstu_attention import hstu_attention
 from tests.checks import assert_within_reference_error
 from tests.gr import hstu_oracle

@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr.hstu import tail_index
-from gr.sequence import sequence_index, sequence_info, tail_rows
+from gr.sequence import sequence_index, sequence_info, tail_index, tail_rows
 
 
 @st.composite
