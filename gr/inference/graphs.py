@@ -222,7 +222,7 @@ class _Numbers:
         self.session_start = self._take(B)
         self.timestamp = self._take(R)
         self.query_time = self._take(R)
-        self.rows = self._take(R)
+        self.rows = self._take(R if size.keeps else 0)
         self.pages = self._take(B * size.pages // 2 + B)
         """Read as int32: more than B G of them."""
 
@@ -235,7 +235,8 @@ class _Numbers:
 
 def _total(size: Size) -> int:
     B, R = size.sequences + 1, size.rows
-    counts = (B + 1, B + 1, B, B, B, B, R, R, R, B * size.pages // 2 + B)
+    kept = R if size.keeps else 0
+    counts = (B + 1, B + 1, B, B, B, B, R, R, kept, B * size.pages // 2 + B)
     return sum(round_up(n, 16) for n in counts)
 
 
@@ -273,8 +274,12 @@ def _static(size: Size, numbers: Tensor) -> Pass:
 def _fill(out: np.ndarray, size: Size, given: Pass, rows: int) -> None:
     """Write what `_static` reads."""
     info, layout, count = given.info, given.layouts[0], len(given.info.offsets) - 1
-    out[:] = 0  # rows that are not kept go to the page of nobody
     view = _Numbers(size, out)
+    # Rows that are not kept go to the page of nobody. What is long is written once.
+    for part in (view.rows, view.offsets, view.lengths, view.first_time, view.session_start):
+        part[:] = 0
+    view.tail_offsets[:], view.num_candidates[:], view.pages[:] = 0, 0, 0
+    view.timestamp[rows:], view.query_time[rows:] = 0, 0
     view.offsets[: count + 1] = info.offsets.numpy()
     view.offsets[count + 1 : -1], view.offsets[-1] = rows, size.rows
     view.tail_offsets[1:] = TAIL * size.of_tails
