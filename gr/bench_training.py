@@ -14,6 +14,7 @@ have it), or 3.0, times those of the two products of attention over the visible 
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -203,6 +204,7 @@ def work(options: argparse.Namespace) -> None:
     wanted = ON_ONE if world.size == 1 else ON_ALL
     failed = []
     for name in options.what:
+        gc.collect()  # what the last one left, before it is kept from being collected
         try:
             with short_pauses():
                 figures = wanted[name](Bench(settings, world))
