@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from gr.sequence import SequenceInfo, tail_index
 from kernels.rotary import Rotation
@@ -60,6 +61,7 @@ class Size(NamedTuple):
 class Pass:
     """What a layer's forward pass leaves to its backward pass while both are captured."""
 
+    weights: dict[str, Tensor] = field(default_factory=dict)
     x: Tensor | None = None
     y: Tensor | None = None
     dx: Tensor | None = None
@@ -299,12 +301,20 @@ class LayerGraphs:
             source = buffers.x[:C] if number == 0 else passes[number - 1].y
             assert source is not None
             own.x = source.detach().requires_grad_()
+            # Leaves of this pass: those of the parameters may be held by DDP, which made them in
+            # another stream, and autograd would let that wait for the one that is captured.
+            own.weights = {
+                name: parameter.detach().requires_grad_()
+                for name, parameter in layer.named_parameters()
+                if parameter.requires_grad
+            }
             # Without a cache of casts: what is in it would be freed under the graph.
             is_cast = size.autocast is not None
             cast = torch.autocast(device, size.autocast, is_cast, cache_enabled=False)
             with torch.enable_grad(), cast:
                 tail_R = tail_index(info) if is_last and size.max_tail_len else None
-                own.y = layer(own.x, info, tail_R=tail_R, rotations=rotations)
+                options = {"tail_R": tail_R, "rotations": rotations}
+                own.y = functional_call(layer, own.weights, (own.x, info), options)
             if is_last:
                 buffers.y[: size.rows].copy_(own.y.detach())
 
@@ -312,17 +322,16 @@ class LayerGraphs:
 
     def _backward(self, captured: Captured, passes: list[Pass], number: int) -> Callable[[], None]:
         size, buffers = captured.size, captured.buffers
-        parameters, gradients = _learning(self.layers[number]), self.gradients[number]
-        own, C = passes[number], size.tokens
+        own, gradients, C = passes[number], self.gradients[number], size.tokens
 
         def run() -> None:
             is_last = number == size.layers - 1
             dy = buffers.dy[: size.rows] if is_last else passes[number + 1].dx
             assert own.x is not None
             assert own.y is not None
-            own.dx, *found = torch.autograd.grad(own.y, [own.x, *parameters], dy)
+            own.dx, *found = torch.autograd.grad(own.y, [own.x, *own.weights.values()], dy)
             # The memory goes back to the pool.
-            own.x = own.y = None
+            own.x, own.y, own.weights = None, None, {}
             if not is_last:
                 passes[number + 1].dx = None
             torch._foreach_copy_(gradients, found)

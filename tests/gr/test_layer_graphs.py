@@ -145,6 +145,8 @@ def test_graphs_equal_launches(options):
         config = HSTUConfig(**given, graph_tokens=graph_tokens, scaling_length=300)
         model = HSTUEncoder(ModelConfig(dim=128, num_layers=4, hstu=config)).cuda()
         models.append((model, torch.optim.AdamW(model.parameters(), lr=1e-3)))
+    # As DDP does: leaves of autograd made here, in the stream that is not captured.
+    held = [p.expand_as(p).grad_fn.next_functions[0][0] for p in models[1][0].parameters()]
     generator = torch.Generator().manual_seed(1)
     for batch in range(10):
         lengths = torch.randint(1, 300, (9 + batch % 3,), generator=generator).tolist()
@@ -174,3 +176,4 @@ def test_graphs_equal_launches(options):
     graphs = models[1][0].graphs
     assert {bool(size.max_tail_len) for size in graphs.captured} == {False, True}
     assert models[0][0].graphs is None
+    assert len(held) == len([*models[1][0].parameters()])
