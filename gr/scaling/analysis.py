@@ -27,7 +27,7 @@ from gr.scaling.points import Mean, Point, frontier, means_of
 LOG_LAW, POWER_LAW, BOTH = "a + b ln C", "E + A C^-alpha", "both, by weight"
 LEVEL = 0.9
 """Of the interval that a held-out run should lie in."""
-_AXES = {"parameters": "parameters", "tokens": "tokens", "length": "length", "rows": "rows"}
+_AXES = ("parameters", "examples", "length", "rows")
 
 
 @dataclass(frozen=True)
@@ -181,19 +181,18 @@ def _efficiency(curve: Curve, first: Curve) -> Efficiency:
 def _joint(study: ScalingConfig, curve: Curve) -> Fit | None:
     """Fit E + sum of A_i x_i^-alpha_i to all runs of a family, in the axes that vary."""
     means = [m for m in (*curve.fitted, *curve.others) if not m.held_out]
-    table = np.array(
-        [[float(getattr(m.points[0], attribute)) for attribute in _AXES.values()] for m in means]
-    )
+    table = np.array([[float(getattr(m.points[0], axis)) for axis in _AXES] for m in means])
     # Tokens of an example differ a little from run to run: an axis varies by a factor, or not.
     varied = [i for i in range(len(_AXES)) if table[:, i].max() > 1.2 * table[:, i].min()]
     if len(varied) < 2 or len(means) < 2 * len(varied) + 2 or not grow_apart(table[:, varied]):
         return None
-    names = [list(_AXES)[i] for i in varied]
+    names = [_AXES[i] for i in varied]
     sign = -1.0 if study.higher_is_better else 1.0
+    quality = sign * np.array([m.quality for m in means])
     return fit_with_intervals(
-        partial(fit_joint_law, names),
+        partial(fit_joint_law, names, has_floor=bool(quality.min() > 0)),
         table[:, varied],
-        sign * np.array([m.quality for m in means]),
+        quality,
         num_coefficients=2 * len(varied) + 1,
         resamples=min(study.bootstrap, 200),
         generator=np.random.default_rng(0),

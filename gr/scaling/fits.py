@@ -138,15 +138,17 @@ def fit_power_law(compute_P: Array, quality_P: Array) -> PowerLaw:
     return PowerLaw(E, A, float(np.exp(log_alpha)), unit)
 
 
-def fit_joint_law(names: Sequence[str], x_PX: Array, quality_P: Array) -> JointLaw:
+def fit_joint_law(
+    names: Sequence[str], x_PX: Array, quality_P: Array, *, has_floor: bool | None = None
+) -> JointLaw:
     """Return the joint law with the least squared error, all A at least 0.
-
-    E is at least 0 too where no quality is below 0, as in `fit_power_law`.
 
     Args:
         names: of the axes.
         x_PX: positive, one column an axis.
         quality_P: lower is better.
+        has_floor: whether E is at least 0 too, as in `fit_power_law`. None: where no quality is
+            below 0. A resample, whose noise may be, is told what holds for the study.
 
     Raises:
         ValueError: if an axis has fewer than two different values, or there are fewer points than
@@ -166,15 +168,21 @@ def fit_joint_law(names: Sequence[str], x_PX: Array, quality_P: Array) -> JointL
         return value
 
     low, high = np.log(ALPHAS)
+    if has_floor is None:
+        has_floor = bool(quality_P.min() > 0)
     bounds = (
-        [0.0 if quality_P.min() > 0 else -np.inf, *[-np.inf] * axes, *[low] * axes],
+        [0.0 if has_floor else -np.inf, *[-np.inf] * axes, *[low] * axes],
         [np.inf, *[np.inf] * axes, *[high] * axes],
     )
     starts = [np.log(alpha) for alpha in (0.05, 0.3, 1.0)]
     solutions = [
         least_squares(
             residuals,
-            [float(quality_P.min()), *[np.log(spread)] * axes, *[start] * axes],
+            [
+                max(float(quality_P.min()), 0.0 if has_floor else -np.inf),
+                *[np.log(spread)] * axes,
+                *[start] * axes,
+            ],
             bounds=bounds,
         )
         for start in starts

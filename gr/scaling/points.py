@@ -37,6 +37,15 @@ class Point:
     quality: float
     """The study's metric."""
 
+    @property
+    def examples(self) -> float:
+        """Trained on: sessions with their histories.
+
+        What is new to a run grows with these, not with its tokens, most of which are histories,
+        read again by every later example of their user.
+        """
+        return self.tokens / max(self.length, 1.0)
+
 
 @dataclass(frozen=True)
 class Mean:

@@ -92,7 +92,7 @@ def _tables(study: ScalingConfig, analysis: Analysis) -> str:
         sign = "minus " if study.higher_is_better else ""
         sections.append(
             f"Joint law of {family}, {sign}{study.metric} = E + sum of A (x / x0)^-alpha: "
-            f"{_coefficients(fit)}."
+            f"{_coefficients(fit)}; error of a point {fit.sigma:.2g}."
         )
     return "\n\n".join(sections)
 
@@ -226,6 +226,14 @@ def _record(study: ScalingConfig, analysis: Analysis) -> dict[str, Any]:
             for p in curve.predictions
         ],
         "efficiencies": [asdict(e) for e in analysis.efficiencies],
+        "joint": {
+            family: {
+                "coefficients": fit.law.coefficients,
+                "intervals_95": {n: fit.interval(n) for n in fit.law.coefficients},
+                "sigma": fit.sigma,
+            }
+            for family, fit in analysis.joint.items()
+        },
     }
 
 

@@ -118,6 +118,7 @@ def test_the_floor_of_a_joint_law_is_not_below_zero():
     y = 1.5 - 0.04 * np.log(x[:, 0]) - 0.02 * np.log(x[:, 1])
     assert fit_joint_law(("n", "d"), x, y).E >= 0
     assert fit_joint_law(("n", "d"), x, y - 2).E < 0  # as of a metric where more is better
+    assert fit_joint_law(("n", "d"), x, y - 2, has_floor=True).E >= 0  # a resample of the first
 
 
 def test_intervals_of_a_line_are_the_t_intervals():

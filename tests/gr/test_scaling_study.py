@@ -240,7 +240,7 @@ def test_a_joint_law_of_a_grid_and_none_of_a_ladder(study):
                 flops=n * length,
                 parameters=n,
                 rows=100,
-                tokens=1000,
+                tokens=int(1000 * length),
                 length=length,
                 seconds=1.0,
                 quality=0.5 + 0.2 * (n / 1e5) ** -0.4 + 0.1 * (length / 64) ** -0.5,
