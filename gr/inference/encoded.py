@@ -5,8 +5,10 @@ Everything here is in host memory, but for user vectors and the store.
 Letters: B requests, L tokens, R new tokens of a pass.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,20 +37,32 @@ class StackCache:
     """(B,) int64 s: of the first token."""
 
 
-@dataclass
-class Part:
-    """Requests that went through the layers together."""
+class Behind(NamedTuple):
+    """What candidates of some requests find in front of them."""
 
-    chosen: Ints
-    """(n,) int64: which."""
     stacks: list[StackCache]
     """Of the encoder; of a mixture one each."""
     before: Before
     """The whole sequences in front of the candidates, without their context tokens."""
     session_start: Tensor
     """(n,) int64: index of the first token of the session, which the candidates are of."""
+
+
+@dataclass
+class Part:
+    """Requests that went through the layers together."""
+
+    chosen: Ints
+    """(n,) int64: which."""
+    made: Callable[[], Behind]
+    """Makes `behind`, which nobody reads where the candidates have been scored already."""
     is_scored: bool = False
     """Whether `Scorer.answer` made the candidates' rows with the histories."""
+
+    @functools.cached_property
+    def behind(self) -> Behind:
+        """What is in front of candidates."""
+        return self.made()
 
 
 @dataclass
@@ -70,6 +84,17 @@ class EncodedHistory:
     def has_history(self) -> Tensor:
         """(B,) bool, on the host: whether there is an event to predict from."""
         return torch.from_numpy(self.requests.counts > 0)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the model says about candidates."""
+
+    ranking: dict[str, Tensor]
+    """Task -> (M,) float32: the logit of a binary task, the transformed value of another; in the
+    order of the candidates, request after request."""
+    counts: Ints
+    """(B,) int64: candidates of each request."""
 
 
 @dataclass(frozen=True)

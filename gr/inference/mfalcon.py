@@ -13,7 +13,7 @@ Source: HSTU (arXiv 2402.17152), section 3.4 and appendix H.
 
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from gr.config import TrainConfig
 from gr.hstu import kept_history
 from gr.inference.encoded import (
+    Behind,
     EncodedHistory,
     Part,
     behind_cache,
@@ -33,6 +34,7 @@ from gr.inference.encoded import (
     part_of,
     read_structure,
 )
+from gr.inference.encoded import Scores as Scores
 from gr.inference.graphs import PassGraphs, runs_alike
 from gr.inference.lookup import Lookup as Lookup
 from gr.inference.lookup import trainer_lookup as trainer_lookup
@@ -55,17 +57,6 @@ MICROBATCH_ON_GPU = 16384
 laid out once a microbatch."""
 Scored = tuple[Ints, dict[str, Tensor]]
 """Which candidates, and of each task their scores."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What the model says about candidates."""
-
-    ranking: dict[str, Tensor]
-    """Task -> (M,) float32: the logit of a binary task, the transformed value of another; in the
-    order of the candidates, request after request."""
-    counts: Ints
-    """(B,) int64: candidates of each request."""
 
 
 class Scorer:
@@ -133,6 +124,7 @@ class Scorer:
                     stores[0],
                     rows,
                     windowed=self.windowed_candidates,
+                    evaluating=self.passes.evaluating,
                 )
 
     def refresh(self) -> None:
@@ -151,7 +143,7 @@ class Scorer:
         Raises:
             ValueError: for an id outside a static table.
         """
-        with self.passes.evaluating():
+        with torch.no_grad():
             return self._encode(requests, None, 0)[0]
 
     def answer(
@@ -171,7 +163,7 @@ class Scorer:
             ValueError: as both of them.
         """
         microbatch = self._checked(requests, candidates, microbatch)
-        with self.passes.evaluating():
+        with torch.no_grad():
             history, scored = self._encode(requests, candidates, microbatch)
             return history, self._score(history, candidates, microbatch, scored)
 
@@ -195,7 +187,7 @@ class Scorer:
                 microbatch is not positive, or an id is outside a static table.
         """
         microbatch = self._checked(history.requests, candidates, microbatch)
-        with self.passes.evaluating():
+        with torch.no_grad():
             return self._score(history, candidates, microbatch, [])
 
     def _checked(self, requests: Requests, candidates: Candidates, microbatch: int | None) -> int:
@@ -271,17 +263,30 @@ class Scorer:
         items = self.encoder.no_item(requests) if items is None else items
         if users:
             first = np.array([len(x.ints) for x in users])
-            known = [x.known for x in users]
-            requests, items = self.encoder.after(requests, first, known, items)
-        stores, pages = plan.pages_of(chosen, self.passes.new_stores)
-        size = None
+            requests, items = self.encoder.after(requests, first, [x.known for x in users], items)
         if users and self.next is not None:
             size = self.next.takes(users, requests, items)
-        if size is not None and self.next is not None:
-            found = self.next.run(size, chosen, users, pages[0], requests, items)
-            if found is not None:
-                plan.keep_next(chosen, requests)
-                return found
+            if size is not None:
+                pages = plan.pages_of(chosen, self.passes.new_stores)[1][0]
+                found = self.next.run(size, chosen, users, pages, requests, items)
+                if found is not None:
+                    plan.keep_next(chosen, requests)
+                    return found
+        with self.passes.evaluating():
+            return self._through_layers(plan, chosen, requests, items, is_asked=is_asked)
+
+    def _through_layers(
+        self,
+        plan: Plan,
+        chosen: Ints,
+        requests: Requests,
+        items: Candidates,
+        *,
+        is_asked: bool,
+    ) -> tuple[Part, Tensor | None, dict[str, Tensor]]:
+        """Return what `_encode_part` does of requests, or what follows their cached events."""
+        users = plan.users_of(chosen)
+        stores, pages = plan.pages_of(chosen, self.passes.new_stores)
         before = behind_cache(users, self.encoder.num_context) if users else None
         batch = self.encoder.batch(requests, items)
         host = read_structure(
@@ -289,8 +294,7 @@ class Scorer:
         )
         x_LD = self.passes.tokens(batch, host)
         new = new_tokens(host, users)
-        y_RD, y_MD, caches = [], [], []
-        windowed = self.windowed_candidates
+        y_RD, y_MD, caches, windowed = [], [], [], self.windowed_candidates
         for stack, mine, store, own in zip(self.stacks, new, stores, pages, strict=True):
             given, cache, rows = history_pass(mine, store, own, stack.layouts, windowed=windowed)
             x_RD = x_LD if not self.groups and not users else self.passes.rows(x_LD, mine.tokens)
@@ -298,14 +302,13 @@ class Scorer:
             y_RD.append(self.passes.rows(y, rows))
             y_MD.append(self.passes.rows(y, item_rows(given)))
             caches.append(cache)
-        part = Part(chosen, caches, *history_end(batch, before))
+        behind = Behind(caches, *history_end(batch, before))
+        part = Part(chosen, lambda: behind)
         plan.keep(chosen, batch, new, part)
-        vectors, ranking = None, {}
+        vectors = None
         if self.model.retrieval is not None:
             vectors = self.model.retrieval(torch.cat(y_RD, 1))
-        if is_asked:
-            ranking = self._ranked(torch.cat(y_MD, 1))
-        return part, vectors, ranking
+        return part, vectors, self._ranked(torch.cat(y_MD, 1)) if is_asked else {}
 
     def _ranked(self, y_MD: Tensor) -> dict[str, Tensor]:
         assert self.model.ranking is not None
@@ -328,9 +331,11 @@ class Scorer:
             if len(asked) and not (is_answer and part.is_scored):
                 chosen = part.chosen[asked]
                 items, mine = candidates.rows_of(chosen), candidates.of(chosen)
-                made = list(self._score_part(history, part, asked, mine, microbatch))
+                with self.passes.evaluating():
+                    made = list(self._score_part(history, part, asked, mine, microbatch))
+                    ranking = self._ranked(torch.cat([y for _, y in made]))
                 rows = torch.cat([rows for rows, _ in made]).numpy()
-                scored = [*scored, (items[rows], self._ranked(torch.cat([y for _, y in made])))]
+                scored = [*scored, (items[rows], ranking)]
         names = self.config.data.tasks
         if not scored:
             nothing = torch.zeros(0, device=self.device)
@@ -362,10 +367,10 @@ class Scorer:
         requests = history.requests.without_events(part.chosen[asked])
         batch = self.encoder.batch(requests, candidates)
         rows_B = torch.from_numpy(asked)
-        before = part.before.of(rows_B)
+        before = part.behind.before.of(rows_B)
         info = replace(
             read_structure(batch, before=before),
-            session_start=part.session_start[rows_B] - before.num_tokens,
+            session_start=part.behind.session_start[rows_B] - before.num_tokens,
         )
         x_LD = self.passes.tokens(batch, info)
         first_B = batch.offsets[:-1] + batch.num_context
@@ -378,7 +383,7 @@ class Scorer:
             rows_R, mine = part_of(info, first_B + begin, counts_B)
             if not torch.equal(counts_B, last_B):  # else all but the items is what it was
                 passes, last_B = [], counts_B
-                for cache in part.stacks:
+                for cache in part.behind.stacks:
                     given = candidate_pass(mine, cache, rows_B, windowed=self.windowed_candidates)
                     passes.append(given)
             runs = runs_alike(candidates.counts, begin, microbatch) if self.passes.graphs else 1
@@ -387,7 +392,7 @@ class Scorer:
             x_RD = self.passes.rows(x_LD, rows_R)
             y_RD = [
                 self.passes.run(stack, x_RD, given, cache.store, runs)
-                for stack, given, cache in zip(self.stacks, passes, part.stacks, strict=True)
+                for stack, given, cache in zip(self.stacks, passes, part.behind.stacks, strict=True)
             ]
             begin += runs * microbatch
             shift_R = torch.repeat_interleave(first_B - starts_B, runs * counts_B)

@@ -24,6 +24,9 @@ from pipelines.history import TIMESTAMP, Ints
 Places = tuple[dict[str, tuple[slice, tuple[int, ...]]], int]
 """Name of a part -> where it is in an array and its shape; length of the array."""
 
+MOST_LAYOUTS = 256
+"""Kept: of requests that come one at a time there is one for each number of events and items."""
+
 
 class NextSize(NamedTuple):
     """What a graph is captured for."""
@@ -43,8 +46,28 @@ class Staged:
     numbers: Tensor
     view: dict[str, Any]
     """Parts of it, of numpy."""
-    copied: torch.cuda.Event | None
-    """After which it may be written to again; None: not on a GPU."""
+    stream: torch.cuda.Stream | None = None
+    """That copies it, of the last requests."""
+
+
+@dataclass
+class Layout:
+    """Where the tokens of requests with so many events and candidates stand: the same for all."""
+
+    numbers: Ints
+    """The whole array, zero where requests differ."""
+    events: Ints
+    """Which of the items are events."""
+    candidates: Ints
+    """Which are candidates."""
+    tokens: Ints
+    owners: Ints
+    """Of each new token of a history: its place in the batch, its request."""
+    candidate_token: Ints
+    """(M,)"""
+    starts: Ints
+    """First token of each request."""
+    ends: Ints
 
 
 class NextNumbers:
@@ -70,13 +93,12 @@ class NextNumbers:
         self.rows, self.columns = rows, columns
         self.per_event, self.num_signals, self.on_gpu = per_event, num_signals, on_gpu
         self._staged: OrderedDict[NextSize, Staged] = OrderedDict()
+        self._layouts: OrderedDict[tuple[NextSize, bytes], Layout] = OrderedDict()
 
-    def copied_to(self, size: NextSize, target: Tensor, numbers: Tensor) -> None:
-        """Copy what was written for a size to the device, and go on."""
-        target.copy_(numbers, non_blocking=True)
-        copied = self._staged[size].copied
-        if copied is not None:
-            copied.record()
+    def is_read(self, size: NextSize) -> None:
+        """Note that the current stream reads what was written last for a size."""
+        if self.on_gpu:
+            self._staged[size].stream = torch.cuda.current_stream()
 
     def views(self, size: NextSize, numbers: Any) -> dict[str, Any]:
         """Return the parts of the one array that a graph reads, of numpy or of torch."""
@@ -89,8 +111,9 @@ class NextNumbers:
         R = size.events * self.per_event + size.items
         shapes: dict[str, tuple[int, ...]] = {
             "offsets": (B + 1,),
-            **dict.fromkeys(("candidates", "cached", "first_time", "session", "last_row"), (B,)),
-            **dict.fromkeys(("before", "whole_first_time", "last_time"), (B,)),
+            **dict.fromkeys(("candidates", "session", "last_row"), (B,)),
+            # cached, before, first_time, whole_first_time, last_time
+            "state": (5, round_up(B, 16)),
             **dict.fromkeys(("kind", "time", "query_time", "kept", "places"), (R,)),
             "rows": (len(self.columns), items),
             "item_token": (items,),
@@ -110,18 +133,73 @@ class NextNumbers:
         """Return host memory for requests of a size, which may be written to."""
         staged = self._staged.get(size)
         if staged is None:
-            on_gpu = self.on_gpu
             length = self._places(size)[1]
-            numbers = torch.zeros(length, dtype=torch.int64, pin_memory=on_gpu)
+            numbers = torch.zeros(length, dtype=torch.int64, pin_memory=self.on_gpu)
             view = self.views(size, numbers.numpy()) | {"all": numbers.numpy()}
-            staged = Staged(numbers, view, torch.cuda.Event() if on_gpu else None)  # type: ignore[no-untyped-call]
-            self._staged[size] = staged
+            staged = self._staged[size] = Staged(numbers, view)
             if len(self._staged) > MAX_GRAPHS:
                 self._staged.popitem(last=False)
         self._staged.move_to_end(size)
-        if staged.copied is not None:
-            staged.copied.synchronize()
+        if staged.stream is not None:
+            staged.stream.synchronize()
         return staged
+
+    def _layout(self, size: NextSize, events_B: Ints, items_B: Ints) -> Layout:
+        """Return where the tokens of requests stand, of so many events and candidates each."""
+        key = size, events_B.tobytes() + items_B.tobytes()
+        layout = self._layouts.get(key)
+        if layout is None:
+            layout = self._layouts[key] = self._new_layout(size, events_B, items_B)
+            if len(self._layouts) > MOST_LAYOUTS:
+                self._layouts.popitem(last=False)
+        self._layouts.move_to_end(key)
+        return layout
+
+    def _new_layout(self, size: NextSize, events_B: Ints, items_B: Ints) -> Layout:
+        numbers = np.zeros(self._places(size)[1], np.int64)
+        view, per_event = self.views(size, numbers), self.per_event
+        B, E, M, R = len(events_B), int(events_B.sum()), int(items_B.sum()), len(view["kind"])
+        ends_B = np.cumsum(events_B * per_event + items_B)
+        starts_B = ends_B - events_B * per_event - items_B
+        rows = int(ends_B[-1])
+        view["offsets"][1 : B + 1], view["offsets"][B + 1 :] = ends_B, rows
+        view["offsets"][-1] = R
+        view["candidates"][:B], view["candidates"][-1] = items_B, R - rows
+        view["last_row"][:B] = ends_B - items_B - 1
+
+        # Events and candidates of one request after the other, then what is left over.
+        counts_B = events_B + items_B
+        owner_I = np.repeat(np.arange(B), counts_B)
+        place_I = np.arange(E + M) - np.repeat(np.cumsum(counts_B) - counts_B, counts_B)
+        is_event_I = place_I < events_B[owner_I]
+        token_I = starts_B[owner_I] + place_I
+        if per_event > 1:
+            token_I += np.minimum(place_I, events_B[owner_I])
+        event_E, item_M = np.flatnonzero(is_event_I), np.flatnonzero(~is_event_I)
+        left = size.events - E
+        item_token, action_token = view["item_token"], view["action_token"]
+        item_token[: E + M] = token_I
+        item_token[E + M : E + M + left] = np.arange(rows, rows + left * per_event, per_event)
+        item_token[E + M + left :] = np.arange(rows + left * per_event, R)
+        action_token[:E] = token_I[event_E]
+        action_token[E:] = item_token[E + M : E + M + left]
+        kind = view["kind"]
+        kind[:] = TokenKind.CANDIDATE
+        kind[action_token] = TokenKind.ITEM if per_event > 1 else TokenKind.EVENT
+        if per_event > 1:
+            action_token += 1
+            kind[action_token] = TokenKind.ACTION
+        view["candidate_rows"][:M] = token_I[item_M]
+        return Layout(
+            numbers=numbers,
+            events=event_E,
+            candidates=item_M,
+            tokens=np.flatnonzero(kind[:rows] != TokenKind.CANDIDATE),
+            owners=np.repeat(np.arange(B), events_B * per_event),
+            candidate_token=token_I[item_M],
+            starts=starts_B,
+            ends=ends_B,
+        )
 
     def written(
         self,
@@ -141,49 +219,17 @@ class NextNumbers:
             requests: likewise.
             items: likewise.
         """
+        layout = self._layout(size, requests.counts, items.counts)
         staged = self._staging(size)
-        view, per_event = staged.view, self.per_event
-        view["all"][:] = 0
-        B, E, M, R = state.shape[1], len(requests.ints), len(items.ints), len(view["kind"])
-        events_B, items_B = requests.counts, items.counts
-        ends_B = np.cumsum(events_B * per_event + items_B)
-        starts_B = ends_B - events_B * per_event - items_B
-        rows = int(ends_B[-1])
-        view["offsets"][1 : B + 1], view["offsets"][B + 1 :] = ends_B, rows
-        view["offsets"][-1] = R
-        view["candidates"][:B], view["candidates"][-1] = items_B, R - rows
-        view["last_row"][:B] = ends_B - items_B - 1
-        names = ("cached", "before", "first_time", "whole_first_time", "last_time")
-        for name, values in zip(names, state, strict=True):
-            view[name][:B] = values
-
-        # Events and candidates of one request after the other, then what is left over.
-        counts_B = events_B + items_B
-        owner_I = np.repeat(np.arange(B), counts_B)
-        place_I = np.arange(E + M) - np.repeat(np.cumsum(counts_B) - counts_B, counts_B)
-        is_event_I = place_I < events_B[owner_I]
-        token_I = starts_B[owner_I] + place_I
-        if per_event > 1:
-            token_I += np.minimum(place_I, events_B[owner_I])
-        event_E, item_M = np.flatnonzero(is_event_I), np.flatnonzero(~is_event_I)
-        left = size.events - E
-        item_token, action_token = view["item_token"], view["action_token"]
-        item_token[: E + M] = token_I
-        item_token[E + M : E + M + left] = np.arange(rows, rows + left * per_event, per_event)
-        item_token[E + M + left :] = np.arange(rows + left * per_event, R)
-        action_token[:E] = token_I[event_E]
-        action_token[E:] = item_token[E + M : E + M + left]
-        kind, time = view["kind"], view["time"]
-        kind[:] = TokenKind.CANDIDATE
-        kind[action_token] = TokenKind.ITEM if per_event > 1 else TokenKind.EVENT
-        if per_event > 1:
-            action_token += 1
-            kind[action_token] = TokenKind.ACTION
-        candidate_token = token_I[item_M]
-        view["candidate_rows"][:M] = candidate_token
-        token_H = np.flatnonzero(kind[:rows] != TokenKind.CANDIDATE)
+        view, per_event, B = staged.view, self.per_event, state.shape[1]
+        view["all"][:] = layout.numbers
+        view["state"][:, :B] = state
+        token_H, owner_H, time = layout.tokens, layout.owners, view["time"]
         time[token_H] = np.repeat(requests.ints[:, TIMESTAMP], per_event)
-        time[candidate_token] = np.repeat(requests.time, items_B)
+        time[layout.candidate_token] = np.repeat(requests.time, items.counts)
+        rows, last_B = int(layout.ends[-1]), layout.ends - 1
+        view["query_time"][: rows - 1] = time[1:rows]
+        view["query_time"][last_B] = time[last_B]
 
         # New tokens may go to pages behind those that are read.
         table = np.zeros((B, max(len(mine) for mine in pages)), np.int64)
@@ -192,17 +238,16 @@ class NextNumbers:
         used = min(size.pages, table.shape[1])
         of_graph = view["pages"].view(np.int32)[: B * size.pages].reshape(B, size.pages)
         of_graph[:, :used] = table[:, :used]
-        owner_H = np.repeat(np.arange(B), events_B * per_event)
-        page_H, row_H = np.divmod((state[0] - starts_B)[owner_H] + token_H, PAGE)
+        page_H, row_H = np.divmod((state[0] - layout.starts)[owner_H] + token_H, PAGE)
         view["kept"][token_H] = table[owner_H, page_H] * PAGE + row_H
-        view["places"][token_H] = (state[1] - starts_B)[owner_H] + token_H
-        view["places"][candidate_token] = np.repeat(state[1] + events_B * per_event, items_B)
-        view["query_time"][: rows - 1] = time[1:rows]
-        view["query_time"][ends_B - 1] = time[ends_B - 1]
+        view["places"][token_H] = (state[1] - layout.starts)[owner_H] + token_H
+        ends_B = state[1] + requests.counts * per_event
+        view["places"][layout.candidate_token] = np.repeat(ends_B, items.counts)
 
-        ids_I = np.empty(E + M, np.int64)
+        ids_I = np.empty(len(requests.ints) + len(items.ints), np.int64)
         for number, (feature, column) in enumerate(self.columns.items()):
-            ids_I[event_E], ids_I[item_M] = requests.ints[:, column], items.ints[:, column]
-            view["rows"][number, : E + M] = self.rows.rows_of(feature, ids_I)
-        view["codes"][:E] = requests.codes[:, : self.num_signals]
+            ids_I[layout.events] = requests.ints[:, column]
+            ids_I[layout.candidates] = items.ints[:, column]
+            view["rows"][number, : len(ids_I)] = self.rows.rows_of(feature, ids_I)
+        view["codes"][: len(requests.ints)] = requests.codes[:, : self.num_signals]
         return staged.numbers

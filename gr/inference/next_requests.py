@@ -10,7 +10,8 @@ candidates, R rows (tokens), F features, S action signals, G pages of a sequence
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from gr.config import TrainConfig
 from gr.inference.cache import KeyValueStore
-from gr.inference.encoded import Part, StackCache
+from gr.inference.encoded import Behind, Part, StackCache
 from gr.inference.graphs import (
     MAX_GRAPHS,
     MOST_ROWS,
@@ -48,6 +49,8 @@ class Captured:
     """A graph and the memory that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
+    host: Tensor
+    """Where its first node copies the numbers from."""
     numbers: Tensor
     found: tuple[Tensor | None, Tensor | None]
 
@@ -62,6 +65,7 @@ class NextRequests:
         store: holds what is cached.
         rows: of the features of items.
         windowed: whether a window applies to candidates.
+        evaluating: context in which the model is evaluated.
     """
 
     def __init__(
@@ -73,7 +77,9 @@ class NextRequests:
         rows: LocalRows,
         *,
         windowed: bool,
+        evaluating: Callable[[], AbstractContextManager[None]],
     ) -> None:
+        self.evaluating = evaluating
         self.model, self.encoder, self.stack, self.store = model, encoder, stack, store
         self.rows, self.windowed = rows, windowed
         self.per_event = token_counts(encoder.data).per_history_event
@@ -141,13 +147,17 @@ class NextRequests:
         except ValueError:
             return None
         vectors, ranking = self._found(size, numbers)
-        added_B = self.per_event * requests.counts
-        lengths_B, whole_B = (torch.from_numpy(x + added_B) for x in state[:2])
-        first_time, whole_first_time = (torch.from_numpy(x.copy()) for x in state[2:4])
-        last_time = torch.from_numpy(requests.ints[np.cumsum(requests.counts) - 1, TIMESTAMP])
-        before = Before(whole_B - self.encoder.num_context, whole_first_time, last_time)
-        cache = StackCache(self.store, pages, lengths_B[None], first_time)
-        part = Part(chosen, [cache], before, whole_B)
+
+        def behind() -> Behind:
+            added_B = self.per_event * requests.counts
+            lengths_B, whole_B = (torch.from_numpy(x + added_B) for x in state[:2])
+            first_time, whole_first_time = (torch.from_numpy(x.copy()) for x in state[2:4])
+            last_time = torch.from_numpy(requests.ints[np.cumsum(requests.counts) - 1, TIMESTAMP])
+            before = Before(whole_B - self.encoder.num_context, whole_first_time, last_time)
+            cache = StackCache(self.store, pages, lengths_B[None], first_time)
+            return Behind([cache], before, whole_B)
+
+        part = Part(chosen, behind)
         # The memory of graphs is shared: the next one may write over it.
         outputs: dict[str, Tensor] = {}
         if ranking is not None and self.model.ranking is not None:
@@ -171,22 +181,32 @@ class NextRequests:
     def _found(self, size: NextSize, numbers: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return what `_compute` does of numbers in host memory."""
         captured = self._graphs.get(size)
-        if captured is None:
-            on_device = numbers.to(self.store.k[0].device)
-            graph, found = captured_graph(lambda: self._compute(size, on_device), self._pool)
-            self._pool = graph.pool()
-            captured = self._graphs[size] = Captured(graph, on_device, found)
+        if captured is None or captured.host is not numbers:
+            captured = self._graphs[size] = self._capture(size, numbers)
             if len(self._graphs) > MAX_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(size)
-        self.numbers.copied_to(size, captured.numbers, numbers)
         captured.graph.replay()
+        self.numbers.is_read(size)
         return captured.found
+
+    def _capture(self, size: NextSize, numbers: Tensor) -> Captured:
+        on_device = numbers.to(self.store.k[0].device)
+
+        def compute() -> tuple[Tensor | None, Tensor | None]:
+            on_device.copy_(numbers, non_blocking=True)
+            return self._compute(size, on_device)
+
+        with self.evaluating():
+            graph, found = captured_graph(compute, self._pool)
+        self._pool = graph.pool()
+        return Captured(graph, numbers, on_device, found)
 
     def _compute(self, size: NextSize, numbers: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return user vectors, and (tasks, candidates) what ranking says."""
         model, view = self.model, self.numbers.views(size, numbers)
         R, B = len(view["kind"]), size.sequences + 1
+        cached, before, first_time, whole_first_time, last_time = view["state"][:, :B]
         batch = _batch(view)
         info = SequenceInfo(
             offsets=view["offsets"],
@@ -200,14 +220,14 @@ class NextRequests:
             num_context=0,
             num_candidates=view["candidates"],
             num_rows=R,
-            before=Before(view["before"], view["whole_first_time"], view["last_time"]),
+            before=Before(before, whole_first_time, last_time),
             places=view["places"],
         )
         rows = {f: self.rows.vectors(f, view["rows"][i]) for i, f in enumerate(self.columns)}
         known_places = view["item_token"], view["action_token"]
         x_RD = model.encoding(model.tokens(batch, rows, known_places=known_places), info)
-        own = Before(view["cached"], view["first_time"], view["first_time"])
-        layout = Layout(0, view["cached"], size.pages * PAGE, rows=view["kept"])
+        own = Before(cached, first_time, first_time)
+        layout = Layout(0, cached, size.pages * PAGE, rows=view["kept"])
         given = Pass(
             replace(info, num_context=self.encoder.num_context, before=own, places=None),
             view["pages"].view(torch.int32)[: B * size.pages].view(B, size.pages),

@@ -146,7 +146,7 @@ class Plan:
                 lengths=lengths,
                 pages=self._pages.pop(b) if old is None else old.pages,
                 first_time=[int(each.first_time[i]) for each in new],
-                whole_first_time=int(part.before.first_time[i]),
+                whole_first_time=int(part.behind.before.first_time[i]),
                 last_time=last_time,
                 known=self.encoder.known_before_last(requests, b),
             )

@@ -250,11 +250,12 @@ class RequestEncoder:
                 both = np.concatenate([own, items.ints[mine]])
                 hide_repeated(both, self.encoder.series_slots, known[b])
                 ints[b], items.ints[mine] = both[: len(own)], both[len(own) :]
+        codes = [requests.codes[x] for x in new]
         suffix = replace(
             requests,
             counts=requests.counts - first,
-            ints=np.concatenate(ints),
-            codes=np.concatenate([requests.codes[x] for x in new]),
+            ints=ints[0] if len(ints) == 1 else np.concatenate(ints),
+            codes=codes[0] if len(codes) == 1 else np.concatenate(codes),
         )
         return suffix, items
 

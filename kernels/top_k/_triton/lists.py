@@ -14,7 +14,7 @@ SUPER = 64
 """Consecutive groups of which the largest score makes the bound."""
 SPARE = 64
 """A list has room for 2 k + SPARE."""
-PICKED = 8
+PICKED = 16
 """Super groups that one program looks through."""
 SHARES = 32
 """Programs that score the listed groups of a query."""

@@ -99,12 +99,12 @@ def top_k(
             torch.full(shape, -torch.inf, device=items_ED.device),
             torch.full(shape, -1, dtype=torch.int64, device=items_ED.device),
         )
+    if len(queries_QD) <= QUERIES_AT_A_TIME:
+        return _top_k(queries_QD, items_ED, k, is_item_E)
     parts = [
         _top_k(queries_QD[first : first + QUERIES_AT_A_TIME], items_ED, k, is_item_E)
         for first in range(0, len(queries_QD), QUERIES_AT_A_TIME)
     ]
-    if len(parts) == 1:
-        return parts[0]
     return torch.cat([scores for scores, _ in parts]), torch.cat([rows for _, rows in parts])
 
 

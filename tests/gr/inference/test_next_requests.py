@@ -44,7 +44,8 @@ class Computed(NextRequests):
 
     def _found(self, size, numbers):
         self.count += 1
-        return self._compute(size, numbers)
+        with self.evaluating():
+            return self._compute(size, numbers)
 
 
 def rows_for(config, model, scorer):
@@ -74,7 +75,7 @@ def make_scorer(config, pages):
         return None
     scorer.next = Computed(
         model, scorer.encoder, scorer.stacks[0], scorer.users.stores[0], rows,
-        windowed=scorer.windowed_candidates,
+        windowed=scorer.windowed_candidates, evaluating=scorer.passes.evaluating,
     )  # fmt: skip
     return scorer
 

@@ -31,7 +31,7 @@ def keys_and_values(scorer, world):
     (part,) = encoded.parts
     assert requests.counts[0] * 2 <= world.encoder.data.max_history_tokens
     found = []
-    for stack in part.stacks:
+    for stack in part.behind.stacks:
         for layer, (k, v) in enumerate(zip(stack.store.k, stack.store.v, strict=True)):
             layout = int(layer >= scorer.stacks[0].first_truncated)
             length = int(stack.lengths[layout, 0])
