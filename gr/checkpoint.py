@@ -145,10 +145,11 @@ class CheckpointManager:
         if self._host is None:
             self._write(tensors, record, folders)
             return path
-        copies = self._host.copy(tensors)
+        host, copies = self._host, self._host.copy(tensors)
 
         def write() -> None:
             try:
+                host.wait()
                 self._write(copies, record, folders)
             except BaseException as error:  # whatever it is, `wait` must not take it for success
                 self._failure = error

@@ -25,6 +25,7 @@ class HostCopy:
 
     def __init__(self) -> None:
         self._rooms: dict[bool, Room] = {}
+        self._event: torch.cuda.Event | None = None
 
     def reserve(self, tensors: Tensors) -> None:
         """Make room for tensors like these: to lock the pages of gigabytes takes a second.
@@ -44,7 +45,9 @@ class HostCopy:
                 self._rooms[from_gpu] = Room(size, is_pinned=from_gpu)
 
     def copy(self, tensors: Tensors) -> Tensors:
-        """Return the tensors as they are now; valid until the next call.
+        """Return the tensors as they are now: whole after `wait`, valid until the next call.
+
+        A GPU copies before it does what it is asked for later, so that training may go on at once.
 
         Args:
             tensors: plain or ShardedTensor, by key; of a ShardedTensor the local shards are copied.
@@ -58,8 +61,14 @@ class HostCopy:
             else:
                 copies[key] = self._one(tensor)
         if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
+            self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            self._event.record()  # type: ignore[no-untyped-call]
         return copies
+
+    def wait(self) -> None:
+        """Wait until a GPU has copied what `copy` returned; any thread may."""
+        if self._event is not None:
+            self._event.synchronize()  # type: ignore[no-untyped-call]
 
     def _one(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()

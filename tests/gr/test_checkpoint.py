@@ -173,6 +173,7 @@ def test_copies_on_the_host_are_whole_and_in_one_place(saves):
             full = torch.randint(0, 2, [*shape, 2 if is_strided else 1]).to(dtype) * (number + 1)
             tensors[str(i)] = full[..., 0]
         copies = host.copy(tensors)
+        host.wait()
         places = [Room.find(copies[key]) for key in tensors]
         for place, (key, tensor) in zip(places, tensors.items(), strict=True):
             assert torch.equal(copies[key], tensor)
@@ -184,6 +185,17 @@ def test_copies_on_the_host_are_whole_and_in_one_place(saves):
             if tensor.numel()
         )
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(ends))
+
+
+@pytest.mark.gpu
+def test_what_a_gpu_does_after_a_copy_is_not_in_it():
+    host = HostCopy()
+    x = torch.arange(1 << 24, device="cuda")
+    for number in range(3):
+        copies = host.copy({"x": x})
+        x += 1  # the host has not waited
+        host.wait()
+        assert torch.equal(copies["x"], torch.arange(1 << 24) + number)
 
 
 def test_load_gives_what_was_saved_in_place(manager):
