@@ -133,8 +133,10 @@ class LayerGraphs:
         """Of the largest size so far."""
         self.structures: dict[int, Structure] = {}
         """By S."""
+        self.learning: list[list[Tensor]] = []
+        """Parameters of each layer that learn, as of the first call."""
         self.gradients: list[list[Tensor]] = []
-        """Of each layer's parameters that learn, in their order."""
+        """Of these, in their order."""
         self.pool: Any = None
         self.stream: torch.cuda.Stream | None = None
         """In which passes are captured."""
@@ -171,8 +173,8 @@ class LayerGraphs:
         self.generation += 1
         chain, R = x_LD, info.num_rows if of_tails else x_LD.shape[0]
         for number in range(num_layers):
-            parameters = _learning(self.layers[number])
-            chain = _Replay.apply(self, captured, number, R, chain, *parameters)  # type: ignore[no-untyped-call]
+            learning = self.learning[number]
+            chain = _Replay.apply(self, captured, number, R, chain, *learning)  # type: ignore[no-untyped-call]
         return chain
 
     def _size(self, x_LD: Tensor, info: SequenceInfo, num_layers: int, of_tails: bool) -> Size:
@@ -198,9 +200,7 @@ class LayerGraphs:
 
     def keep_gradients(self, number: int) -> None:
         """Copy what parameters of a layer hold of a batch before, since it is to be overwritten."""
-        for parameter, gradient in zip(
-            _learning(self.layers[number]), self.gradients[number], strict=True
-        ):
+        for parameter, gradient in zip(self.learning[number], self.gradients[number], strict=True):
             held = parameter.grad
             if held is not None and held.data_ptr() == gradient.data_ptr():
                 parameter.grad = held.clone()
@@ -260,9 +260,11 @@ class LayerGraphs:
                 offsets, torch.zeros_like(offsets), torch.zeros_like(offsets[1:])
             )
         if not self.gradients:
-            self.gradients = [
-                [torch.zeros_like(p) for p in _learning(layer)] for layer in self.layers
+            self.learning = [
+                [parameter for parameter in layer.parameters() if parameter.requires_grad]
+                for layer in self.layers
             ]
+            self.gradients = [[torch.zeros_like(p) for p in some] for some in self.learning]
             if x_LD.is_cuda:
                 self.pool = torch.cuda.graph_pool_handle()
                 self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -413,10 +415,6 @@ class _Replay(torch.autograd.Function):
 
 def _is_capturable(x_LD: Tensor) -> bool:
     return x_LD.is_cuda
-
-
-def _learning(layer: "HSTULayer") -> list[Tensor]:
-    return [parameter for parameter in layer.parameters() if parameter.requires_grad]
 
 
 def _power_of_2(n: int) -> int:
