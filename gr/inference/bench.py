@@ -49,7 +49,7 @@ PUBLISHED_TOKENS_PER_S = 10.63e6
 
 
 class Decoder:
-    """A stack of layers with one history in its cache.
+    """A stack of layers with one history in its cache. To be run without gradient, in autocast.
 
     Args:
         model: of the stack.
@@ -73,15 +73,15 @@ class Decoder:
         whole = structure([history + 1], 2, model, "cpu")
         self.info = replace(whole, num_candidates=torch.ones(1, dtype=torch.int64))
         self.cache: StackCache | None = None
+        self.infos: dict[int, SequenceInfo] = {}
+        """Of so many candidates: made before they are timed, as those of the rivals are."""
 
     def run(self, x_RD: Tensor, given: Pass, runs: int = 1) -> Tensor:
-        is_gpu = self.device.type == "cuda"
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, is_gpu):
-            if self.graphs is not None and self.graphs.takes(given, runs):
-                return self.graphs.run(x_RD, given, runs)
-            if runs > 1:
-                return torch.cat([self.run(x, given) for x in x_RD.chunk(runs)])
-            return self.stack.run(x_RD, given.to(self.device), self.store)
+        if self.graphs is not None and self.graphs.takes(given, runs):
+            return self.graphs.run(x_RD, given, runs)
+        if runs > 1:
+            return torch.cat([self.run(x, given) for x in x_RD.chunk(runs)])
+        return self.stack.run(x_RD, given.to(self.device), self.store)
 
     def encode(self) -> Tensor:
         new = NewTokens(
@@ -94,7 +94,9 @@ class Decoder:
     def score(self, x_MD: Tensor, microbatch: int) -> Tensor:
         assert self.cache is not None
         count = len(x_MD)
-        info = structure([count], count, self.model, "cpu")
+        if count not in self.infos:
+            self.infos[count] = structure([count], count, self.model, "cpu")
+        info = self.infos[count]
         found = []
         size, begin, given = 0, 0, None
         while begin < count:
@@ -122,6 +124,11 @@ class Decoder:
 def measure_candidates(shape: Shape) -> Figures:
     """Rows 1 to 3 of the targets."""
     on_gpu = shape.device == "cuda"
+    with torch.no_grad(), torch.autocast(shape.device, torch.bfloat16, on_gpu):
+        return _candidates(shape, on_gpu)
+
+
+def _candidates(shape: Shape, on_gpu: bool) -> Figures:
     history, most, microbatch = (8192, 16_384, 1024) if on_gpu else (96, 64, 16)
     model = shape.hstu(history)
     decoder = Decoder(model, history, shape.device, graphs=True)
@@ -139,8 +146,7 @@ def measure_candidates(shape: Shape) -> Figures:
     again_x = torch.cat([past, x_MD[:microbatch]]).repeat(together, 1)
 
     def forward(x: Tensor, info: SequenceInfo) -> Tensor:
-        with torch.no_grad(), torch.autocast(shape.device, torch.bfloat16, on_gpu):
-            y: Tensor = decoder.encoder(x, info)
+        y: Tensor = decoder.encoder(x, info)
         return y
 
     decoder.encode()

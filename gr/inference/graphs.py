@@ -2,8 +2,8 @@
 
 A graph is captured for a number of rows, sequences and pages when a pass of that size comes for
 the second time, and replayed for whatever fits: the rows that are left over are one more sequence,
-of candidates without a history, so that nothing of the pass has to know of them. Inputs go to the
-device in one copy.
+of candidates without a history, so that nothing of the pass has to know of them. Numbers go to the
+device in one copy, the first node of a graph.
 
 Letters: R rows of a graph, B its sequences with the one that is left over, G pages of a sequence.
 """
@@ -59,10 +59,13 @@ class Captured:
 
     graph: torch.cuda.CUDAGraph
     x: Tensor
-    numbers: Tensor
+    host: Tensor
+    """Where its first node copies the numbers from."""
     y: Tensor
     given: Pass | None = None
     """The last pass: what comes with the same needs its rows only."""
+    stream: torch.cuda.Stream | None = None
+    """That the last pass runs on."""
 
 
 class PassGraphs:
@@ -119,13 +122,13 @@ class PassGraphs:
             captured = self._capture(size, x_RD)
         self._graphs.move_to_end(size)
         if captured.given is not given:
-            # Pinned memory anew: it is handed out again once the copy is made.
-            host = torch.empty(len(captured.numbers), dtype=torch.int64, pin_memory=True)
-            _fill(host.numpy(), size, given, rows)
-            captured.numbers.copy_(host, non_blocking=True)
+            if captured.stream is not None:  # which may still have to read the last
+                captured.stream.synchronize()
+            _fill(captured.host.numpy(), size, given, rows)
             captured.given = given
         captured.x[:, :rows].copy_(x_RD.view(runs, rows, -1))
         captured.graph.replay()
+        captured.stream = torch.cuda.current_stream()
         # The memory of graphs is shared: the next one may write over it.
         y = captured.y[:, : TAIL if given.of_tails else rows]
         return y.clone(memory_format=torch.contiguous_format).flatten(0, 1)
@@ -136,19 +139,24 @@ class PassGraphs:
 
     def _capture(self, size: Size, like: Tensor) -> Captured:
         device = like.device
-        numbers = torch.zeros(_total(size), dtype=torch.int64, device=device)
+        host = torch.zeros(_total(size), dtype=torch.int64, pin_memory=True)
+        numbers = host.to(device)
         x = torch.zeros(size.runs, size.rows, like.shape[1], dtype=like.dtype, device=device)
         given = _static(size, numbers)
         # Something that can be computed: a history of TAIL tokens, and candidates without one.
         first = min(TAIL, size.rows)
-        view = _Numbers(size, np.zeros(len(numbers), np.int64))
+        view = _Numbers(size, host.numpy())
         view.offsets[1:-1], view.offsets[-1] = first, size.rows
         view.tail_offsets[1:] = TAIL * size.of_tails
         view.num_candidates[0], view.num_candidates[-1] = 1, size.rows - first
-        numbers.copy_(torch.from_numpy(view.all))
-        graph, y = captured_graph(lambda: self._passes(x, given), self._pool)
+
+        def compute() -> Tensor:
+            numbers.copy_(host, non_blocking=True)
+            return self._passes(x, given)
+
+        graph, y = captured_graph(compute, self._pool)
         self._pool = graph.pool()
-        captured = Captured(graph, x, numbers, y)
+        captured = Captured(graph, x, host, y)
         self._graphs[size] = captured
         if len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)
