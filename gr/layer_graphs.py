@@ -15,13 +15,14 @@ Letters: L tokens, C tokens of a graph, B sequences, S sequences of a graph, D m
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from gr.graph_memory import Buffers, Size, Structure, round_up, size_of
 from gr.sequence import SequenceInfo, tail_index
 from kernels.rotary import Rotation
 
@@ -30,31 +31,6 @@ if TYPE_CHECKING:
 
 MOST_SIZES = 64
 """So many sizes are kept; then the oldest is captured again when it comes again."""
-SEQUENCES = 4
-"""Sequences are rounded up to a multiple of this; those that are added are empty."""
-
-
-class Size(NamedTuple):
-    """What graphs are captured for."""
-
-    layers: int
-    """The first so many of the stack."""
-    tokens: int
-    """C."""
-    rows: int
-    """Of the result: C, or of tails."""
-    sequences: int
-    """S."""
-    max_len: int
-    """At least the longest sequence: a power of 2."""
-    max_tail_len: int
-    """At least the longest tail, likewise; 0 where the last layer computes all rows."""
-    num_context: int
-    dtype: torch.dtype
-    autocast: torch.dtype | None
-    """None where it is off."""
-    fp8: tuple[tuple[str, ...], ...]
-    """Products in fp8 of each layer, which a run may turn off."""
 
 
 @dataclass
@@ -65,26 +41,6 @@ class Pass:
     x: Tensor | None = None
     y: Tensor | None = None
     dx: Tensor | None = None
-
-
-class Buffers:
-    """Memory that graphs of all sizes read and write.
-
-    Args:
-        like: (., D), for its dtype and device.
-        num_tokens: most that there is room for.
-        turned: cosines and sines of queries and of keys, (., G, P), for their shapes; or nothing.
-    """
-
-    def __init__(self, like: Tensor, num_tokens: int, turned: Sequence[Tensor]) -> None:
-        def rows() -> Tensor:
-            return torch.zeros(num_tokens, like.shape[1], dtype=like.dtype, device=like.device)
-
-        self.num_tokens = num_tokens
-        self.x, self.y, self.dx, self.dy = rows(), rows(), rows(), rows()
-        times = torch.zeros(2, num_tokens, dtype=torch.int64, device=like.device)
-        self.timestamp, self.query_time = times
-        self.turned = [x.new_zeros(num_tokens, *x.shape[1:]) for x in turned]
 
 
 @dataclass
@@ -98,17 +54,6 @@ class Captured:
     """Of each layer, first to last."""
     backward: list[Callable[[], None]] = field(default_factory=list)
     """Likewise."""
-
-
-class Structure(NamedTuple):
-    """Where graphs read which tokens are of which sequence."""
-
-    offsets: Tensor
-    """(S + 1,) int64."""
-    tail_offsets: Tensor
-    """(S + 1,) int64."""
-    num_candidates: Tensor
-    """(S,) int64."""
 
 
 class LayerGraphs:
@@ -165,7 +110,8 @@ class LayerGraphs:
         (L, D), or `of_tails`, with all layers, (R, D): those of the tails.
         """
         turned = [] if rotations is None else [part for one in rotations for part in one]
-        size = self._size(x_LD, info, num_layers, of_tails)
+        fp8 = [layer.fp8_products for layer in self.layers[:num_layers]]
+        size = size_of(x_LD, info, fp8, self.round_to, of_tails=of_tails)
         captured = self.captured.get(size)
         if captured is None:
             captured = self._capture(size, x_LD, info, turned)
@@ -176,27 +122,6 @@ class LayerGraphs:
             learning = self.learning[number]
             chain = _Replay.apply(self, captured, number, R, chain, *learning)  # type: ignore[no-untyped-call]
         return chain
-
-    def _size(self, x_LD: Tensor, info: SequenceInfo, num_layers: int, of_tails: bool) -> Size:
-        # One more of each: the sequence that is added, and its tail, have at least one token.
-        multiple, device = self.round_to, x_LD.device.type
-        L, R = x_LD.shape[0], info.num_rows if of_tails else x_LD.shape[0]
-        rows = _round_up(R + 1, multiple)
-        tokens = _round_up(L + rows - R, multiple)  # room for that tail
-        return Size(
-            layers=num_layers,
-            tokens=tokens,
-            rows=rows if of_tails else tokens,
-            sequences=_round_up(info.offsets.numel(), SEQUENCES),
-            max_len=_power_of_2(max(info.max_len, 2 * multiple)),  # what is added may be so long
-            max_tail_len=_power_of_2(max(info.max_tail_len, multiple)) if of_tails else 0,
-            num_context=info.num_context,
-            dtype=x_LD.dtype,
-            autocast=torch.get_autocast_dtype(device)
-            if torch.is_autocast_enabled(device)
-            else None,
-            fp8=tuple(layer.fp8_products for layer in self.layers[:num_layers]),
-        )
 
     def keep_gradients(self, number: int) -> None:
         """Copy what parameters of a layer hold of a batch before, since it is to be overwritten."""
@@ -270,7 +195,7 @@ class LayerGraphs:
                 self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         buffers = self.buffers
         if buffers is None or buffers.num_tokens < size.tokens or buffers.x.dtype != size.dtype:
-            room = _round_up(size.tokens * 9 // 8, self.round_to)
+            room = round_up(size.tokens * 9 // 8, self.round_to)
             buffers = Buffers(x_LD, room, turned)
             self.buffers = buffers
         return buffers
@@ -415,12 +340,3 @@ class _Replay(torch.autograd.Function):
 
 def _is_capturable(x_LD: Tensor) -> bool:
     return x_LD.is_cuda
-
-
-def _power_of_2(n: int) -> int:
-    """Return the least power of 2 that is at least n."""
-    return 1 << (n - 1).bit_length()
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
