@@ -276,7 +276,8 @@ def _static(size: Size, numbers: Tensor) -> Pass:
         rows=view.rows if size.keeps else None,
     )
     of_one = size.sequences == 1 and size.pages > 0 and not size.keeps
-    return Pass(info, pages, (layout,), size.of_tails, size.windowed, of_one)
+    beside = min(size.runs, NUM_STREAMS)
+    return Pass(info, pages, (layout,), size.of_tails, size.windowed, of_one, beside)
 
 
 def _fill(out: np.ndarray, size: Size, given: Pass, rows: int) -> None:

@@ -74,6 +74,8 @@ class Pass:
     """Whether a window applies to candidates."""
     of_one: bool = False
     """Whether all new tokens are candidates, and of the first sequence only is anything cached."""
+    beside: int = 1
+    """Passes like it that a GPU computes at the same time."""
 
     def to(self, device: torch.device) -> "Pass":
         """Return the same on a device."""
@@ -268,7 +270,7 @@ class Stack:
                 if (
                     given.of_one
                     and not mask.windowed_candidates
-                    and tails.is_faster(q, v, impl=arguments["impl"], softmax=softmax)
+                    and tails.is_faster(q, v, given.beside, impl=arguments["impl"], softmax=softmax)
                 ):
                     return tails.attention_of_tails(
                         q, k, v, cached, info, mask=mask, bias=bias, **arguments

@@ -23,10 +23,20 @@ LEAST_ROWS = 2048
 (docs/inference.md)."""
 
 
-def is_faster(q: Tensor, v: Tensor, *, impl: str, softmax: bool) -> bool:
-    """Return whether queries of so many candidates are the kernel's for Hopper."""
+def is_faster(q: Tensor, v: Tensor, beside: int, *, impl: str, softmax: bool) -> bool:
+    """Return whether queries of so many candidates are the kernel's for Hopper.
+
+    Args:
+        q: (R, H, K).
+        v: (R, H, V).
+        beside: passes of as many that a GPU computes at a time. Each of 1,024 candidates has 32
+            blocks of queries, which the kernel does not divide, for 132 processors.
+        impl: of the attention.
+        softmax: what makes weights of scores.
+    """
     refusal = not_hopper(q, v, softmax=softmax)
-    return len(q) >= LEAST_ROWS and resolve(impl, q, not_hopper=refusal) is Impl.HOPPER
+    is_hopper = resolve(impl, q, not_hopper=refusal) is Impl.HOPPER
+    return len(q) * beside >= LEAST_ROWS and is_hopper
 
 
 def attention_of_tails(
