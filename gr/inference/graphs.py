@@ -61,6 +61,8 @@ class Captured:
     x: Tensor
     host: Tensor
     """Where its first node copies the numbers from."""
+    numbers: Tensor
+    """Where to. Nobody else holds that memory, which would be given away."""
     y: Tensor
     given: Pass | None = None
     """The last pass: what comes with the same needs its rows only."""
@@ -156,7 +158,7 @@ class PassGraphs:
 
         graph, y = captured_graph(compute, self._pool)
         self._pool = graph.pool()
-        captured = Captured(graph, x, host, y)
+        captured = Captured(graph, x, host, numbers, y)
         self._graphs[size] = captured
         if len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)

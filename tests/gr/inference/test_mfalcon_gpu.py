@@ -89,6 +89,7 @@ def test_requests_that_go_on_in_bfloat16(options, graphs):
     scorer.refresh()
     exact = make_model(true_config)
     exact.load_state_dict({k: v.double().cpu() for k, v in model.state_dict().items()})
+    taken = []
     for step in range(4):
         requests = world.requests()
         candidates = world.candidates(requests, [70])
@@ -109,6 +110,11 @@ def test_requests_that_go_on_in_bfloat16(options, graphs):
             assert error(got, true) <= allowed, (error(got, true), allowed, step)
         del encoded
         world.grow([9])
+        # Memory that a graph reads and nobody holds would be this.
+        taken = [
+            torch.full((n,), -1, device="cuda") for n in (64, 256, 1024, 4096) for _ in range(9)
+        ]
+    assert all(bool((x == -1).all()) for x in taken)
     if graphs:
         assert scorer.passes.graphs[0]._graphs
 
