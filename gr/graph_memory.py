@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gr.sequence import SequenceInfo
 
-SEQUENCES = 4
+SEQUENCES = 8
 """Sequences are rounded up to a multiple of this; those that are added are empty."""
 
 

@@ -82,7 +82,8 @@ class HSTUEncoder(nn.Module):
         if first:
             assert self.graphs is not None
             of_tails = first > last and info.num_rows != x_LD.shape[0]
-            x_LD = self.graphs(x_LD, info, first, turned, of_tails=of_tails)
+            y_LD = self.graphs(x_LD, info, first, turned, of_tails=of_tails)
+            x_LD, first = (x_LD, 0) if y_LD is None else (y_LD, first)
         for number in range(first, len(self.layers)):
             if number == self.first_truncated:
                 x_LD, info, turned = truncated(x_LD, info, turned)

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from gr.hstu import HSTULayer
 
 MOST_SIZES = 64
-"""So many sizes are kept; then the oldest is captured again when it comes again."""
+"""So many sizes are kept. What comes then is launched, until one of them has not come for long."""
+LONG = 1000
+"""Calls."""
 
 
 @dataclass
@@ -50,6 +52,8 @@ class Captured:
     size: Size
     buffers: Buffers
     """Which they read and write."""
+    last_call: int = 0
+    """When it came last."""
     forward: list[Callable[[], None]] = field(default_factory=list)
     """Of each layer, first to last."""
     backward: list[Callable[[], None]] = field(default_factory=list)
@@ -73,6 +77,7 @@ class LayerGraphs:
         self.round_to = round_to
         self.generation = 0
         """Calls so far: a backward pass is of the last one, or what it reads is gone."""
+        self.calls = 0
         self.captured: dict[Size, Captured] = {}
         self.buffers: Buffers | None = None
         """Of the largest size so far."""
@@ -104,17 +109,22 @@ class LayerGraphs:
         rotations: tuple[Rotation, Rotation] | None = None,
         *,
         of_tails: bool = False,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Return what the first `num_layers` layers make of the tokens, differentiable.
 
-        (L, D), or `of_tails`, with all layers, (R, D): those of the tails.
+        (L, D), or `of_tails`, with all layers, (R, D): those of the tails. None: call the layers,
+        this is one size too many.
         """
         turned = [] if rotations is None else [part for one in rotations for part in one]
         fp8 = [layer.fp8_products for layer in self.layers[:num_layers]]
         size = size_of(x_LD, info, fp8, self.round_to, of_tails=of_tails)
         captured = self.captured.get(size)
+        self.calls += 1
         if captured is None:
+            if not self._has_place():
+                return None
             captured = self._capture(size, x_LD, info, turned)
+        captured.last_call = self.calls
         self._load(captured, x_LD, info, turned)
         self.generation += 1
         chain, R = x_LD, info.num_rows if of_tails else x_LD.shape[0]
@@ -122,6 +132,16 @@ class LayerGraphs:
             learning = self.learning[number]
             chain = _Replay.apply(self, captured, number, R, chain, *learning)  # type: ignore[no-untyped-call]
         return chain
+
+    def _has_place(self) -> bool:
+        """Return whether one more size may be kept; one that has not come for long goes for it."""
+        if len(self.captured) < MOST_SIZES:
+            return True
+        oldest = min(self.captured.values(), key=lambda each: each.last_call)
+        if self.calls - oldest.last_call <= LONG:
+            return False
+        del self.captured[oldest.size]
+        return True
 
     def keep_gradients(self, number: int) -> None:
         """Copy what parameters of a layer hold of a batch before, since it is to be overwritten."""
@@ -164,8 +184,6 @@ class LayerGraphs:
             state = torch.cuda.get_rng_state(x_LD.device)
             self._warm_up(made)
             torch.cuda.synchronize()
-        if len(self.captured) >= MOST_SIZES:
-            del self.captured[next(iter(self.captured))]
         passes = [Pass() for _ in range(size.layers)]
         numbers = range(size.layers)
         made.forward = [self._record(self._forward(made, passes, i)) for i in numbers]

@@ -96,11 +96,15 @@ def test_what_is_not_training_is_not_replayed():
 @pytest.mark.usefixtures("on_cpu")
 def test_sizes_are_bounded(monkeypatch):
     monkeypatch.setattr(layer_graphs, "MOST_SIZES", 2)
-    _, encoder = make_encoder({"graph_tokens": 1}, num_layers=2)
-    for length in (9, 7, 5, 3):
-        sequences = make_sequences([length], [length])
-        encoder(torch.randn(length, 6, dtype=torch.float64), make_info(sequences)).sum().backward()
-    assert [size.tokens for size in encoder.graphs.captured] == [6, 4]
+    monkeypatch.setattr(layer_graphs, "LONG", 3)
+    config, encoder = make_encoder({"graph_tokens": 1}, num_layers=2)
+    kept = []
+    for length in (9, 7, 5, 9, 3, 5):
+        sequences, x_LD = make_sequences([length], [length]), torch.randn(length, 6).double()
+        assert_matches_oracle(config, encoder, sequences, 0, x_LD)
+        kept.append([size.tokens for size in encoder.graphs.captured])
+    # 5 and 3 are launched at first; then 7 has not come for four calls.
+    assert kept == [[10], [10, 8], [10, 8], [10, 8], [10, 8], [10, 6]]
 
 
 def test_nothing_is_captured_on_a_cpu():
