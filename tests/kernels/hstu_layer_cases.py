@@ -129,12 +129,20 @@ class Layer:
         # Rows from the NaN on see it.
         assert spoilt[first + 2 : last].isnan().all()
 
-    def run(self, dtype, device, *, impl, rounded_to=None, gradients=True, **options):
-        """Return the result, and the gradient of sum(y * dy) for every tensor, by name."""
-        inputs = {
-            name: x.to(rounded_to or dtype).to(device, dtype).requires_grad_(gradients)
-            for name, x in self.tensors.items()
-        }
+    def run(self, dtype, device, *, impl, rounded_to=None, gradients=True, nudge=0, **options):
+        """Return the result, and the gradient of sum(y * dy) for every tensor, by name.
+
+        With `nudge`, a seed, each number is off by half the distance of two neighbours in
+        `rounded_to`, up or down: what a result may be off by however well it is computed.
+        """
+        generator = torch.Generator().manual_seed(nudge)
+        inputs = {}
+        for name, x in self.tensors.items():
+            given = x.to(rounded_to or dtype).to(dtype)
+            if nudge:
+                sign = torch.randint(2, x.shape, generator=generator) * 2 - 1
+                given = given * (1 + sign * torch.finfo(rounded_to).eps / 2)
+            inputs[name] = given.to(device).requires_grad_(gradients)
         y = self.call(inputs, device, impl=impl, **options)
         found = {"y": y.detach()}
         if gradients:

@@ -22,11 +22,19 @@ cases = pytest.mark.parametrize(
 )
 
 
+def largest_error(x, exact):
+    return float((x.double() - exact).abs().max())
+
+
 def check(layer, dtype, device, impl="triton", **options):
     with poisoned_memory(torch.device(device)):
         got = layer.run(dtype, device, impl=impl, **options)
     low = layer.run(dtype, device, impl="reference", **options)
-    high = layer.run(torch.float64, device, impl="reference", rounded_to=dtype, **options)
+    precise = partial(layer.run, torch.float64, device, impl="reference", rounded_to=dtype)
+    high = precise(**options)
+    # Rows that hardly vary are magnified by up to 1 / sqrt(eps) of the norm. What float32 errs by
+    # there depends on the order of sums: by what inputs are off already, at least.
+    nudged = [precise(nudge=seed, **options) for seed in (1, 2) if dtype == torch.float32]
     for name, exact in high.items():
         assert got[name].dtype == dtype
         assert got[name].shape == exact.shape
@@ -34,7 +42,9 @@ def check(layer, dtype, device, impl="triton", **options):
         if exact.numel() and not (name.endswith("_table") and cancels):
             # Gradients pass eight operators, each of which rounds in an order of its own.
             times = 2.0 if name == "y" else 5.0
-            assert_within_reference_error(got[name], low[name], exact, times=times)
+            errs = partial(largest_error, exact=exact)
+            worst = max((low[name], *(x[name] for x in nudged)), key=errs)
+            assert_within_reference_error(got[name], worst, exact, times=times)
         else:
             # Tables: sums over many pairs that cancel, which the tests of hstu_attention bound by
             # the magnitudes of their terms.
