@@ -265,3 +265,15 @@ def test_a_law_without_a_degree_of_freedom_left_gives_no_verdict(study):
     rows = [line for line in scaling(study, only_fit=True).splitlines() if "nan to nan" in line]
     assert len(rows) == 1  # the power law
     assert "no interval" in rows[0]
+
+
+def test_the_studies_that_are_here_can_be_made(tmp_path):
+    studies = 0
+    for path in sorted(Path("configs/scaling").glob("*.yaml")):
+        if "\nfamilies:" not in path.read_text(encoding="utf-8"):
+            continue
+        study, _ = load_config(ScalingConfig, str(path), [f"output={tmp_path / path.stem}"])
+        for sweep in write_sweeps(study, expand(study)):
+            assert load_config(SweepConfig, str(sweep))[0].runs
+        studies += 1
+    assert studies >= 6
