@@ -9,7 +9,7 @@ sequences (no stochastic length), for each sequence in the mean.
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,21 @@ def ablation(folder: str | Path, first: str, metrics: Sequence[str]) -> list[dic
     Raises:
         ValueError: if there is no such variant, or a run lacks a metric.
     """
-    variants = read_variants(folder)
+    variants = in_order(read_variants(folder), first)
+    return [_record(name, runs, variants[0][1], metrics) for name, runs in variants]
+
+
+def in_order(
+    variants: Mapping[str, dict[int, Run]], first: str
+) -> list[tuple[str, dict[int, Run]]]:
+    """Return the variants with their runs, the first one first.
+
+    Raises:
+        ValueError: if there is no such variant.
+    """
     if first not in variants:
-        raise ValueError(f"{folder} has no finished run of {first!r}, but of {list(variants)}")
-    order = [first, *(name for name in variants if name != first)]
-    return [_record(name, variants[name], variants[first], metrics) for name in order]
+        raise ValueError(f"no finished run is of {first!r}, but of {list(variants)}")
+    return [(first, variants[first]), *((n, runs) for n, runs in variants.items() if n != first)]
 
 
 def _record(

@@ -159,17 +159,26 @@ class Stack:
 
     Args:
         model: the configuration.
-        lengths: of the sequences.
+        sequences: their lengths, the loss reading the last of each; or the structure of a batch.
         shape: shared.
         flash: Transformer++ with FlashAttention-2 of torch in the place of our attention.
     """
 
     def __init__(
-        self, model: ModelConfig, lengths: Sequence[int], shape: Shape, *, flash: bool = False
+        self,
+        model: ModelConfig,
+        sequences: Sequence[int] | SequenceInfo,
+        shape: Shape,
+        *,
+        flash: bool = False,
     ) -> None:
         torch.manual_seed(0)
         self.device = torch.device(shape.device)
-        self.info = structure(lengths, shape.candidates, model, shape.device)
+        self.info = (
+            sequences
+            if isinstance(sequences, SequenceInfo)
+            else structure(sequences, shape.candidates, model, shape.device)
+        )
         self.encoder: nn.Module
         if model.encoder == "transformer":
             attend = flash_attention if flash else softmax_attention

@@ -56,18 +56,20 @@ def measure(
         print(f"{name}: {shown}", flush=True)
         if options.records is not None:
             with options.records.open("a") as lines:
-                lines.write(json.dumps(_record(name, found[name])) + "\n")
+                lines.write(json.dumps(record(name, found[name])) + "\n")
     for line in summary(found):
         print(line, flush=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
 
-def _record(name: str, figures: Figures) -> dict[str, object]:
+def record(name: str, figures: Figures) -> dict[str, object]:
+    """Return a line of the records: what was measured, on what, of which commit."""
+    has_gpu = torch.cuda.is_available()
     return {
         "what": name,
         "figures": {key: float(f"{value:.6g}") for key, value in figures.items()},
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if has_gpu else "none",
         "torch": torch.__version__,
         "commit": os.environ.get("GR_COMMIT", ""),
     }

@@ -1,12 +1,16 @@
 """Ablation of runs that a sweep left."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from matplotlib import image
 
+import gr.bench_ablation
 from gr.ablation import ablation, main, mean_inference_flops
+from gr.bench_ablation import main as bench_main
+from gr.bench_ablation import measure_variant
 from gr.config import TrainConfig
 from gr.config_io import load_config
 from gr.flops import training_flops
@@ -14,6 +18,7 @@ from gr.runlog import read_lines
 from gr.sequence import sequence_info
 from launch.config import SweepConfig
 from launch.sweep import expand
+from pipelines.config import StochasticLengthConfig
 from pipelines.stream import SessionStream
 from tests.e2e.toy import run, write_config, write_log
 
@@ -62,8 +67,43 @@ def test_flops_of_inference_are_a_third_of_training_on_whole_sequences(folder):
     assert mean_inference_flops(path) == pytest.approx(total / 3 / sequences)
 
 
+def test_what_a_step_takes_is_measured_on_batches_of_the_log(folder, tmp_path, capsys, monkeypatch):
+    config, _ = load_config(TrainConfig, next(folder.glob("plain_s0_*")) / "config.yaml")
+    with pytest.raises(ValueError, match="fewer than 1002 batches"):
+        measure_variant(config, skip=1000, steps=2)
+    tokens = []
+    stack = gr.bench_ablation.Stack
+    monkeypatch.setattr(
+        gr.bench_ablation,
+        "Stack",
+        lambda model, info, shape: (
+            tokens.append(int(info.offsets[-1])) or stack(model, info, shape)
+        ),
+    )
+    records = tmp_path / "records.jsonl"
+    bench_main([str(folder), "plain", "--skip", "1", "--steps", "2", "--records", str(records)])
+
+    rows = [json.loads(line) for line in records.read_text().splitlines()]
+    assert [row["what"] for row in rows] == ["plain", "short"]
+    assert all(
+        figure > 0 for row in rows for name, figure in row["figures"].items() if "ms" in name
+    )
+    share = rows[1]["figures"]["step_ms"] / rows[0]["figures"]["step_ms"]
+    assert f"({share:.2f})" in capsys.readouterr().out
+    # Trained on as they are shortened, scored whole.
+    whole = replace(config.data, stochastic_length=StochasticLengthConfig())
+    cut, full = (
+        [batch.num_tokens for batch in SessionStream(data, seed=config.seed)][1:3]
+        for data in (config.data, whole)
+    )
+    assert tokens[:4] == cut + full
+    assert sum(cut) < sum(full)
+
+
 def test_what_cannot_be_compared_is_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"no finished run of 'huge', but of \['plain', 'short'\]"):
+    with pytest.raises(
+        ValueError, match=r"no finished run is of 'huge', but of \['plain', 'short'\]"
+    ):
         ablation(folder, "huge", ["ne-click"])
     with pytest.raises(ValueError, match="has no 'ne-like'"):
         ablation(folder, "plain", ["ne-like"])
