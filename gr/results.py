@@ -60,8 +60,8 @@ class TableConfig:
     """What a reader must know about the data."""
     source: str = ""
     """Where the published figures stand."""
-    baseline: str = ""
-    """Row that the others are compared with, seed by seed; empty means no comparison."""
+    baselines: tuple[str, ...] = ()
+    """Rows with each of which the others are compared, seed by seed."""
     rows: dict[str, RowConfig] = MISSING
     """Name of a sweep's run -> row."""
 
@@ -116,8 +116,7 @@ class PageConfig:
         if twice:
             raise ValueError(f"row(s) {twice} stand in two tables: a run belongs to one row")
         for name, part in parts.items():
-            named = part.baselines if isinstance(part, StudyConfig) else (part.baseline,)
-            for baseline in filter(None, named):
+            for baseline in part.baselines:
                 if baseline not in part.rows:
                     raise ValueError(
                         f"{name}: baseline={baseline} is no row of it; there are "

@@ -16,7 +16,14 @@ from gr.repeats import repeat_section
 from gr.report import markdown_table
 from gr.results import METRICS, PageConfig, Record, RowConfig, TableConfig
 from gr.runs import metric_name
-from gr.studies import DIFFERENCES, StudyRecord, difference_cell, interval_cell, study_section
+from gr.studies import (
+    DIFFERENCES,
+    StudyRecord,
+    difference_cell,
+    interval_cell,
+    study_section,
+    sure_rows,
+)
 from gr.study_plot import draw_study
 
 TARGETS = ("hr@10", "ndcg@10")
@@ -62,10 +69,10 @@ def write_page(
     parts = [f"# {page.title}\n", f"This page is made by `{command}`, of the records beside it.\n"]
     parts += [f"{page.text.strip()}\n"] if page.text else []
     empty: list[str] = []
+    by_table = {name: _groups(table, records) for name, table in page.tables.items()}
+    parts += _at_a_glance(page, by_table)
     for name, table in page.tables.items():
-        groups = {
-            row: found for row in table.rows if (found := [r for r in records if r.row == row])
-        }
+        groups = by_table[name]
         if not groups:
             empty.append(table.title)
             continue
@@ -89,6 +96,39 @@ def write_page(
     return files
 
 
+def _groups(table: TableConfig, records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Return row -> its records, in the order of the table."""
+    return {row: found for row in table.rows if (found := [r for r in records if r.row == row])}
+
+
+def _at_a_glance(page: PageConfig, by_table: dict[str, dict[str, list[Record]]]) -> list[str]:
+    """Return one metric of all tables, models as columns: those that stand in several tables."""
+    tables = {name: page.tables[name] for name, groups in by_table.items() if groups}
+    everywhere = [row.title for table in tables.values() for row in table.rows.values()]
+    models = [title for title in dict.fromkeys(everywhere) if everywhere.count(title) > 1]
+    if len(tables) < 2 or not models:
+        return []
+    lines = []
+    for name, table in tables.items():
+        cells = dict.fromkeys(models, "-")
+        values = {
+            row: {r.seed: r.test[page.choose_by] for r in found}
+            for row, found in by_table[name].items()
+        }
+        compared = compare(values, table.baselines[0]) if table.baselines else {}
+        for row, found in values.items():
+            star = " *" if row in compared and compared[row][1] < 0.05 else ""
+            cells[table.rows[row].title] = interval_cell([*found.values()]) + star
+        lines.append([table.title, *(cells[model] for model in models)])
+    by = metric_name(page.choose_by)
+    return [
+        f"## {by} of all tables\n",
+        "Mean and 95 % interval over seeds; * where the difference from the first model, seed by "
+        "seed, has p < 0.05 after Holm's correction for the rows of its table.\n",
+        markdown_table(["data", *models], lines) + "\n",
+    ]
+
+
 def _section(
     page: PageConfig,
     table: TableConfig,
@@ -99,26 +139,31 @@ def _section(
     by = metric_name(page.choose_by)
     parts = [f"## {table.title}\n"]
     parts += [f"{table.note.strip()}\n"] if table.note else []
-    head = ["model", *(metric_name(m) for m in METRICS), f"{by} after one epoch", "epochs", "seeds"]
+    # Not where an epoch has passed unscored at first.
+    one_epoch = any(r.epochs[0] == 1 for records in groups.values() for r in records)
+    head = ["model", *(metric_name(m) for m in METRICS)]
+    head += [f"{by} after one epoch"] if one_epoch else []
     lines = []
     for row, records in groups.items():
         epochs = ", ".join(str(r.epoch) for r in records)
         cells = [interval_cell([r.test[m] for r in records]) for m in METRICS]
-        once = [r.test_curve[0] for r in records if r.epochs[0] == 1]
-        cells.append(interval_cell(once) if once else "-")
+        if one_epoch:
+            once = [r.test_curve[0] for r in records if r.epochs[0] == 1]
+            cells.append(interval_cell(once) if once else "-")
         lines.append([table.rows[row].title, *cells, epochs, str(len(records))])
-        lines += _published(table.rows[row])
+        lines += _published(table.rows[row], len(cells))
     parts.append(
         f"Epoch chosen by {by} of the validation events, which the model then learns too, in a run "
         "of its own: its score on the test events after that epoch, mean and 95 % interval over "
         f"seeds.{f' Published figures: {table.source}.' if table.source else ''}\n"
     )
-    parts.append(markdown_table(head, lines) + "\n")
+    parts.append(markdown_table([*head, "epochs", "seeds"], lines) + "\n")
     lacking = [row.title for name, row in table.rows.items() if name not in groups]
     if lacking:
         parts.append(f"Not run yet: {', '.join(lacking)}.\n")
     parts += _targets(table, groups)
-    parts += _comparison(table, groups)
+    for baseline in table.baselines:
+        parts += _comparison(page, table, groups, baseline)
     head = ["model", *(metric_name(m) for m in METRICS), "epochs"]
     lines = []
     for row, records in groups.items():
@@ -135,11 +180,12 @@ def _section(
     return parts
 
 
-def _published(row: RowConfig) -> list[list[str]]:
+def _published(row: RowConfig, num_cells: int) -> list[list[str]]:
     if not row.published:
         return []
     cells = [f"{row.published[m]:.4f}" if m in row.published else "-" for m in METRICS]
-    return [[f"- {row.title}, published", *cells, "-", "", "1"]]
+    cells += ["-"] * (num_cells - len(cells))
+    return [[f"- {row.title}, published", *cells, "", "1"]]
 
 
 def _targets(table: TableConfig, groups: dict[str, list[Record]]) -> list[str]:
@@ -163,22 +209,27 @@ def _targets(table: TableConfig, groups: dict[str, list[Record]]) -> list[str]:
     return [markdown_table(head, lines) + "\n"]
 
 
-def _comparison(table: TableConfig, groups: dict[str, list[Record]]) -> list[str]:
-    """Return the paired differences from the baseline; a seed is a pair."""
-    columns = []
+def _comparison(
+    page: PageConfig, table: TableConfig, groups: dict[str, list[Record]], baseline: str
+) -> list[str]:
+    """Return the paired differences from a baseline; a seed is a pair."""
+    columns = {}
     for metric in METRICS:
         values = {name: {r.seed: r.test[metric] for r in rs} for name, rs in groups.items()}
-        columns.append(compare(values, table.baseline))
-    lines = [
-        [table.rows[name].title, *(difference_cell(*column[name]) for column in columns)]
-        for name in columns[0]
-    ]
-    if not lines:
+        columns[metric] = compare(values, baseline)
+    first = columns[page.choose_by]
+    if not first:
         return []
-    title = table.rows[table.baseline].title
+    lines = [
+        [table.rows[name].title, *(difference_cell(*c[name]) for c in columns.values())]
+        for name in first
+    ]
+    title = table.rows[baseline].title
+    verdict = sure_rows(table.rows, first, page.choose_by)
     return [
         f"Difference from {title} at the same seed, {DIFFERENCES}:\n",
         markdown_table(["model", *(metric_name(m) for m in METRICS)], lines) + "\n",
+        f"By {metric_name(page.choose_by)}, against {title}: {verdict}.\n",
     ]
 
 

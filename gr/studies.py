@@ -14,7 +14,7 @@ from embeddings.config import EmbeddingsConfig, TableConfig
 from gr.config import TrainConfig
 from gr.paired import Difference, compare
 from gr.report import markdown_table
-from gr.results import FREE, PageConfig, StudyConfig, by_row, run_commit, run_facts
+from gr.results import FREE, PageConfig, RowConfig, StudyConfig, by_row, run_commit, run_facts
 from gr.runlog import flatten
 from gr.runs import ALL, Run, mean_interval
 from pipelines.config import ActionConfig, DataConfig, FeatureConfig, TaskConfig
@@ -218,10 +218,11 @@ def _comparison(
     ]
     title = study.rows[baseline].title
     first = metrics[0]
+    verdict = sure_rows(study.rows, columns[first], first)
     return [
         f"Difference from {title} at the same seed, {DIFFERENCES}:\n",
         markdown_table(["", *map(metric_title, [*metrics, *sums])], lines) + "\n",
-        f"By {metric_title(first)}, against {title}: {_verdict(study, columns[first], first)}.\n",
+        f"By {metric_title(first)}, against {title}: {verdict}.\n",
     ]
 
 
@@ -239,13 +240,21 @@ def _relative(
     return f"{sum(values[name][seed] for seed in both) / base - 1:+.1%}" if base else "-"
 
 
-def _verdict(study: StudyConfig, column: dict[str, tuple[Difference, float]], metric: str) -> str:
-    """Return which rows are surely better or worse than the baseline."""
+def sure_rows(
+    rows: Mapping[str, RowConfig], column: dict[str, tuple[Difference, float]], metric: str
+) -> str:
+    """Return which rows are surely better or worse than a baseline, in words.
+
+    Args:
+        rows: of the table or study.
+        column: row -> difference in the metric and p, adjusted.
+        metric: says which sign is better.
+    """
     sign = -1 if lower_is_better(metric) else 1
     sets: dict[str, list[str]] = {"better": [], "worse": [], "no difference seen": []}
     for name, (difference, p) in column.items():
         kind = "better" if sign * difference.mean > 0 else "worse"
-        sets[kind if p < 0.05 else "no difference seen"].append(study.rows[name].title)
+        sets[kind if p < 0.05 else "no difference seen"].append(rows[name].title)
     return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in sets.items() if names)
 
 

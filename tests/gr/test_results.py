@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
@@ -23,7 +25,7 @@ tables:
     title: Toy
     note: Not real.
     source: nowhere
-    baseline: base
+    baselines: [base]
     rows:
       base: {title: Base, config: configs/base.yaml}
       better:
@@ -147,6 +149,41 @@ def test_what_was_not_run_is_named(tmp_path, runs):
     assert "Difference from" not in text
 
 
+def test_models_of_several_tables_stand_side_by_side(tmp_path, runs):
+    """Stars are those of each table's own comparison; a model of one table has no column."""
+    rows = "".join(
+        f"      {name}: {{title: {title}, config: {name}.yaml}}\n"
+        for name, title in (("base_2", "Base"), ("better_2", "Better"), ("once", "Once"))
+    )
+    (tmp_path / "page.yaml").write_text(
+        PAGE + f"  other:\n    title: Other\n    baselines: [base_2]\n    rows:\n{rows}"
+    )
+    more = [
+        write_run(tmp_path / "more", row, seed, held_out, [value])
+        for row, values in {"base_2": (0.1, 0.2), "better_2": (0.30, 0.401)}.items()
+        for seed, value in enumerate(values)
+        for held_out in ("validation", "test")
+    ]
+    results(tmp_path / "page.yaml", [*runs, *more], tmp_path / "r.md")
+    section = (tmp_path / "r.md").read_text().split("## NDCG@10 of all tables")[1].split("\n## ")[0]
+    cells = [
+        [x.strip() for x in line.split("|")[1:-1]] for line in section.splitlines() if "|" in line
+    ]
+    # t(1) is 12.7062, and 12.7062 / 2 times the distance of two values their half width.
+    expected = [("Toy", (0.21, 0.22), (0.26, 0.24), ""), ("Other", (0.1, 0.2), (0.3, 0.401), " *")]
+    assert [cells[0], *cells[2:]] == [
+        ["data", "Base", "Better"],
+        *(
+            [
+                name,
+                f"{np.mean(base):.4f} ± {12.7062 / 2 * (base[1] - base[0]):.4f}",
+                f"{np.mean(better):.4f} ± {12.7062 / 2 * abs(better[1] - better[0]):.4f}{star}",
+            ]
+            for name, base, better, star in expected
+        ),
+    ]
+
+
 def test_a_missed_target_is_called_missed(tmp_path, runs):
     (tmp_path / "page.yaml").write_text(PAGE.replace("ndcg@10: 0.25", "ndcg@10: 0.26"))
     results(tmp_path / "page.yaml", runs, tmp_path / "results.md")
@@ -186,7 +223,7 @@ def test_what_is_no_pair_is_refused(tmp_path, runs, capsys):
     (runs[1] / "eval.jsonl").write_text("".join(lines[:-1]))
     assert "is not finished" in fails(*runs[:2])
     assert "holds no records" in fails()
-    (tmp_path / "twice.yaml").write_text(PAGE.replace("baseline: base", "baseline: nobody"))
+    (tmp_path / "twice.yaml").write_text(PAGE.replace("baselines: [base]", "baselines: [nobody]"))
     assert "baseline=nobody is no row" in fails(page="twice.yaml")
 
 
@@ -236,6 +273,27 @@ def test_the_page_in_docs_is_that_of_its_records(tmp_path, monkeypatch):
     text = (tmp_path / "results.md").read_text()
     text = text.replace(f"--output {tmp_path / 'results.md'}", command)
     assert text == Path("docs/results.md").read_text()
+
+
+INTERVAL = re.compile(r"[0-9]\.[0-9]{4} ± [0-9]\.[0-9]{4}")
+
+
+def test_intervals_in_plain_words_are_those_of_the_tables():
+    """A conclusion that is older than the runs below it names figures that no table has."""
+    page, _ = load_config(PageConfig, "configs/published/results.yaml")
+    text = Path("docs/results.md").read_text()
+    sections = {x.partition("\n")[0]: x for x in text.split("\n## ")}
+    found = 0
+    for part in page.parts.values():
+        lines = sections.get(part.title, "").splitlines()
+        tables = "\n".join(line for line in lines if line.startswith("|"))
+        words = part.note + getattr(part, "conclusion", "")
+        for page_named in re.findall(r"docs/quickstart\.md", words):
+            tables += Path(page_named).read_text()
+        intervals = INTERVAL.findall(words)
+        assert [x for x in intervals if x not in tables] == [], part.title
+        found += len(intervals)
+    assert found > 50
 
 
 def test_the_readme_has_the_figures_of_the_page():
