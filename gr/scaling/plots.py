@@ -18,7 +18,7 @@ _BAND = POWER_LAW
 
 
 def draw(study: ScalingConfig, analysis: Analysis, folder: Path) -> list[Path]:
-    """Draw the curves and their residuals.
+    """Draw the curves, their residuals, and at fixed compute each budget over the sizes.
 
     Args:
         study: names the metric.
@@ -28,10 +28,13 @@ def draw(study: ScalingConfig, analysis: Analysis, folder: Path) -> list[Path]:
     Returns:
         The files.
     """
-    return [
+    paths = [
         _draw_curves(study, analysis, folder / "scaling.png"),
         _draw_residuals(study, analysis, folder / "scaling_residuals.png"),
     ]
+    if study.mode == "fixed_compute":
+        paths.append(_draw_budgets(study, analysis, folder / "scaling_budgets.png"))
+    return paths
 
 
 def _draw_curves(study: ScalingConfig, analysis: Analysis, path: Path) -> Path:
@@ -128,6 +131,48 @@ def _draw_residuals(study: ScalingConfig, analysis: Analysis, path: Path) -> Pat
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"{study.metric}: measured less fitted\n(bars: spread of seeds)")
     panels[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _draw_budgets(study: ScalingConfig, analysis: Analysis, path: Path) -> Path:
+    count = len(analysis.curves)
+    figure, panels = plt.subplots(
+        1, count, figsize=(6.4 * count, 4.4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, curve in zip(panels[0], analysis.curves, strict=True):
+        best = (*curve.fitted, *curve.held_out)
+        everything = (*best, *curve.others)
+        for number, budget in enumerate(sorted({m.budget for m in everything})):
+            colour = plt.get_cmap("viridis")(number / max(1, len(best) - 1) * 0.9)
+            line = sorted(
+                (m for m in everything if m.budget == budget), key=lambda m: m.points[0].parameters
+            )
+            panel.plot(
+                [m.points[0].parameters for m in line],
+                [m.quality for m in line],
+                marker=".",
+                linestyle="--" if line[0].held_out else "-",
+                color=colour,
+                label=f"{budget:.3g} FLOPs" + (", held out" if line[0].held_out else ""),
+            )
+        panel.plot(
+            [m.points[0].parameters for m in best],
+            [m.quality for m in best],
+            linestyle="",
+            marker="o",
+            markerfacecolor="none",
+            color="black",
+            label="best at its compute",
+        )
+        panel.set_xscale("log")
+        panel.set_title(curve.family)
+        panel.set_xlabel("dense parameters")
+        panel.grid(alpha=0.3, which="both")
+    panels[0][0].set_ylabel(study.metric)
+    handles = panels[0][-1].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path

@@ -15,6 +15,7 @@ from gr.config_io import load_config
 from gr.scaling.analysis import BOTH, LOG_LAW, POWER_LAW, analyse
 from gr.scaling.config import FamilyConfig, ScalingConfig, SizeConfig
 from gr.scaling.members import Member, expand, write_sweeps
+from gr.scaling.plots import draw
 from gr.scaling.points import Point, read_points
 from gr.scaling.study import scaling
 from launch.config import SweepConfig
@@ -143,6 +144,9 @@ def test_at_fixed_compute_the_best_size_is_on_the_curve(study):
         assert curve.fits[LOG_LAW].law.coefficients["b"] == pytest.approx(
             SLOPES[curve.family], abs=0.006
         )
+    names = [path.name for path in draw(study, analysis, Path(study.output))]
+    assert names == ["scaling.png", "scaling_residuals.png", "scaling_budgets.png"]
+    assert image.imread(Path(study.output) / names[-1]).std() > 0.01
 
 
 def test_mistakes_are_messages(study, tmp_path):
