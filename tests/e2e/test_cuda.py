@@ -10,7 +10,7 @@ import torch
 from gr.runlog import read_lines
 from gr.trainer import Trainer
 from tests.dist import MANY_GPUS, run_distributed
-from tests.e2e.toy import ULTRA, run
+from tests.e2e.toy import ULTRA, ULTRA_ALONE, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,13 +36,15 @@ def test_a_resumed_gpu_run_repeats_bit_for_bit(config, tmp_path):
 
 
 @pytest.mark.gpu
-def test_all_of_ultra_learns_on_a_gpu_what_it_does_on_a_cpu_and_resumes(config, tmp_path):
-    cpu = run(config, f"run_dir={tmp_path / 'cpu'}", *ULTRA)
-    gpu = run(config, f"run_dir={tmp_path / 'gpu'}", "device=cuda", *ULTRA)
+@pytest.mark.parametrize("option", ["all", *ULTRA_ALONE])
+def test_ultra_learns_on_a_gpu_what_it_does_on_a_cpu_and_resumes(config, tmp_path, option):
+    options = ULTRA if option == "all" else ULTRA_ALONE[option]
+    cpu = run(config, f"run_dir={tmp_path / 'cpu'}", *options)
+    gpu = run(config, f"run_dir={tmp_path / 'gpu'}", "device=cuda", *options)
     np.testing.assert_allclose(losses(cpu)[:2], losses(gpu)[:2], rtol=1e-4)
     np.testing.assert_allclose(losses(cpu), losses(gpu), rtol=5e-3)
-    run(config, f"run_dir={tmp_path / 'cut'}", "device=cuda", *ULTRA, "max_steps=8")
-    cut = run(config, f"run_dir={tmp_path / 'cut'}", "device=cuda", *ULTRA, "resume=true")
+    run(config, f"run_dir={tmp_path / 'cut'}", "device=cuda", *options, "max_steps=8")
+    cut = run(config, f"run_dir={tmp_path / 'cut'}", "device=cuda", *options, "resume=true")
     np.testing.assert_array_equal(losses(gpu), losses(cut))
 
 

@@ -65,6 +65,22 @@ ULTRA = (
 )
 """Every component of ULTRA-HSTU: an action is its click, its length and the price of the item."""
 
+CANDIDATES = ("data.anchor=session",)
+THREE_LAYERS = ("model.num_layers=3", "model.hstu.bias=none")
+ULTRA_ALONE = {
+    "rows": (*CANDIDATES, "model.hstu.semi_local={window: 6, global_rows: 3}"),
+    "columns": ("model.hstu.semi_local={window: 6, global_columns: 2}",),
+    "truncation": (*THREE_LAYERS, "model.hstu.truncation={layers: 2, history: 10}"),
+    "mixture": ("model.mixture={newest: {history: 8}, clicked: {actions: {click: 0.5}}}",),
+    "merged": (*CANDIDATES, "data.layout=merged"),
+    "actions": ("data.action_context=[price]",),
+    "length": ("data.stochastic_length={selection: weighted, max_length: 24}",),
+    "balanced": ("data.stochastic_length={selection: weighted, max_length: 24, balance: true}",),
+    "nothing_recomputed": ("model.hstu.recompute=[]",),
+    "attended_recomputed": ("model.hstu.recompute=[normed,gated,silu,attended]",),
+}
+"""Each by itself."""
+
 ACTIONS = {"click": "bool", "watch_ms": "int64"}
 FEATURES = {"price": "double"}
 
