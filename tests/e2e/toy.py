@@ -72,7 +72,7 @@ ULTRA_ALONE = {
     "columns": ("model.hstu.semi_local={window: 6, global_columns: 2}",),
     "truncation": (*THREE_LAYERS, "model.hstu.truncation={layers: 2, history: 10}"),
     "mixture": ("model.mixture={newest: {history: 8}, clicked: {actions: {click: 0.5}}}",),
-    "merged": (*CANDIDATES, "data.layout=merged"),
+    "merged": (*CANDIDATES, "data.layout=merged", "model.hstu.bias=none"),
     "actions": ("data.action_context=[price]",),
     "length": ("data.stochastic_length={selection: weighted, max_length: 24}",),
     "balanced": ("data.stochastic_length={selection: weighted, max_length: 24, balance: true}",),
