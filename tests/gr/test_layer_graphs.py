@@ -135,6 +135,12 @@ GPU_OPTIONS = {
     "dropout": {"dropout": 0.3},
     "rotary": {"rotary": RotaryConfig(angles="sum")},
     "plain_triton": {"impl": "triton"},
+    "softmax": {"attention": "softmax", "bias": "position_time", "alpha": 0.0},
+    # As published on MovieLens-1M: odd widths, and nothing is rounded to 16 bits.
+    "float32": {
+        **{"qk_dim": 50, "v_dim": 50, "bias": "position_time", "dropout": 0.2},
+        "recompute": (),
+    },
 }
 
 
@@ -143,6 +149,7 @@ GPU_OPTIONS = {
 def test_graphs_equal_launches(options):
     """Ten batches of other sizes: results and gradients of both, and what AdamW makes of them."""
     given = {"num_heads": 2, "qk_dim": 64, "v_dim": 64, **GPU_OPTIONS[options]}
+    is_bf16 = options != "float32"
     models = []
     for graph_tokens in (0, 256):
         torch.manual_seed(0)
@@ -165,7 +172,7 @@ def test_graphs_equal_launches(options):
         for model, optimizer in models:
             torch.cuda.manual_seed(batch)
             x = x_LD.clone().requires_grad_()
-            with torch.autocast("cuda", torch.bfloat16):
+            with torch.autocast("cuda", torch.bfloat16, enabled=is_bf16):
                 y = model(x, info)
             (y.float() * weights).sum().backward()
             found.append(
@@ -176,7 +183,7 @@ def test_graphs_equal_launches(options):
         # Products of other numbers of rows may be summed in another order.
         for expected, actual in zip(*found, strict=True):
             error = (actual.float() - expected.float()).norm()
-            assert error <= 2e-2 * expected.float().norm() + 1e-6
+            assert error <= (2e-2 if is_bf16 else 1e-3) * expected.float().norm() + 1e-6
     graphs = models[1][0].graphs
     assert {bool(size.max_tail_len) for size in graphs.captured} == {False, True}
     assert models[0][0].graphs is None
