@@ -1,6 +1,7 @@
 """Variants of a model against the first of them: quality by seed, and the encoder's arithmetic.
 
-    python -m gr.ablation SWEEP_FOLDER FIRST --metrics ne-click ... [--output JSON] [--plot PNG]
+    python -m gr.ablation SWEEP_FOLDER FIRST --metrics ne-click ... [--window last] [--output JSON]
+        [--plot PNG]
 
 Reads the runs that a sweep left. Differences are between runs of the same seed. FLOPs of training
 are those that the runs counted, of inference those of a forward pass over the same log with whole
@@ -25,7 +26,7 @@ from gr.config_io import load_config
 from gr.cost import flops_of_inference
 from gr.report import markdown_table
 from gr.runlog import CONFIG
-from gr.runs import ALL, Run, mean_interval, read_run
+from gr.runs import ALL, Run, mean_interval, read_run, window_named
 
 
 def read_variants(folder: str | Path) -> dict[str, dict[int, Run]]:
@@ -52,19 +53,22 @@ def read_variants(folder: str | Path) -> dict[str, dict[int, Run]]:
     return found
 
 
-def ablation(folder: str | Path, first: str, metrics: Sequence[str]) -> list[dict[str, Any]]:
+def ablation(
+    folder: str | Path, first: str, metrics: Sequence[str], window: str = ALL
+) -> list[dict[str, Any]]:
     """Return a record of each variant, the first one first.
 
     Args:
         folder: of the sweep.
         first: the variant that the others are compared with.
-        metrics: columns of eval.jsonl, over the whole pass.
+        metrics: columns of eval.jsonl.
+        window: whose row is read: all, last (the latest of the pass), or a window by name.
 
     Raises:
-        ValueError: if there is no such variant, or a run lacks a metric.
+        ValueError: if there is no such variant, or a run lacks the window or a metric.
     """
     variants = in_order(read_variants(folder), first)
-    return [_record(name, runs, variants[0][1], metrics) for name, runs in variants]
+    return [_record(name, runs, variants[0][1], metrics, window) for name, runs in variants]
 
 
 def in_order(
@@ -81,14 +85,20 @@ def in_order(
 
 
 def _record(
-    name: str, runs: dict[int, Run], against: dict[int, Run], metrics: Sequence[str]
+    name: str,
+    runs: dict[int, Run],
+    against: dict[int, Run],
+    metrics: Sequence[str],
+    window: str,
 ) -> dict[str, Any]:
-    record: dict[str, Any] = {"variant": name, "seeds": sorted(runs)}
+    record: dict[str, Any] = {"variant": name, "window": window, "seeds": sorted(runs)}
     for metric in metrics:
-        values = {seed: _value(run, metric) for seed, run in runs.items()}
+        values = {seed: _value(run, metric, window) for seed, run in runs.items()}
         shared = sorted(set(values) & set(against))
         found = mean_interval(list(values.values()))
-        differences = mean_interval([values[s] - _value(against[s], metric) for s in shared])
+        differences = mean_interval(
+            [values[s] - _value(against[s], metric, window) for s in shared]
+        )
         assert found is not None
         record[metric] = {"mean": found[0], "half_width_95": found[1]}
         if runs is not against and differences is not None:
@@ -99,10 +109,13 @@ def _record(
     return record
 
 
-def _value(run: Run, metric: str) -> float:
-    value = run.windows[ALL].get(metric)
+def _value(run: Run, metric: str, window: str) -> float:
+    name = window_named(run.windows, window)
+    if name not in run.windows:
+        raise ValueError(f"{run.path} has no window {name!r}, but {sorted(run.windows)}")
+    value = run.windows[name].get(metric)
     if value is None:
-        raise ValueError(f"{run.path} has no {metric!r}, but {sorted(run.windows[ALL])}")
+        raise ValueError(f"{run.path} has no {metric!r}, but {sorted(run.windows[name])}")
     return float(value)
 
 
@@ -175,10 +188,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", help="of the sweep")
     parser.add_argument("first", help="variant that the others are compared with")
     parser.add_argument("--metrics", nargs="+", required=True, help="columns of eval.jsonl")
+    parser.add_argument("--window", default=ALL, help="all, last, or a window by name")
     parser.add_argument("--output", type=Path, help="JSON file of the records")
     parser.add_argument("--plot", type=Path, help="PNG file, of the first metric")
     options = parser.parse_args(argv)
-    records = ablation(options.folder, options.first, options.metrics)
+    records = ablation(options.folder, options.first, options.metrics, options.window)
     if options.output is not None:
         write_atomically(options.output, json.dumps(records, indent=1) + "\n")
     if options.plot is not None:

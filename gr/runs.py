@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,21 @@ class Group:
         """Return mean, half width of the 95 % interval and number of runs; None without values."""
         values = [run.windows.get(window, {}).get(metric) for run in self.runs]
         return mean_interval([float(v) for v in values if v is not None])
+
+
+LAST = "last"
+
+
+def window_named(windows: Mapping[str, object], name: str) -> str:
+    """Return the name of a window of a run: `last` is the latest of its pass.
+
+    Args:
+        windows: of the run, by name.
+        name: of one, `all` for the whole pass, or `last`.
+    """
+    if name != LAST:
+        return name
+    return max((window for window in windows if window != ALL), default=ALL)
 
 
 def read_run(argument: str | Path) -> Run:

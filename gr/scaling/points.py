@@ -11,7 +11,7 @@ from gr.config_io import load_config
 from gr.evaluate import EVALUATE
 from gr.model import dense_model, feature_dims
 from gr.runlog import CONFIG, read_lines
-from gr.runs import ALL, read_run
+from gr.runs import ALL, read_run, window_named
 from gr.scaling.config import ScalingConfig
 from gr.scaling.members import Member
 
@@ -138,9 +138,7 @@ def _read(study: ScalingConfig, member: Member) -> Point:
         where = f"{path / EVALUATE}"
     else:
         rows, where = run.windows, f"{path}/eval.jsonl"
-    name = study.window
-    if name == "last":
-        name = max(window for window in rows if window != ALL) if len(rows) > 1 else ALL
+    name = window_named(rows, study.window)
     if name not in rows:
         raise ValueError(f"{where} has no window {name!r}, but {sorted(rows)}: see window")
     quality = rows[name].get(study.metric)

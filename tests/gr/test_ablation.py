@@ -41,6 +41,10 @@ def folder(tmp_path_factory) -> Path:
     return folder / "out"
 
 
+def days(run_dir: Path) -> list[dict]:
+    return [row for row in read_lines(run_dir / "eval.jsonl") if row["window"] != "all"]
+
+
 def test_variants_against_the_first_seed_by_seed(folder, tmp_path, capsys):
     first, second = ablation(folder, "plain", ["ne-click"])
     rows = {path.name[:8]: read_lines(path / "eval.jsonl")[-1] for path in folder.glob("*_s*_*")}
@@ -48,6 +52,12 @@ def test_variants_against_the_first_seed_by_seed(folder, tmp_path, capsys):
     differences = [values[f"short_s{s}"] - values[f"plain_s{s}"] for s in (0, 1)]
     assert second["ne-click"]["difference"] == pytest.approx(sum(differences) / 2)
     assert (first["variant"], first["seeds"], second["seeds"]) == ("plain", [0, 1], [0, 1])
+    (last,) = {row["window"] for path in folder.glob("*_s*_*") for row in days(path)[-1:]}
+    by_day = {path.name[:8]: days(path)[-1]["ne-click"] for path in folder.glob("*_s*_*")}
+    for window in ("last", last):
+        of_window = ablation(folder, "plain", ["ne-click"], window)[1]["ne-click"]["difference"]
+        differences = [by_day[f"short_s{s}"] - by_day[f"plain_s{s}"] for s in (0, 1)]
+        assert of_window == pytest.approx(sum(differences) / 2)
     # Stochastic length is for training only.
     assert first["train_flops"] < 3 * first["inference_flops"]
     assert second["train_flops"] == pytest.approx(3 * second["inference_flops"])
@@ -107,5 +117,7 @@ def test_what_cannot_be_compared_is_refused(folder, tmp_path):
         ablation(folder, "huge", ["ne-click"])
     with pytest.raises(ValueError, match="has no 'ne-like'"):
         ablation(folder, "plain", ["ne-like"])
+    with pytest.raises(ValueError, match=r"has no window '2020-01-01', but \['20"):
+        ablation(folder, "plain", ["ne-click"], "2020-01-01")
     with pytest.raises(ValueError, match="no finished run of a sweep"):
         ablation(tmp_path, "plain", [])
