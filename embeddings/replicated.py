@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.config import EmbeddingsConfig
 from embeddings.initial import initial_rows
-from embeddings.optim import RowGradient, build_optimizer, row_gradient, sum_duplicates
+from embeddings.optim import build_optimizer, row_gradient, sum_duplicates
 from embeddings.tables import PendingLookup, Tables
 
 
@@ -141,11 +141,15 @@ class ReplicatedTables(Tables):
             )
         return "\n".join(lines)
 
-    def _average_gradients(self) -> dict[str, RowGradient]:
-        """Return the gradient of each table that any rank touched, the same on every rank."""
+    def _average_gradients(self) -> dict[str, Tensor]:
+        """Return the gradient of each table that any rank touched, the same on every rank.
+
+        Dense, or sparse: the optimizer then knows its rows, and need not look for equal ones, for
+        which the host would wait for a GPU.
+        """
         if not dist.is_initialized() or dist.get_world_size(self.group) == 1:
             return {
-                name: row_gradient(weight.grad)
+                name: weight.grad
                 for name, weight in self.weights.items()
                 if weight.grad is not None
             }
@@ -175,7 +179,7 @@ class ReplicatedTables(Tables):
         dist.all_gather(gathered, local, group=self.group)
         return torch.stack(gathered, 1)
 
-    def _average_sparse(self, weight: Tensor, counts: list[int]) -> RowGradient:
+    def _average_sparse(self, weight: Tensor, counts: list[int]) -> Tensor:
         # Ranks send equally many rows, as all_gather wants; what is past a count is cut again.
         rows_n = torch.zeros(max(counts), dtype=torch.int64, device=weight.device)
         grads_nD = weight.new_zeros(max(counts), weight.shape[1])
@@ -188,14 +192,14 @@ class ReplicatedTables(Tables):
         dist.all_gather(all_grads, grads_nD, group=self.group)
         lots = zip(all_rows, all_grads, counts, strict=True)
         rows_U, sums_UD = sum_duplicates(*((r[:count], g[:count]) for r, g, count in lots))
-        return rows_U, sums_UD / len(counts)
+        return _sparse(rows_U, sums_UD / len(counts), weight.shape)
 
-    def _average_dense(self, weight: Tensor) -> RowGradient:
+    def _average_dense(self, weight: Tensor) -> Tensor:
         dense_ED = torch.zeros_like(weight)
         if weight.grad is not None:
             dense_ED += weight.grad
         dist.all_reduce(dense_ED, group=self.group)
-        return row_gradient(dense_ED / dist.get_world_size(self.group))
+        return dense_ED / dist.get_world_size(self.group)
 
 
 def _check_replicable(config: EmbeddingsConfig) -> None:

@@ -79,8 +79,12 @@ def test_layers_as_graphs_learn_what_launches_do_and_resume(config, tmp_path):
     np.testing.assert_array_equal(losses(whole), losses(cut))
 
 
+WHOLE_TABLES = ("embeddings.form=replicated", "embeddings.update_rule=adamw")
+
+
 @pytest.mark.gpu
-def test_a_step_waits_nowhere_but_in_torchrec(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("tables", [(), WHOLE_TABLES], ids=["sharded", "replicated"])
+def test_a_step_waits_nowhere_but_in_torchrec(config, tmp_path, monkeypatch, tables):
     """Values that the host reads while the device goes on (gr/outcome.py) do not count as waits."""
     train_step = Trainer.train_step
 
@@ -92,7 +96,7 @@ def test_a_step_waits_nowhere_but_in_torchrec(config, tmp_path, monkeypatch):
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(Trainer, "train_step", watched)
-    overrides = ("device=cuda", "deterministic=false", "max_steps=6")
+    overrides = ("device=cuda", "deterministic=false", "max_steps=6", *tables)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         run(config, f"run_dir={tmp_path / 'run'}", *overrides)
