@@ -10,7 +10,7 @@ import torch
 from gr.runlog import read_lines
 from gr.trainer import Trainer
 from tests.dist import MANY_GPUS, run_distributed
-from tests.e2e.toy import ULTRA, ULTRA_ALONE, run
+from tests.e2e.toy import FP8, ULTRA, ULTRA_ALONE, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,18 +49,18 @@ def test_ultra_learns_on_a_gpu_what_it_does_on_a_cpu_and_resumes(config, tmp_pat
 
 
 @pytest.mark.gpu
-def test_all_of_ultra_learns_in_fp8(config, tmp_path):
+def test_all_of_ultra_learns_in_fp8_and_resumes(config, tmp_path):
     bf16 = run(config, f"run_dir={tmp_path / 'bf16'}", "device=cuda", *ULTRA, "precision=bf16")
-    fp8 = run(
-        config,
-        f"run_dir={tmp_path / 'fp8'}",
-        *("device=cuda", *ULTRA, "precision=bf16", "model.hstu.precision=fp8"),
-    )
+    options = ("device=cuda", *ULTRA, *FP8)
+    fp8 = run(config, f"run_dir={tmp_path / 'fp8'}", *options)
     # Sixteen columns of a few dozen steps: fp8 goes another way, and learns as much. They part at
     # the first update: AdamW steps by a gradient's direction, which in the smallest is rounding.
     np.testing.assert_allclose(losses(fp8)[0], losses(bf16)[0], rtol=2e-3)
     np.testing.assert_allclose(losses(fp8)[1], losses(bf16)[1], rtol=0.03)
     np.testing.assert_allclose(losses(fp8), losses(bf16), rtol=0.25)
+    run(config, f"run_dir={tmp_path / 'cut'}", *options, "max_steps=8")
+    cut = run(config, f"run_dir={tmp_path / 'cut'}", *options, "resume=true")
+    np.testing.assert_array_equal(losses(fp8), losses(cut))
 
 
 GRAPHS = ("model.hstu.graph_tokens=64", "model.hstu.dropout=0.2")

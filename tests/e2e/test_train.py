@@ -29,6 +29,7 @@ from tests.dist import run_distributed
 from tests.e2e.toy import (
     ACTIONS,
     FEATURES,
+    FP8,
     ULTRA,
     ULTRA_ALONE,
     run,
@@ -331,7 +332,10 @@ def test_dlrm_and_the_other_encoders_run(config, tmp_path):
     "options",
     [
         pytest.param(ULTRA, id="all"),
-        *(pytest.param(x, id=name, marks=pytest.mark.slow) for name, x in ULTRA_ALONE.items()),
+        *(
+            pytest.param(options, id=name, marks=pytest.mark.slow)
+            for name, options in {**ULTRA_ALONE, "fp8": FP8}.items()
+        ),
     ],
 )
 def test_ultra_learns_resumes_and_is_evaluated_as_it_is_served(config, tmp_path, options):

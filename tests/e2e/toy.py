@@ -80,6 +80,7 @@ ULTRA_ALONE = {
     "attended_recomputed": ("model.hstu.recompute=[normed,gated,silu,attended]",),
 }
 """Each by itself."""
+FP8 = ("precision=bf16", "model.hstu.precision=fp8")
 
 ACTIONS = {"click": "bool", "watch_ms": "int64"}
 FEATURES = {"price": "double"}
