@@ -12,6 +12,8 @@ Times are medians.
 import argparse
 import json
 import statistics
+import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -41,8 +43,8 @@ from pipelines.config import DataConfig
 from pipelines.stream import SessionStream
 
 
-def measure_variant(config: TrainConfig, *, skip: int, steps: int) -> Figures:
-    """Return times and memory of one variant.
+def measure_steps(config: TrainConfig, *, skip: int, steps: int) -> Figures:
+    """Return times and memory of whole steps of one variant.
 
     Args:
         config: of a run.
@@ -80,9 +82,19 @@ def measure_variant(config: TrainConfig, *, skip: int, steps: int) -> Figures:
             trainer.score_step(batch)
         calls = {str(i): (lambda b=batch: trainer.score_step(b)) for i, batch in enumerate(scored)}
         found["scoring_ms"] = statistics.median(median_ms(calls, rounds=2, warm_up=0).values())
-        found["encoder_ms"] = _encoder_ms(config, trained, world, "train")
-        found["encoder_forward_ms"] = _encoder_ms(config, scored, world, "infer")
     return found
+
+
+def measure_encoder(config: TrainConfig, *, skip: int, steps: int) -> Figures:
+    """Return times of one variant's encoder, on batches as `measure_steps` takes them."""
+    with parallel.joined(config) as world:
+        free()
+        trained = _batches(config, config.data, skip, steps)
+        scored = _batches(config, scored_data(config.data), skip, steps)
+        return {
+            "encoder_ms": _encoder_ms(config, trained, world, "train"),
+            "encoder_forward_ms": _encoder_ms(config, scored, world, "infer"),
+        }
 
 
 def _batches(config: TrainConfig, data: DataConfig, skip: int, steps: int) -> list[SequenceBatch]:
@@ -123,13 +135,19 @@ def _memory(world: World, *, at_most: bool = False) -> int:
 def table(found: Mapping[str, Figures]) -> str:
     """Return the figures of all variants in Markdown, shares of the first's beside the times."""
     first = next(iter(found.values()))
+
+    def time(of: Figures, name: str) -> str:
+        return (
+            f"{of[name]:.3g} ({of[name] / first[name]:.2f})" if name in of and name in first else ""
+        )
+
     names = ("step_ms", "encoder_ms", "scoring_ms", "encoder_forward_ms")
+    sizes = ("step_gib", "standing_gib")
     rows = [
         [
             variant,
-            *(f"{of[name]:.3g} ({of[name] / first[name]:.2f})" for name in names),
-            f"{of['step_gib']:.3f}",
-            f"{of['standing_gib']:.3f}",
+            *(time(of, x) for x in names),
+            *(f"{of[x]:.3f}" if x in of else "" for x in sizes),
         ]
         for variant, of in found.items()
     ]
@@ -138,7 +156,11 @@ def table(found: Mapping[str, Figures]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print the table, and append the records."""
+    """Measure, print the table, and append the records.
+
+    Raises:
+        SystemExit: at the end, if a measurement failed.
+    """
     parser = argparse.ArgumentParser(prog="python -m gr.bench_ablation")
     parser.add_argument("folder", help="of the sweep")
     parser.add_argument("first", help="variant that the others are compared with")
@@ -147,15 +169,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--records", type=Path, help="JSON lines, appended")
     options = parser.parse_args(argv)
     found: dict[str, Figures] = {}
+    failed = []
     for name, runs in in_order(read_variants(options.folder), options.first):
         config, _ = load_config(TrainConfig, runs[min(runs)].path / CONFIG)
-        found[name] = measure_variant(config, skip=options.skip, steps=options.steps)
-        shown = {key: float(f"{value:.5g}") for key, value in found[name].items()}
+        of = found.setdefault(name, {})
+        for measure in (measure_steps, measure_encoder):
+            try:
+                of |= measure(config, skip=options.skip, steps=options.steps)
+            except Exception:
+                # Whatever it is, the other variants can be measured. The exit status tells.
+                traceback.print_exc()
+                failed.append(f"{measure.__name__} of {name}")
+        shown = {key: float(f"{value:.5g}") for key, value in of.items()}
         print(f"{name}: {json.dumps(shown)}", flush=True)
         if options.records is not None:
             with options.records.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(record(name, found[name])) + "\n")
+                lines.write(json.dumps(record(name, of)) + "\n")
     print(table(found))
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

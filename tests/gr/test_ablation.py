@@ -10,7 +10,7 @@ from matplotlib import image
 import gr.bench_ablation
 from gr.ablation import ablation, main, mean_inference_flops
 from gr.bench_ablation import main as bench_main
-from gr.bench_ablation import measure_variant
+from gr.bench_ablation import measure_steps
 from gr.config import TrainConfig
 from gr.config_io import load_config
 from gr.flops import training_flops
@@ -80,7 +80,7 @@ def test_flops_of_inference_are_a_third_of_training_on_whole_sequences(folder):
 def test_what_a_step_takes_is_measured_on_batches_of_the_log(folder, tmp_path, capsys, monkeypatch):
     config, _ = load_config(TrainConfig, next(folder.glob("plain_s0_*")) / "config.yaml")
     with pytest.raises(ValueError, match="fewer than 1002 batches"):
-        measure_variant(config, skip=1000, steps=2)
+        measure_steps(config, skip=1000, steps=2)
     tokens = []
     stack = gr.bench_ablation.Stack
     monkeypatch.setattr(
@@ -100,6 +100,10 @@ def test_what_a_step_takes_is_measured_on_batches_of_the_log(folder, tmp_path, c
     )
     share = rows[1]["figures"]["step_ms"] / rows[0]["figures"]["step_ms"]
     assert f"({share:.2f})" in capsys.readouterr().out
+    with pytest.raises(
+        SystemExit, match="failed: measure_steps of plain, measure_encoder of plain"
+    ):
+        bench_main([str(folder), "plain", "--skip", "1000", "--steps", "2"])
     # Trained on as they are shortened, scored whole.
     whole = replace(config.data, stochastic_length=StochasticLengthConfig())
     cut, full = (
