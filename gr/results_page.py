@@ -272,7 +272,9 @@ def _draw(
             axes.plot(shared, np.mean(curves, 0), style, label=label, color=color)
     axes.set_xlabel("epochs")
     axes.set_ylabel(f"{metric_name(page.choose_by)}, mean over seeds")
-    axes.set_title(f"{table.title} (line: test events, dotted: validation events)")
+    axes.set_title(
+        f"{table.title}\nline: test events, dotted: validation events", fontsize="medium"
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=110)

@@ -294,6 +294,9 @@ def test_intervals_in_plain_words_are_those_of_the_tables():
         assert [x for x in intervals if x not in tables] == [], part.title
         found += len(intervals)
     assert found > 50
+    in_short = INTERVAL.findall(page.text)
+    assert [x for x in in_short if x not in text.split("\n## ", 1)[1]] == []
+    assert len(in_short) > 10
 
 
 def test_the_readme_has_the_figures_of_the_page():
