@@ -10,7 +10,7 @@ import torch.distributed as dist
 from gr.evaluate import evaluate, run_config
 from gr.runlog import read_lines
 from tests.dist import run_distributed
-from tests.e2e.toy import run, write_config
+from tests.e2e.toy import run, write_config, write_log
 
 SHARDED = ("embeddings.form=sharded", "checkpoint.asynchronous=true")
 ON_CPUS = (*SHARDED, "embeddings.update_rule=row_wise_adagrad")
@@ -18,6 +18,8 @@ ON_GPUS = (*SHARDED, "device=cuda")
 STAGES = ((4, 4), (2, 8), (1, 12), (4, 0))
 """Ranks, and the step at which they stop; 0 is the end of the log."""
 STAGES_OF_TWO = ((2, 4), (1, 8), (2, 0))
+STAGES_OF_EIGHT = ((8, 4), (4, 8), (1, 0))
+ON_EIGHT_CPUS = (*ON_CPUS, "data.sessions_per_partition=2")
 
 
 def go_on(config: str, run_dir: str, stop: int, overrides: tuple[str, ...]) -> list[list[dict]]:
@@ -50,11 +52,17 @@ def scores(run_dir: str) -> list[dict]:
     [
         # Sums of float32 in another order differ in the last digits.
         pytest.param(STAGES, ON_CPUS, "gloo", 2e-6, id="cpus", marks=pytest.mark.slow),
+        pytest.param(
+            *(STAGES_OF_EIGHT, ON_EIGHT_CPUS, "gloo", 2e-6), id="8_cpus", marks=pytest.mark.slow
+        ),
         pytest.param(STAGES_OF_TWO, ON_GPUS, "nccl", 2e-5, id="gpus", marks=pytest.mark.multi_gpu),
         pytest.param(STAGES, ON_GPUS, "nccl", 2e-5, id="4_gpus", marks=pytest.mark.multi_gpu(4)),
     ],
 )
 def test_ranks_come_and_go(stages, overrides, backend, rounding, log, tmp_path):
+    partitions = max(ranks for ranks, _ in stages)  # a rank owns whole ones
+    if partitions > 4:
+        log = write_log(tmp_path / "log", partitions=partitions)
     config = str(write_config(tmp_path, log))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     ways = {"backend": backend, "timeout_s": 400}
