@@ -28,6 +28,10 @@ class SizeConfig:
     what only one of them has."""
     seeds: tuple[int, ...] = ()
     """Other seeds than those of the study: large sizes may have fewer."""
+    budgets: tuple[float, ...] = ()
+    """mode=fixed_compute: those of the study's at which it is trained, the held-out one among them;
+    empty means all. A small model would need a longer log for a large budget, a large one would
+    make too few steps of a small budget."""
     held_out: bool = False
     """Not fitted: its runs are predicted from the others, then compared."""
 
@@ -99,6 +103,10 @@ class ScalingConfig:
                     "mode=fixed_compute needs at least 3 budgets, all positive, got "
                     f"{list(self.budgets)}"
                 )
+            trained = {b for size in self.sizes.values() for b in size.budgets or self.budgets}
+            none = ", ".join(f"{b:.3g}" for b in sorted({*self.budgets} - trained))
+            if none:
+                raise ValueError(f"no size is trained at budgets {none}: see sizes.NAME.budgets")
             if any(size.held_out for size in self.sizes.values()):
                 raise ValueError(
                     "mode=fixed_compute holds out a budget, not a size: use held_out_budget"
@@ -108,7 +116,13 @@ class ScalingConfig:
                     "held_out_budget must be finite and at least 0 (0: none), got "
                     f"{self.held_out_budget}"
                 )
+        budgets = {*self.budgets, *filter(None, [self.held_out_budget])}
         for name, size in self.sizes.items():
+            others = sorted(set(size.budgets) - budgets)
+            if others:
+                raise ValueError(
+                    f"sizes.{name}.budgets has {others}, but the study's are {sorted(budgets)}"
+                )
             unknown = sorted(set(size.of) - set(self.families))
             if unknown:
                 raise ValueError(

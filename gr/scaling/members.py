@@ -50,6 +50,7 @@ def expand(study: ScalingConfig) -> list[Member]:
         for family in study.families
         for name, size in study.sizes.items()
         for budget in budgets
+        if not size.budgets or budget in size.budgets
         for seed in size.seeds or study.seeds
     ]
     if len(members) > study.limit:

@@ -149,6 +149,36 @@ def test_at_fixed_compute_the_best_size_is_on_the_curve(study):
     assert image.imread(Path(study.output) / names[-1]).std() > 0.01
 
 
+def test_a_size_may_have_budgets_of_its_own(study):
+    sizes = {
+        "a": SizeConfig(overrides=study.sizes["a"].overrides, budgets=(1e10, 1e11)),
+        "b": SizeConfig(overrides=study.sizes["b"].overrides),
+        "c": SizeConfig(overrides=study.sizes["c"].overrides, budgets=(1e12, 2e13)),
+    }
+    study = replace(
+        one_family(study),
+        window="2022-01-02",
+        seeds=(0,),
+        mode="fixed_compute",
+        budgets=(1e10, 1e11, 1e12),
+        held_out_budget=2e13,
+        sizes=sizes,
+    )
+    pretend(study, offset=0.1)
+    runs = {(m.size, m.budget) for m in expand(study)}
+    assert runs == {
+        *(("a", b) for b in (1e10, 1e11)),
+        *(("b", b) for b in (1e10, 1e11, 1e12, 2e13)),
+        *(("c", b) for b in (1e12, 2e13)),
+    }
+    (curve,) = analyse(study, read_points(study, expand(study))).curves
+    assert [m.size for m in (*curve.fitted, *curve.held_out)] == ["b"] * 4
+    with pytest.raises(ValueError, match=r"sizes\.a\.budgets has \[5\.0\], but the study's are"):
+        replace(study, sizes={**sizes, "a": SizeConfig(budgets=(5.0,))})
+    with pytest.raises(ValueError, match=r"no size is trained at budgets 1e\+10, 1e\+12"):
+        replace(study, sizes={"a": SizeConfig(budgets=(1e11,))})
+
+
 def test_mistakes_are_messages(study, tmp_path):
     study = replace(one_family(study), seeds=(0,))
     with pytest.raises(ValueError, match="no run of hstu-a, seed 0"):
