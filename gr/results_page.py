@@ -104,7 +104,7 @@ def _groups(table: TableConfig, records: Sequence[Record]) -> dict[str, list[Rec
 def _at_a_glance(page: PageConfig, by_table: dict[str, dict[str, list[Record]]]) -> list[str]:
     """Return one metric of all tables, models as columns: those that stand in several tables."""
     tables = {name: page.tables[name] for name, groups in by_table.items() if groups}
-    everywhere = [row.title for table in tables.values() for row in table.rows.values()]
+    everywhere = [tables[n].rows[row].title for n in tables for row in by_table[n]]
     models = [title for title in dict.fromkeys(everywhere) if everywhere.count(title) > 1]
     if len(tables) < 2 or not models:
         return []
