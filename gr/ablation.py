@@ -100,13 +100,19 @@ def _record(
             [values[s] - _value(against[s], metric, window) for s in shared]
         )
         assert found is not None
-        record[metric] = {"mean": found[0], "half_width_95": found[1]}
+        record[metric] = {"mean": found[0], "half_width_95": _of_several(found)}
         if runs is not against and differences is not None:
-            record[metric] |= {"difference": differences[0], "difference_95": differences[1]}
+            half_width = _of_several(differences)
+            record[metric] |= {"difference": differences[0], "difference_95": half_width}
     last = [run.steps[-1] for run in runs.values()]
     record["train_flops"] = sum(x["flops"] for x in last) / sum(x["examples"] for x in last)
     record["inference_flops"] = mean_inference_flops(next(iter(runs.values())).path)
     return record
+
+
+def _of_several(found: tuple[float, float, int]) -> float | None:
+    """Return the half width of an interval; None for one value, which has none."""
+    return found[1] if found[2] > 1 else None
 
 
 def _value(run: Run, metric: str, window: str) -> float:
@@ -137,11 +143,10 @@ def table(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> str:
         cells = [record["variant"]]
         for metric in metrics:
             of = record[metric]
-            cells.append(
-                f"{of['difference']:+.4f} +/- {of['difference_95']:.4f}"
-                if "difference" in of
-                else f"{of['mean']:.4f} +/- {of['half_width_95']:.4f}"
-            )
+            is_first = "difference" not in of
+            half_width = of["half_width_95" if is_first else "difference_95"]
+            shown = f"{of['mean']:.4f}" if is_first else f"{of['difference']:+.4f}"
+            cells.append(shown if half_width is None else f"{shown} +/- {half_width:.4f}")
         for kind in ("train_flops", "inference_flops"):
             share = record[kind] / records[0][kind]
             cells.append(f"{record[kind] / 1e6:.1f} ({share:.3f})")
@@ -166,7 +171,7 @@ def draw(records: Sequence[dict[str, Any]], metric: str, path: Path) -> None:
             axis.errorbar(
                 record[kind] / records[0][kind],
                 of.get("difference", 0.0),
-                yerr=of.get("difference_95", 0.0),
+                yerr=of.get("difference_95") or 0.0,
                 fmt="os^Dv<>Ph*"[i % 10],
                 capsize=3,
                 label=record["variant"],

@@ -56,6 +56,7 @@ def measure_steps(config: TrainConfig, *, skip: int, steps: int) -> Figures:
     """
     with parallel.joined(config) as world:
         free()
+        before = _memory(world)
         source = open_log(config.data)
         trainer = Trainer(
             config,
@@ -76,7 +77,7 @@ def measure_steps(config: TrainConfig, *, skip: int, steps: int) -> Figures:
         found = {
             "step_ms": 1e3 * statistics.median(loop.seconds[-steps:]),
             "step_gib": (peak - standing) / GIB,
-            "standing_gib": standing / GIB,
+            "standing_gib": (standing - before) / GIB,
         }
         for batch in scored:
             trainer.score_step(batch)

@@ -77,6 +77,18 @@ def test_flops_of_inference_are_a_third_of_training_on_whole_sequences(folder):
     assert mean_inference_flops(path) == pytest.approx(total / 3 / sequences)
 
 
+def test_one_seed_has_no_interval(folder, tmp_path, capsys):
+    for name in ("plain", "short"):
+        path = next(folder.glob(f"{name}_s1_*"))
+        (tmp_path / path.name).symlink_to(path)
+    main([str(tmp_path), "plain", "--metrics", "ne-click", "--output", str(tmp_path / "a.json")])
+    _, second = json.loads((tmp_path / "a.json").read_text())
+    assert second["ne-click"]["difference_95"] is None
+    shown = capsys.readouterr().out
+    assert f"| {second['ne-click']['difference']:+.4f} " in shown
+    assert "+/-" not in shown
+
+
 def test_what_a_step_takes_is_measured_on_batches_of_the_log(folder, tmp_path, capsys, monkeypatch):
     config, _ = load_config(TrainConfig, next(folder.glob("plain_s0_*")) / "config.yaml")
     with pytest.raises(ValueError, match="fewer than 1002 batches"):

@@ -44,9 +44,8 @@ def test_differences_of_an_ablation(name):
         for metric, of in record.items():
             if not isinstance(of, dict):
                 continue
-            shown = (
-                f"{of['difference']:+.4f} ± {of['difference_95']:.4f}"
-                if "difference" in of
-                else f"{of['mean']:.4f} ± {of['half_width_95']:.4f}"
-            )
+            is_first = "difference" not in of
+            half_width = of["half_width_95" if is_first else "difference_95"]
+            shown = f"{of['mean']:.4f}" if is_first else f"{of['difference']:+.4f}"
+            shown += "" if half_width is None else f" ± {half_width:.4f}"
             assert shown in page, (record["variant"], metric, shown)
