@@ -27,8 +27,12 @@ HOLD_OUT = "data.leave_one_out.hold_out"
 METRICS = ("hr@10", "hr@50", "hr@200", "ndcg@10", "ndcg@50", "ndcg@200", "mrr")
 _RUN_NAME = re.compile(r"(?P<row>.+)_s\d+_[0-9a-f]+")
 """Of the folder of a sweep's run."""
-# What two runs of one record may differ in, and what says nothing about the result.
-FREE = ("run_dir", "resume", HOLD_OUT, "data.log", "log_every", "timeout_minutes")
+# What two runs of one record may differ in, and what says nothing about the result. Layers as
+# graphs, and what is computed again, change it by rounding, if at all.
+FREE = (
+    *("run_dir", "resume", HOLD_OUT, "data.log", "log_every", "timeout_minutes"),
+    *("model.hstu.graph_tokens", "model.hstu.recompute"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

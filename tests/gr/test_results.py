@@ -203,6 +203,15 @@ def test_an_aim_is_met_by_the_mean_or_missed(tmp_path, runs):
         ]
 
 
+def test_runs_of_a_pair_may_differ_in_how_layers_are_run(tmp_path, runs):
+    graphs = {"dim": 4, "hstu": {"graph_tokens": 256, "recompute": []}}
+    other = write_run(tmp_path / "more", "base", 0, "test", CURVES["base", 0][1], model=graphs)
+    results(tmp_path / "page.yaml", [runs[0], other], tmp_path / "results.md")
+    (record,) = read_records(tmp_path / "results")
+    assert record.config["model.dim"] == 4
+    assert not [key for key in record.config if key.startswith("model.hstu")]
+
+
 def test_what_is_no_pair_is_refused(tmp_path, runs, capsys):
     def fails(*given, page="page.yaml"):
         output = tmp_path / "results.md"
