@@ -10,10 +10,8 @@ Times are medians.
 """
 
 import argparse
-import json
 import statistics
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -24,7 +22,7 @@ import torch
 from gr import parallel
 from gr.ablation import in_order, read_variants
 from gr.bench_encoders import GIB, Figures, Shape, Stack, free, median_ms, replayed_ms
-from gr.bench_main import record
+from gr.bench_main import attempt, report
 from gr.bench_steps import Loop
 from gr.config import TrainConfig
 from gr.config_io import load_config
@@ -39,7 +37,6 @@ from gr.runlog import CONFIG
 from gr.sequence import sequence_info
 from gr.trainer import Trainer
 from pipelines.batch import SequenceBatch
-from pipelines.config import DataConfig
 from pipelines.stream import SessionStream
 
 
@@ -64,8 +61,7 @@ def measure_steps(config: TrainConfig, *, skip: int, steps: int) -> Figures:
             utc_offset=source.utc_offset,
             sequences_per_step=source.sequences_per_step,
         )
-        trained = _batches(config, config.data, skip, steps)
-        scored = _batches(config, scored_data(config.data), skip, steps)
+        trained, scored = _batches(config, skip, steps)
         # The first time compiles kernels, and makes the moments of the optimizers.
         loop = Loop(trainer, chain(trained, trained))
         loop.run(steps)
@@ -90,23 +86,28 @@ def measure_encoder(config: TrainConfig, *, skip: int, steps: int) -> Figures:
     """Return times of one variant's encoder, on batches as `measure_steps` takes them."""
     with parallel.joined(config) as world:
         free()
-        trained = _batches(config, config.data, skip, steps)
-        scored = _batches(config, scored_data(config.data), skip, steps)
+        trained, scored = _batches(config, skip, steps)
         return {
             "encoder_ms": _encoder_ms(config, trained, world, "train"),
             "encoder_forward_ms": _encoder_ms(config, scored, world, "infer"),
         }
 
 
-def _batches(config: TrainConfig, data: DataConfig, skip: int, steps: int) -> list[SequenceBatch]:
-    stream = SessionStream(data, seed=config.seed, cost=sequence_costs(config.model))
-    found = list(islice(stream, skip, skip + steps))
-    if len(found) < steps:
-        raise ValueError(
-            f"{data.log} has fewer than {skip + steps} batches: skip or time fewer, with --skip "
-            "and --steps"
-        )
-    return found
+def _batches(
+    config: TrainConfig, skip: int, steps: int
+) -> tuple[list[SequenceBatch], list[SequenceBatch]]:
+    """Return batches to train on, and the same sequences as they are scored: whole."""
+    lots = []
+    for data in (config.data, scored_data(config.data)):
+        stream = SessionStream(data, seed=config.seed, cost=sequence_costs(config.model))
+        lots.append(list(islice(stream, skip, skip + steps)))
+        if len(lots[-1]) < steps:
+            raise ValueError(
+                f"{data.log} has fewer than {skip + steps} batches: skip or time fewer, with "
+                "--skip and --steps"
+            )
+    trained, scored = lots
+    return trained, scored
 
 
 def _encoder_ms(
@@ -170,22 +171,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--records", type=Path, help="JSON lines, appended")
     options = parser.parse_args(argv)
     found: dict[str, Figures] = {}
-    failed = []
+    failed: list[str] = []
     for name, runs in in_order(read_variants(options.folder), options.first):
         config, _ = load_config(TrainConfig, runs[min(runs)].path / CONFIG)
         of = found.setdefault(name, {})
         for measure in (measure_steps, measure_encoder):
-            try:
+            with attempt(f"{measure.__name__} of {name}", failed):
                 of |= measure(config, skip=options.skip, steps=options.steps)
-            except Exception:
-                # Whatever it is, the other variants can be measured. The exit status tells.
-                traceback.print_exc()
-                failed.append(f"{measure.__name__} of {name}")
-        shown = {key: float(f"{value:.5g}") for key, value in of.items()}
-        print(f"{name}: {json.dumps(shown)}", flush=True)
-        if options.records is not None:
-            with options.records.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(record(name, of)) + "\n")
+        report(name, of, options.records)
     print(table(found))
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

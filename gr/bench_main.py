@@ -5,7 +5,8 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,35 +42,44 @@ def measure(
     if not torch.cuda.is_available():
         parser.error("these are measurements of a GPU, and there is none")
     found: dict[str, Figures] = {}
-    failed = []
+    failed: list[str] = []
     for name in names:
         free()
-        try:
+        with attempt(name, failed):
             found[name] = measurements[name](shape)
-        except Exception:
-            # Whatever it is (memory, a kernel), what comes next can be measured. It is printed, and
-            # the exit status tells.
-            traceback.print_exc()
-            failed.append(name)
-            continue
-        shown = json.dumps({key: float(f"{value:.4g}") for key, value in found[name].items()})
-        print(f"{name}: {shown}", flush=True)
-        if options.records is not None:
-            with options.records.open("a") as lines:
-                lines.write(json.dumps(record(name, found[name])) + "\n")
+        if name in found:
+            report(name, found[name], options.records)
     for line in summary(found):
         print(line, flush=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
 
-def record(name: str, figures: Figures) -> dict[str, object]:
-    """Return a line of the records: what was measured, on what, of which commit."""
+@contextmanager
+def attempt(name: str, failed: list[str]) -> Iterator[None]:
+    """Let a measurement fail without those that follow: it is printed, and added to `failed`."""
+    try:
+        yield
+    except Exception:
+        # Whatever it is (memory, a kernel), what comes next can be measured. Who calls ends with
+        # an exit status that tells.
+        traceback.print_exc()
+        failed.append(name)
+
+
+def report(name: str, figures: Figures, records: Path | None) -> None:
+    """Print what was measured, and append a line: of what, on what, of which commit."""
+    shown = json.dumps({key: float(f"{value:.4g}") for key, value in figures.items()})
+    print(f"{name}: {shown}", flush=True)
+    if records is None:
+        return
     has_gpu = torch.cuda.is_available()
-    return {
+    line = {
         "what": name,
         "figures": {key: float(f"{value:.6g}") for key, value in figures.items()},
         "gpu": torch.cuda.get_device_name() if has_gpu else "none",
         "torch": torch.__version__,
         "commit": os.environ.get("GR_COMMIT", ""),
     }
+    with records.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(line) + "\n")

@@ -20,7 +20,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 
 from gr import parallel
+from gr.bench_main import attempt
 from gr.bench_steps import Bench, Settings
 from gr.parallel import World
 from gr.train import short_pauses
@@ -202,18 +202,13 @@ def work(options: argparse.Namespace) -> None:
         options.folder, options.rows, B, PARTITIONS, options.small, options.graph_tokens
     )
     wanted = ON_ONE if world.size == 1 else ON_ALL
-    failed = []
+    failed: list[str] = []
     for name in options.what:
         gc.collect()  # what the last one left, before it is kept from being collected
-        try:
-            with short_pauses():
-                figures = wanted[name](Bench(settings, world))
-        except Exception:
-            # Most fail on all ranks alike (memory, a kernel): what comes next can be measured.
-            traceback.print_exc()
-            failed.append(name)
-            continue
-        if world.is_main:
+        figures = None
+        with attempt(name, failed), short_pauses():  # most fail on all ranks alike
+            figures = wanted[name](Bench(settings, world))
+        if figures is not None and world.is_main:
             with options.out.open("a") as lines:
                 lines.write(json.dumps(describe(name, figures, world, options.graph_tokens)) + "\n")
             short = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())

@@ -16,6 +16,7 @@ from gr.config_io import load_config
 from gr.flops import training_flops
 from gr.runlog import read_lines
 from gr.sequence import sequence_info
+from gr.trainer import Trainer
 from launch.config import SweepConfig
 from launch.sweep import expand
 from pipelines.config import StochasticLengthConfig
@@ -102,6 +103,10 @@ def test_what_a_step_takes_is_measured_on_batches_of_the_log(folder, tmp_path, c
             tokens.append(int(info.offsets[-1])) or stack(model, info, shape)
         ),
     )
+    score_step, scored = Trainer.score_step, []
+    monkeypatch.setattr(
+        Trainer, "score_step", lambda self, b: scored.append(b.num_tokens) or score_step(self, b)
+    )
     records = tmp_path / "records.jsonl"
     bench_main([str(folder), "plain", "--skip", "1", "--steps", "2", "--records", str(records)])
 
@@ -123,6 +128,8 @@ def test_what_a_step_takes_is_measured_on_batches_of_the_log(folder, tmp_path, c
         for data in (config.data, whole)
     )
     assert tokens[:4] == cut + full
+    assert scored[:2] == full  # once, before they are timed
+    assert sorted(scored[2:6]) == sorted(2 * full)
     assert sum(cut) < sum(full)
 
 
