@@ -54,6 +54,18 @@ def one_family(study):
     return replace(study, families={"hstu": FamilyConfig()})
 
 
+def at_fixed_compute(study, sizes):
+    return replace(
+        one_family(study),
+        window="2022-01-02",
+        seeds=(0,),
+        mode="fixed_compute",
+        budgets=(1e10, 1e11, 1e12),
+        held_out_budget=2e13,
+        sizes=sizes,
+    )
+
+
 def pretend(study, *, offset=0.0):
     """Write what the sweep's runs would leave, with a quality that is linear in ln C."""
     random = np.random.default_rng(5)
@@ -125,15 +137,7 @@ def test_laws_prediction_and_efficiency_of_a_known_study(study):
 def test_at_fixed_compute_the_best_size_is_on_the_curve(study):
     sizes = {name: SizeConfig(overrides=size.overrides) for name, size in study.sizes.items()}
     sizes = {name: sizes[name] for name in ("a", "b", "c")}
-    study = replace(
-        one_family(study),
-        window="2022-01-02",
-        seeds=(0,),
-        mode="fixed_compute",
-        budgets=(1e10, 1e11, 1e12),
-        held_out_budget=2e13,
-        sizes=sizes,
-    )
+    study = at_fixed_compute(study, sizes)
     pretend(study, offset=0.1)
     assert {m.budget for m in expand(study)} == {1e10, 1e11, 1e12, 2e13}
     analysis = analyse(study, read_points(study, expand(study)))
@@ -155,15 +159,7 @@ def test_a_size_may_have_budgets_of_its_own(study):
         "b": SizeConfig(overrides=study.sizes["b"].overrides),
         "c": SizeConfig(overrides=study.sizes["c"].overrides, budgets=(1e12, 2e13)),
     }
-    study = replace(
-        one_family(study),
-        window="2022-01-02",
-        seeds=(0,),
-        mode="fixed_compute",
-        budgets=(1e10, 1e11, 1e12),
-        held_out_budget=2e13,
-        sizes=sizes,
-    )
+    study = at_fixed_compute(study, sizes)
     pretend(study, offset=0.1)
     runs = {(m.size, m.budget) for m in expand(study)}
     assert runs == {
