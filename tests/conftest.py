@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -32,6 +33,12 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPUs"))
         if "interpret" in item.keywords and num_gpus == 0 and not INTERPRET:
             item.add_marker(pytest.mark.skip(reason="needs a GPU or TRITON_INTERPRET=1"))
+
+
+def pytest_collection_finish():
+    # Modules and tests, millions of objects, stay: each full collection would visit them again.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

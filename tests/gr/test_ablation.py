@@ -23,6 +23,9 @@ from pipelines.config import StochasticLengthConfig
 from pipelines.stream import SessionStream
 from tests.e2e.toy import run, write_config, write_log
 
+# The sweep is made once, by one worker of pytest-xdist.
+pytestmark = pytest.mark.xdist_group("ablation")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:

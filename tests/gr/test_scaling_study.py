@@ -46,7 +46,7 @@ def study(tmp_path):
             for i, name in enumerate(FLOPS)
         },
         seeds=(0, 1),
-        bootstrap=200,
+        bootstrap=100,
     )
 
 
