@@ -49,9 +49,6 @@ class RowConfig:
     """Target: largest relative distance below the published figures; 0 means no target."""
     aims: dict[str, float] = field(default_factory=dict)
     """Metric -> figure to reach, of HR@10 and NDCG@10."""
-    up_to_epoch: int = 0
-    """Of each run only its first so many epochs count, and it may have been cut after them; 0:
-    all, of finished runs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,11 +179,7 @@ def make_records(page: PageConfig, runs: Sequence[str | Path]) -> list[Record]:
                 f"{seed}: name one"
             )
         pair[held_out] = run
-    rows = {name: row for table in page.tables.values() for name, row in table.rows.items()}
-    return [
-        _record(row, seed, pair, page.choose_by, rows[row].up_to_epoch)
-        for (row, seed), pair in sorted(pairs.items())
-    ]
+    return [_record(row, seed, pair, page.choose_by) for (row, seed), pair in sorted(pairs.items())]
 
 
 def by_row(page: PageConfig, runs: Sequence[str | Path]) -> list[tuple[str, Run]]:
@@ -210,9 +203,7 @@ def by_row(page: PageConfig, runs: Sequence[str | Path]) -> list[tuple[str, Run]
     return found
 
 
-def _record(
-    row: str, seed: int, pair: Mapping[str, Run], choose_by: str, up_to_epoch: int
-) -> Record:
+def _record(row: str, seed: int, pair: Mapping[str, Run], choose_by: str) -> Record:
     missing = {"validation", "test"} - set(pair)
     if missing:
         (there,) = (run.path for run in pair.values())
@@ -220,7 +211,7 @@ def _record(
             f"{row}, seed {seed}: there is no {missing.pop()} run beside {there}. An epoch is "
             "chosen on the validation events and judged on the test events: give both runs"
         )
-    curves = {held_out: _epochs(run, up_to_epoch) for held_out, run in pair.items()}
+    curves = {held_out: _epochs(run) for held_out, run in pair.items()}
     configs = {
         held_out: {k: v for k, v in run.config.items() if k not in (*FREE, "seed")}
         for held_out, run in pair.items()
@@ -261,8 +252,8 @@ def _record(
     )
 
 
-def _epochs(run: Run, up_to: int) -> dict[int, dict[str, float]]:
-    if "all" not in run.windows and f"epoch {up_to:04d}" not in run.windows:
+def _epochs(run: Run) -> dict[int, dict[str, float]]:
+    if "all" not in run.windows:
         raise ValueError(
             f"{run.path} is not finished: go on with it (resume=true), or leave it out"
         )
@@ -275,7 +266,7 @@ def _epochs(run: Run, up_to: int) -> dict[int, dict[str, float]]:
         raise ValueError(
             f"{run.path} has no epochs in its evaluation: it was not run with data.window=epoch"
         )
-    return {epoch: row for epoch, row in found.items() if not up_to or epoch <= up_to}
+    return found
 
 
 def run_facts(run: Run) -> dict[str, Any]:

@@ -97,24 +97,6 @@ def test_the_validation_run_alone_chooses_the_epoch(tmp_path, runs):
     assert found["base", 0].config == {"model.dim": 4}
 
 
-def test_a_row_of_cut_runs_counts_the_epochs_that_all_have(tmp_path, runs):
-    for run in runs[-2:]:  # better, seed 1; the best validation epoch is the third
-        lines = (run / "eval.jsonl").read_text().splitlines(keepends=True)
-        (run / "eval.jsonl").write_text("".join(lines[:-1]))
-    limit = "within: 0.02\n        up_to_epoch: "
-    for most, epochs in ((2, [1, 2]), (3, [1, 3])):
-        text = PAGE.replace("within: 0.02", f"{limit}{most}")
-        (tmp_path / "page.yaml").write_text(text)
-        page, _ = load_config(PageConfig, tmp_path / "page.yaml")
-        found = [r for r in make_records(page, runs) if r.row == "better"]
-        assert [r.epoch for r in found] == epochs
-        assert {len(r.test_curve) for r in found} == {most}
-    (tmp_path / "page.yaml").write_text(PAGE.replace("within: 0.02", f"{limit}4"))
-    page, _ = load_config(PageConfig, tmp_path / "page.yaml")
-    with pytest.raises(ValueError, match="is not finished"):
-        make_records(page, runs)
-
-
 def test_the_page_says_what_the_records_say(tmp_path, runs):
     output = tmp_path / "docs" / "results.md"
     said = results(tmp_path / "page.yaml", runs, output)
