@@ -19,9 +19,10 @@ from gr.flops import peak_flops, sequence_costs
 from gr.logs import Log, open_log, window_name
 from gr.metrics import WindowResult
 from gr.parallel import World
+from gr.progress import Progress
 from gr.rejects import RejectFile, cut_rejects
 from gr.runlog import RunDir, RunLog, open_run_dir
-from gr.trainer import EVALUATION, Progress, Trainer
+from gr.trainer import EVALUATION, Trainer
 from pipelines.batch import StreamPosition
 from pipelines.leave_one_out import LeaveOneOutStream
 from pipelines.stream import SessionStream, Snapshots

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,76 +15,26 @@ from torch.distributed.checkpoint.state_dict import (
 
 from embeddings.collection import build_tables
 from gr.checkpoint import CheckpointManager
-from gr.cohorts import Cohorts
 from gr.cold_start import NAME, vectors_key
 from gr.config import TrainConfig
 from gr.fp8_guard import Fp8Guard
 from gr.ids import Catalogue, IdRows
-from gr.metrics import EvalAccumulator
 from gr.mixture import mixture_groups
 from gr.model import Predictions, SequenceModel, dense_model, feature_dims
 from gr.objective import Objective
 from gr.optim import DenseUpdates, lr_factor
 from gr.outcome import OnTheWay, Outcome
 from gr.parallel import World
-from gr.retrieval_metrics import catalogue_ranks
-from gr.sequence import SequenceInfo, sequence_index
+from gr.progress import NONFINITE_ROWS, NONFINITE_STEPS, NUM_COUNTS, SKIPPED, Progress
+from gr.scoring import Scored, Scoring
+from gr.sequence import SequenceInfo
 from gr.staging import Ahead, StagedBatch, stage
-from gr.tokens import carries_item
 from pipelines.balance import LoadTarget
-from pipelines.batch import SequenceBatch, StreamPosition
-from pipelines.config import ITEM_ID, NEGATIVE_ITEM_ID, TARGET_ITEM_ID
+from pipelines.batch import SequenceBatch
+from pipelines.config import ITEM_ID, NEGATIVE_ITEM_ID
 from pipelines.rejects import REASONS
 
 EVALUATION = "evaluation"
-SKIPPED = (
-    *(f"data/rejected/{reason}" for reason in REASONS),
-    "data/clipped_histories",
-    "data/cut_bags",
-    "train/nonfinite_rows",
-    "train/nonfinite_steps",
-)
-NUM_COUNTS = 4
-"""Of StagedBatch.counts, those before what was skipped."""
-NONFINITE_ROWS, NONFINITE_STEPS = len(SKIPPED) - 2, len(SKIPPED) - 1
-
-
-@dataclass
-class Progress:
-    """How far a run is, over all ranks."""
-
-    step: int = 0
-    """Updates made."""
-    examples: int = 0
-    """Sequences trained on."""
-    tokens: int = 0
-    """Tokens of those sequences."""
-    flops: int = 0
-    """Of the encoder's forward and backward passes over them (gr/flops.py)."""
-    position: StreamPosition | None = None
-    """Position of the stream after the last trained batch."""
-    skipped: list[int] = field(default_factory=lambda: [0] * len(SKIPPED))
-    """What was left out, of the data and of the gradients, in the order of SKIPPED, and ids without
-    a pretrained vector."""
-
-    @property
-    def nonfinite_steps(self) -> int:
-        """Steps whose loss or gradients were not all finite."""
-        return self.skipped[NONFINITE_STEPS]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A batch, and what the model says about it."""
-
-    batch: SequenceBatch
-    """On the device, with rows of the tables in the place of raw ids."""
-    predictions: Predictions
-    ranks: Tensor | None
-    """(R,) int64 rank of each retrieval target in the catalogue; None without eval.retrieval.
-    0: not ranked, an event of history (data.supervise=all or sampled), which counts nothing."""
-    log_probs: Tensor | None
-    """(R,) log probability of each target, likewise."""
 
 
 class Trainer:
@@ -122,14 +72,8 @@ class Trainer:
         )
         self.guard = Fp8Guard(self.model, world)
         self.objective = Objective(config, self.item_table).to(world.device)
-        self.cohorts = Cohorts(config).to(world.device)
-        self.evaluation = EvalAccumulator(
-            config.data.tasks,
-            retrieval=config.model.head.retrieval and config.eval.retrieval,
-            ks=config.eval.ks,
-            lifetime_auc=config.eval.lifetime_auc,
-            cohorts=self.cohorts.names,
-        )
+        self.scoring = Scoring(config, self.model, self.tables, self.item_table)
+        self.evaluation = self.scoring.evaluation
         with_vectors = [*config.model.pretrained, *([NAME] if config.model.cold_start.path else [])]
         vectors = (f"data/without_vector/{name}" for name in with_vectors)
         self.skipped_names = (*SKIPPED, *vectors)
@@ -411,7 +355,7 @@ class Trainer:
         Raises:
             ValueError: for an id outside a static table.
         """
-        self._evaluate(self.predict_step(batch, ahead))
+        self.scoring.add(self.predict_step(batch, ahead))
 
     @torch.no_grad()
     def predict_step(
@@ -434,7 +378,7 @@ class Trainer:
         if ahead is not None:
             ahead.fetch()
             ahead.advance()
-        return self._scored(batch, predictions, catalogue)
+        return self.scoring.of(batch, predictions, catalogue)
 
     def _stage(self, batch: SequenceBatch) -> StagedBatch:
         vector_rows, without_vector = self.model.find_vectors(batch)
@@ -487,45 +431,6 @@ class Trainer:
         return predictions
 
     @torch.no_grad()
-    def _scored(
-        self,
-        batch: SequenceBatch,
-        predictions: Predictions,
-        catalogue: Catalogue,
-    ) -> Scored:
-        if predictions.user_vectors is None or not self.config.eval.retrieval:
-            return Scored(batch, predictions, None, None)
-        sequence_L = sequence_index(batch.offsets, batch.num_tokens)
-        assert isinstance(self.model, SequenceModel)
-        head, model = self.model.retrieval, self.model
-        assert head is not None
-        chunks = (
-            (first, model.item_vectors(chunk, catalogue.ids(_numbers(first, chunk))))
-            for first, chunk in self.tables.all_rows(self.item_table)
-        )
-        rules, rows_R = self.config.eval, batch.ids[TARGET_ITEM_ID].values()
-        chosen: Tensor | slice = slice(None)
-        is_new_R = self._of_session(batch, batch.retrieval_positions, sequence_L, ahead=1)
-        if is_new_R is not None:
-            chosen = is_new_R.nonzero()[:, 0]
-        seen = None
-        if rules.filter_seen:
-            seen = seen_items(batch, sequence_L, newest=rules.filter_newest, chosen=chosen)
-        ranks, log_probs = catalogue_ranks(
-            predictions.user_vectors[chosen],
-            head.item_vectors(predictions.rows[TARGET_ITEM_ID][chosen]),
-            rows_R[chosen],
-            chunks,
-            temperature=self.config.loss.temperature,
-            seen=seen,
-            is_item_E=catalogue.is_item,
-        )
-        if isinstance(chosen, Tensor):
-            ranks = torch.zeros_like(rows_R).index_copy(0, chosen, ranks)
-            log_probs = log_probs.new_zeros(len(rows_R)).index_copy(0, chosen, log_probs)
-        return Scored(batch, predictions, ranks, log_probs)
-
-    @torch.no_grad()
     def _score(
         self,
         batch: SequenceBatch,
@@ -539,48 +444,11 @@ class Trainer:
             return
         if self.has_dropout:
             predictions = self._predict_undropped(batch, info, rows)
-        self._evaluate(self._scored(batch, predictions, catalogue))
+        self.scoring.add(self.scoring.of(batch, predictions, catalogue))
 
     def _take_back_score(self) -> None:
         if self.config.eval.mode == "progressive":
             self.evaluation.take_back()
-
-    def _evaluate(self, scored: Scored) -> None:
-        batch, ranking = scored.batch, scored.predictions.ranking
-        sequence_L = sequence_index(batch.offsets, batch.num_tokens)
-        if ranking:
-            positions, weights = batch.ranking_positions, batch.weights
-            is_new_P = self._of_session(batch, positions, sequence_L, ahead=0)
-            if is_new_P is not None:
-                weights = {task: weight * is_new_P for task, weight in weights.items()}
-            users_P = batch.user_id[sequence_L[positions]]
-            cohorts = self.cohorts.of_ranking(batch, sequence_L)
-            self.evaluation.update_ranking(ranking, batch.labels, weights, users_P, cohorts)
-        if scored.ranks is not None and scored.log_probs is not None:
-            is_new_R = self._of_session(batch, batch.retrieval_positions, sequence_L, ahead=1)
-            weight_R = batch.retrieval_weights
-            weight_R = weight_R if is_new_R is None else weight_R * is_new_R
-            cohorts = self.cohorts.of_retrieval(batch, sequence_L)
-            self.evaluation.update_retrieval(scored.ranks, scored.log_probs, weight_R, cohorts)
-
-    def _of_session(
-        self, batch: SequenceBatch, positions: Tensor, sequence_L: Tensor, *, ahead: int
-    ) -> Tensor | None:
-        """Return which positions predict events of the session; None where all do.
-
-        With supervise=all or sampled, positions of history train again on what a pass has learnt
-        and scored before: only the session's are scored.
-
-        Args:
-            batch: a batch.
-            positions: (n,) int64 tokens.
-            sequence_L: int64, the sequence of each token.
-            ahead: tokens from a position to the event that is predicted there.
-        """
-        if self.config.data.supervise == "session":
-            return None
-        sequence_n = sequence_L[positions]
-        return positions + ahead - batch.offsets[sequence_n] >= batch.session_start[sequence_n]
 
     def _seed_step(self) -> None:
         # Dropout is a function of (seed, step, rank): a resumed run repeats it without saved state.
@@ -633,7 +501,6 @@ class Trainer:
             FloatingPointError: as `settle` does, so that what went wrong is not saved.
         """
         self.settle()
-        position = self.progress.position
         return {
             "dense": get_model_state_dict(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.dense.optimizer),
@@ -643,13 +510,7 @@ class Trainer:
             "loss_sums": self.loss_sums,
             EVALUATION: {f"rank_{self.world.rank}": self.evaluation.state_dict()},
             "progress": {
-                "step": self.progress.step,
-                "examples": self.progress.examples,
-                "tokens": self.progress.tokens,
-                "flops": self.progress.flops,
-                "rows": list(position.rows) if position else [],
-                "segments": list(position.segments) if position else [],
-                "skipped": self.progress.skipped,
+                **self.progress.state(),
                 "loads": self.load_target.state() if self.load_target else [],
                 **({"bf16_layers": self.guard.state()} if self.guard.layers else {}),
             },
@@ -662,18 +523,7 @@ class Trainer:
             ValueError: if it is of another model or not complete.
         """
         stored = self.load_learnt(checkpoints, step)["progress"]
-        self.progress = Progress(
-            step=stored["step"],
-            examples=stored["examples"],
-            tokens=stored["tokens"],
-            flops=stored["flops"],
-            position=StreamPosition(
-                rows=tuple(stored["rows"]),
-                step=stored["step"],
-                segments=tuple(stored["segments"]),
-            ),
-            skipped=list(stored["skipped"]),
-        )
+        self.progress = Progress.of_state(stored)
         if self.load_target is not None:
             self.load_target.load_state(stored["loads"])
         num_saved = checkpoints.num_ranks(step)
@@ -723,38 +573,3 @@ def _go_on_backward(rows: dict[str, Tensor], ends: dict[str, Tensor]) -> None:
         torch.zeros_like(x) if x.grad is None else x.grad for x in (ends[name] for name in names)
     ]
     torch.autograd.backward([rows[name] for name in names], gradients)
-
-
-def _numbers(first: int, rows: Tensor) -> Tensor:
-    return torch.arange(first, first + len(rows), device=rows.device)
-
-
-def seen_items(
-    batch: SequenceBatch,
-    sequence_L: Tensor,
-    *,
-    newest: int = 0,
-    chosen: Tensor | slice = slice(None),
-) -> tuple[Tensor, Tensor]:
-    """Return the items that stand before each retrieval position in its sequence.
-
-    Args:
-        batch: with rows of the item table as item ids.
-        sequence_L: the sequence of each token.
-        newest: only so many of them, the last; 0 means all.
-        chosen: index into the retrieval positions: of these only, which count from 0.
-
-    Returns:
-        (S,) int64 index into the retrieval positions; (S,) int64 row: one pair a position and item.
-    """
-    items_L1 = nn.functional.pad(carries_item(batch.token_kind).cumsum(0), (1, 0))
-    positions = batch.retrieval_positions[chosen]
-    first_R = items_L1[batch.offsets[sequence_L[positions]]]
-    count_R = items_L1[positions + 1] - first_R
-    if newest:
-        first_R = first_R + (count_R - newest).clamp_min(0)
-        count_R = count_R.clamp_max(newest)
-    index_S = torch.repeat_interleave(torch.arange(len(count_R), device=count_R.device), count_R)
-    place_S = torch.arange(len(index_S), device=count_R.device)
-    place_S = place_S - (count_R.cumsum(0) - count_R)[index_S]
-    return index_S, batch.ids[ITEM_ID].values()[first_R[index_S] + place_S]

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gr.scoring import Scored
 from gr.sequence import sequence_index
 from gr.tokens import carries_item
-from gr.trainer import Scored
 from pipelines.batch import SequenceBatch
 from pipelines.config import ITEM_ID, TARGET_ITEM_ID, TaskConfig
 

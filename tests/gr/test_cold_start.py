@@ -68,7 +68,7 @@ def test_every_place_of_an_item_has_its_content(config, monkeypatch, with_rows):
     monkeypatch.setattr(trainer.objective, "forward", keep)
     ranked = {}
     monkeypatch.setattr(
-        "gr.trainer.catalogue_ranks",
+        "gr.scoring.catalogue_ranks",
         lambda users, targets, rows, chunks, **_: (
             ranked.update(targets=targets, items=dict(chunks)) or (rows, users.sum(1))
         ),

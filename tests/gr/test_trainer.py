@@ -12,9 +12,10 @@ from gr.checkpoint import CheckpointManager
 from gr.checkpoint_state import split_state
 from gr.config import EncodingConfig, HSTUConfig, LossConfig, OptimConfig, TransformerConfig
 from gr.parallel import World
+from gr.scoring import seen_items
 from gr.sequence import sequence_index
 from gr.train import short_pauses
-from gr.trainer import EVALUATION, Trainer, seen_items
+from gr.trainer import EVALUATION, Trainer
 from pipelines.batch import TokenKind
 from tests.e2e.toy import write_config, write_log
 from tests.gr.batches import batches, data_config, look_up, make_tables, random_log, train_config
