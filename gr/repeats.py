@@ -74,7 +74,7 @@ def repeat_section(
     head = ["row", "seed", "commits", "", "recorded", "again", "half interval of the row", ""]
     return [
         "## Run again on a fresh clone\n",
-        "The command that this page gives for the row, in a new clone of a later commit, beside "
+        "The command that this page gives for the row, in a fresh copy of a later commit, beside "
         "the recorded run of the same seed. It agrees if it is no farther off than half of the "
         "95 % interval over the seeds of its row.\n",
         markdown_table(head, lines) + "\n",

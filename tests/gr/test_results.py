@@ -251,6 +251,8 @@ def test_every_run_of_every_sweep_has_a_valid_configuration(path):
     sweep, _ = load_config(SweepConfig, path, ["seeds=[0]"])
     members = expand(sweep)
     assert len(members) >= len(sweep.runs)
+    whole, _ = load_config(SweepConfig, path)
+    assert len(members) * len(whole.seeds) <= whole.limit
     if path.stem in SWEEPS:
         hold_outs = [o for m in members for o in m.overrides if o.startswith(HOLD_OUT)]
         assert set(hold_outs) == {f'{HOLD_OUT}="test"', f'{HOLD_OUT}="validation"'}
