@@ -29,14 +29,33 @@ def test_predictions_and_means_of_a_study(study):
     seeds = defaultdict(list)
     for p in record["points"]:
         seeds[p["family"], p["size"], p["budget"]].append(p["quality"])
+    if record["mode"] == "fixed_compute":
+        assert_cells_of_a_grid(page, seeds)
+        return
     for key, values in seeds.items():
         mean = statistics.fmean(values)
-        shown = [f"{mean:.4f}", f"{mean:.3f}"]
+        shown = [f"{mean:.4f}"]
         if len(values) > 1:
             shown = [f"{mean:.4f} ± {statistics.stdev(values):.4f}"]
-        lines = page.splitlines()  # a grid, and sizes told in plain words, have no row of their own
+        lines = page.splitlines()  # sizes told in plain words have no row of their own
         rows = [line for line in lines if line.startswith(f"| {key[1]} ")] or lines
         assert any(text in row for text in shown for row in rows), (key, shown)
+
+
+def assert_cells_of_a_grid(page, seeds):
+    """Means of a study at fixed compute stand in a grid, a row a size and a column a budget."""
+    budgets = sorted({budget for _, _, budget in seeds})
+    columns = [f"{budget:.3g}" for budget in budgets]
+    lines = page.splitlines()
+    headers = [i for i, line in enumerate(lines) if line.startswith("| size | ")]
+    (start,) = [
+        i for i in headers if [cell.split()[0] for cell in lines[i].split(" | ")[1:]] == columns
+    ]
+    for size in {size for _, size, _ in seeds}:
+        (row,) = [line for line in lines[start : start + 12] if line.startswith(f"| {size} | ")]
+        cells = [cell.strip(" *|") for cell in row.split("|")[2:-1]]
+        of = {b: statistics.fmean(v) for (_, s, b), v in seeds.items() if s == size}
+        assert cells == [f"{of[b]:.3f}" if b in of else "" for b in budgets], size
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
