@@ -424,6 +424,33 @@ def test_seen_items_are_those_before_the_position(log, mode):
     assert found_any
 
 
+@pytest.mark.parametrize("newest", [None, 0, 2])
+def test_ranks_are_those_among_what_the_rules_leave(log, newest):
+    config = train_config(data_config(log, MODE))
+    rules = replace(config.eval, filter_seen=newest is not None, filter_newest=newest or 0)
+    trainer = make_trainer(replace(config, eval=rules))
+    num_left_out = 0
+    for batch in batches(config.data)[:3]:
+        scored = trainer.predict_step(batch)
+        ((first, rows_ED),) = trainer.tables.all_rows("item")
+        vectors_ED = trainer.model.retrieval.item_vectors(rows_ED).detach().double()
+        expected = []
+        for sequence in take_apart(batch, config.data):
+            items = [k == TokenKind.ITEM for k in sequence["kind"]]
+            for position, target in sequence["retrieval"]:
+                before = sequence["item_id"][: sum(items[: position + 1])]
+                before = [] if newest is None else before[-newest:]
+                left_out = {item + 1 for item in before} - {target + 1} | {0}
+                num_left_out += len(left_out) - 1
+                user_D = scored.predictions.user_vectors[len(expected)].detach().double()
+                scores = (vectors_ED @ user_D).tolist()
+                better = [e for e, x in enumerate(scores) if x > scores[target + 1]]
+                expected.append(1 + len(set(better) - left_out))
+        assert first == 0
+        assert scored.ranks.tolist() == expected
+    assert (num_left_out > 10) == (newest is not None)
+
+
 def test_pauses_are_short_while_a_run_lasts():
     class Cycle:
         pass
