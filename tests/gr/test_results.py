@@ -132,17 +132,28 @@ def test_what_was_not_run_is_named(tmp_path, runs):
 
 
 def test_models_of_several_tables_stand_side_by_side(tmp_path, runs):
-    """Stars are those of each table's own comparison; a model of one table has no column."""
+    """Stars are those of each table's own comparison; a model that ran in one has no column."""
     rows = "".join(
         f"      {name}: {{title: {title}, config: {name}.yaml}}\n"
-        for name, title in (("base_2", "Base"), ("better_2", "Better"), ("once", "Once"))
+        for name, title in (
+            *(("base_2", "Base"), ("better_2", "Better"), ("once", "Once")),
+            *(("half_2", "Half"), ("never_2", "Never")),
+        )
+    )
+    unlike = "".join(
+        f"      {name}: {{title: {title}, config: {name}.yaml}}\n"
+        for name, title in (("half", "Half"), ("never", "Never"))
     )
     (tmp_path / "page.yaml").write_text(
-        PAGE + f"  other:\n    title: Other\n    baselines: [base_2]\n    rows:\n{rows}"
+        PAGE + unlike + f"  other:\n    title: Other\n    baselines: [base_2]\n    rows:\n{rows}"
     )
     more = [
         write_run(tmp_path / "more", row, seed, held_out, [value])
-        for row, values in {"base_2": (0.1, 0.2), "better_2": (0.30, 0.401)}.items()
+        for row, values in {
+            "base_2": (0.1, 0.2),
+            "better_2": (0.30, 0.401),
+            "half_2": (0.2, 0.3),
+        }.items()
         for seed, value in enumerate(values)
         for held_out in ("validation", "test")
     ]
