@@ -25,11 +25,13 @@ from gr.checkpoint_reader import SafeReader
 from gr.checkpoint_staging import HostCopy
 from gr.checkpoint_state import (
     Tensors,
+    call_late,
     check_same_model,
     check_values,
     describe,
     fingerprint,
     put,
+    split_early,
     split_state,
 )
 from gr.checkpoint_writer import ReasonedWriter, WriterProcess
@@ -45,7 +47,9 @@ class _FailedError(Exception):
 class CheckpointManager:
     """Saves and loads the checkpoints of a run. Every method is called on all ranks.
 
-    A state is nested dicts whose leaves are tensors (plain, DTensor, ShardedTensor) or values.
+    A state is nested dicts whose leaves are tensors (plain, DTensor, ShardedTensor) or values. In
+    the place of a part that has plain values only there may be a function that returns it: it is
+    called when the tensors are on their way, so that a GPU need not wait for it.
     A plain tensor is taken to be the same on all ranks that hold its key; what differs from rank to
     rank needs keys that do.
     """
@@ -102,7 +106,7 @@ class CheckpointManager:
             state: as it will be given to `save`.
         """
         if self._host is not None:
-            self._host.reserve(split_state(state)[0])
+            self._host.reserve(split_early(state)[0])
             self._own_group()
         if self._process is not None:
             with suppress(EOFError, ConnectionError):  # what ended it, the next `save` says
@@ -132,20 +136,22 @@ class CheckpointManager:
         path = self.path(step)
         if path.exists():
             raise ValueError(f"{path} is there already: a step is saved once")
-        tensors, values = split_state(state)
+        self._own_group()
+        tensors, values = split_early(state)
+        copies = tensors if self._host is None else self._host.copy(tensors)
+        values = call_late(values)
         record: dict[str, Any] = {
             "format": FORMAT,
             "step": step,
             "ranks": _world_size(),
-            "tensors": _union(describe(tensors)),
-            "values": _union(values),
+            "tensors": self._union(describe(tensors)),
+            "values": self._union(values),
         }
         record["fingerprint"] = fingerprint(_without(record["tensors"], self.apart))
-        self._own_group()
         if self._host is None:
-            self._write(tensors, record, folders)
+            self._write(copies, record, folders)
             return path
-        host, copies = self._host, self._host.copy(tensors)
+        host = self._host
 
         def write() -> None:
             try:
@@ -183,6 +189,22 @@ class CheckpointManager:
         if dist.is_initialized() and self._group is None:
             # Of its own: what a thread sends must not mix with what training sends.
             self._group = dist.new_group(backend="gloo")
+
+    def _union(self, own: dict[str, Any]) -> dict[str, Any]:
+        """Merge dicts over all ranks; a key of several ranks must have one value."""
+        parts: list[dict[str, Any]] = [own] * _world_size()
+        if dist.is_initialized():
+            # Not by NCCL, for which a GPU would have to come to the end of its work.
+            dist.all_gather_object(parts, own, group=self._group)
+        merged: dict[str, Any] = {}
+        for rank, part in enumerate(parts):
+            for key, value in part.items():
+                if repr(merged.setdefault(key, value)) != repr(value):
+                    raise ValueError(
+                        f"state {key!r} differs between ranks: {merged[key]!r} on one, {value!r} "
+                        f"on rank {rank}. Put the rank into the key of what belongs to a rank."
+                    )
+        return merged
 
     def _write(self, tensors: Tensors, record: dict[str, Any], folders: Sequence[Path]) -> None:
         """Write a checkpoint so that it is there whole or not at all, and remove the oldest."""
@@ -249,7 +271,9 @@ class CheckpointManager:
         record = read_record(path)
         tensors, values = (_without(part, self.apart) for part in split_state(state))
         stored = _without(record["values"], self.apart)
-        check_same_model(path, _without(record["tensors"], self.apart), _union(describe(tensors)))
+        check_same_model(
+            path, _without(record["tensors"], self.apart), self._union(describe(tensors))
+        )
         check_values(path, stored, values)
         self._read_tensors(path, tensors, no_dist=not dist.is_initialized())
         for key, value in stored.items():
@@ -345,22 +369,6 @@ def _reason(failure: BaseException) -> str:
 
 def _without(part: dict[str, Any], apart: Sequence[str]) -> dict[str, Any]:
     return {key: leaf for key, leaf in part.items() if key.split(".", 1)[0] not in apart}
-
-
-def _union(own: dict[str, Any]) -> dict[str, Any]:
-    """Merge dicts over all ranks; a key of several ranks must have one value."""
-    parts: list[dict[str, Any]] = [own] * _world_size()
-    if dist.is_initialized():
-        dist.all_gather_object(parts, own)
-    merged: dict[str, Any] = {}
-    for rank, part in enumerate(parts):
-        for key, value in part.items():
-            if repr(merged.setdefault(key, value)) != repr(value):
-                raise ValueError(
-                    f"state {key!r} differs between ranks: {merged[key]!r} on one, {value!r} on "
-                    f"rank {rank}. Put the rank into the key of what belongs to a rank."
-                )
-    return merged
 
 
 def _remove(path: Path) -> None:

@@ -19,16 +19,46 @@ def split_state(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
     Raises:
         ValueError: if two leaves share a key, or a leaf is neither a tensor nor plain.
     """
+    tensors, values = split_early(state)
+    return tensors, call_late(values)
+
+
+def split_early(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    """Do as `split_state` does, but leave functions among the values for `call_late`.
+
+    Raises:
+        ValueError: likewise.
+    """
     tensors: Tensors = {}
     values: dict[str, Any] = {}
     for key, leaf in _leaves(state, ""):
-        if key in tensors or key in values:
-            raise ValueError(f"two parts of the state have the key {key!r}: rename one")
         if _is_tensor(leaf):
-            tensors[key] = leaf
+            _add(tensors, key, leaf, values)
         else:
-            values[key] = _plain(key, leaf)
+            _add(values, key, leaf if callable(leaf) else _plain(key, leaf), tensors)
     return tensors, values
+
+
+def call_late(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values with functions replaced by what they return, which is nested and plain.
+
+    Raises:
+        ValueError: as `split_state` does.
+    """
+    called: dict[str, Any] = {}
+    for key, value in values.items():
+        if not callable(value):
+            _add(called, key, value, {})
+            continue
+        for name, leaf in _leaves(value(), key):
+            _add(called, name, _plain(name, leaf), values)
+    return called
+
+
+def _add(part: dict[str, Any], key: str, leaf: Any, other: dict[str, Any]) -> None:
+    if key in part or key in other:
+        raise ValueError(f"two parts of the state have the key {key!r}: rename one")
+    part[key] = leaf
 
 
 def fingerprint(tensors: dict[str, dict[str, Any]]) -> str:

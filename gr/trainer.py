@@ -497,10 +497,9 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps; the evaluation by rank, the rest alike on all ranks.
 
-        Raises:
-            FloatingPointError: as `settle` does, so that what went wrong is not saved.
+        What counts the steps is a function, which waits for the last one and raises as `settle`
+        does, so that what went wrong is not saved.
         """
-        self.settle()
         return {
             "dense": get_model_state_dict(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.dense.optimizer),
@@ -509,11 +508,15 @@ class Trainer:
             "objective": self.objective.state_dict(),
             "loss_sums": self.loss_sums,
             EVALUATION: {f"rank_{self.world.rank}": self.evaluation.state_dict()},
-            "progress": {
-                **self.progress.state(),
-                "loads": self.load_target.state() if self.load_target else [],
-                **({"bf16_layers": self.guard.state()} if self.guard.layers else {}),
-            },
+            "progress": self._progress_state,
+        }
+
+    def _progress_state(self) -> dict[str, Any]:
+        self.settle()
+        return {
+            **self.progress.state(),
+            "loads": self.load_target.state() if self.load_target else [],
+            **({"bf16_layers": self.guard.state()} if self.guard.layers else {}),
         }
 
     def load(self, checkpoints: CheckpointManager, step: int) -> None:

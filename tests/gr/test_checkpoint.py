@@ -81,6 +81,47 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
         assert_same(loaded, state(step))
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_part_that_is_a_function_is_called_once_tensors_are_copied(tmp_path, asynchronous):
+    manager = CheckpointManager(tmp_path / "checkpoints", asynchronous=asynchronous)
+    live = state(1)
+    calls = []
+
+    def progress():
+        calls.append(1)
+        if asynchronous:
+            live["tables"]["item"]["weight"].fill_(7)  # too late to be saved
+        return state(1)["progress"] | {"of": {"a": (2, 3)}}
+
+    manager.save(1, live | {"progress": progress})
+    manager.wait()
+    assert len(calls) == 1
+    loaded = state(0) | {"progress": progress}
+    manager.load(1, loaded)
+    assert loaded["progress"] == state(1)["progress"] | {"of": {"a": [2, 3]}}
+    assert_same(loaded | {"progress": state(1)["progress"]}, state(1))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_function_that_fails_leaves_no_checkpoint(tmp_path, asynchronous):
+    manager = CheckpointManager(tmp_path / "checkpoints", asynchronous=asynchronous)
+
+    def bad():
+        raise FloatingPointError("not finite")
+
+    with pytest.raises(FloatingPointError, match="not finite"):
+        manager.save(1, state(1) | {"progress": bad})
+    with pytest.raises(ValueError, match=r"two parts of the state have the key 'progress\.step'"):
+        manager.save(1, state(1) | {"progress": lambda: {"step": 1}, "progress.step": 2})
+    with pytest.raises(ValueError, match=r"state 'progress\.x': expected a tensor"):
+        manager.save(1, state(1) | {"progress": lambda: {"x": torch.zeros(1)}})
+    manager.wait()
+    assert list(tmp_path.rglob("*")) == []
+    manager.save(1, state(1))
+    manager.wait()
+    assert manager.steps() == [1]
+
+
 def _fill_the_disk(folder: str, asynchronous: bool) -> list[str]:
     """Save step 1; then step 2, for which the last rank may write no file above 1 kB; then 3."""
     manager = CheckpointManager(Path(folder), keep=2, asynchronous=asynchronous)
@@ -196,6 +237,32 @@ def test_what_a_gpu_does_after_a_copy_is_not_in_it():
         x += 1  # the host has not waited
         host.wait()
         assert torch.equal(copies["x"], torch.arange(1 << 24) + number)
+
+
+@pytest.mark.gpu
+def test_a_save_asks_a_busy_gpu_for_copies_before_it_waits_for_it(tmp_path):
+    manager = CheckpointManager(tmp_path / "checkpoints", asynchronous=True)
+    x = torch.arange(1 << 24, device="cuda")
+    seen = []
+
+    def progress():
+        seen.append(done.query())
+        return {"step": 1}
+
+    manager.reserve({"x": x, "progress": progress})
+    assert seen == []
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2 * 10**9)  # a second
+    x += 1
+    done = torch.cuda.Event()
+    done.record()
+    manager.save(1, {"x": x, "progress": progress})
+    x += 1
+    manager.close()
+    assert seen == [False]
+    loaded = {"x": torch.zeros_like(x), "progress": {"step": 0}}
+    manager.load(1, loaded)
+    assert torch.equal(loaded["x"].cpu(), torch.arange(1 << 24) + 1)
 
 
 def test_load_gives_what_was_saved_in_place(manager):

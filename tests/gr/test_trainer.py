@@ -132,7 +132,9 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(log):
 
 
 @pytest.mark.parametrize("asks", ["next step", "checkpoint", "end"])
-def test_with_batches_ahead_a_step_is_counted_once_the_next_is_under_way(log, monkeypatch, asks):
+def test_with_batches_ahead_a_step_is_counted_once_the_next_is_under_way(
+    log, tmp_path, monkeypatch, asks
+):
     trainer = make_trainer(train_config(data_config(log, MODE)))
     read = batches(trainer.config.data)
     sizes = [batch.num_sequences for batch in read]
@@ -147,13 +149,14 @@ def test_with_batches_ahead_a_step_is_counted_once_the_next_is_under_way(log, mo
     before = {name: x.clone() for name, x in trainer.model.state_dict().items()}
     ask = {
         "next step": lambda: trainer.train_step(next(staged), ahead),
-        "checkpoint": trainer.state,
+        "checkpoint": lambda: CheckpointManager(tmp_path).save(2, trainer.state()),
         "end": trainer.finish_updates,
     }[asks]
     with pytest.raises(FloatingPointError, match="at step 1: they updated nothing"):
         ask()
     for name, x in trainer.model.state_dict().items():
         assert torch.equal(x, before[name])
+    assert CheckpointManager(tmp_path).steps() == []
 
 
 @pytest.mark.parametrize("where", ["dense", "rows"])
