@@ -111,38 +111,88 @@ class Bench:
                 that kernels for their shapes are there. More: they are read while training, and
                 the first so many are not timed.
         """
-        trainer = self._trainer(config)
-        stream = _stream(config, self.world, trainer)
+        trainer = self.trainer(config)
         if warm_up:
+            stream = _stream(config, self.world, trainer)
             loop = Loop(trainer, stream)
             loop.run(warm_up)
         else:
-            batches = list(itertools.islice(stream, steps))
-            loop = Loop(trainer, itertools.chain(batches, batches))
-            loop.run(len(batches))
+            loop = Loop(trainer, itertools.cycle(self.read(config, steps)))
+            loop.run(steps)
         self._barrier()
         start = time.perf_counter()
         made = loop.run(steps)
         self._barrier()
         seconds = time.perf_counter() - start
         slowest = self._slowest(loop, steps)
-        stream.close()
-        if len(made) < steps:
-            raise ValueError(
-                f"the log ended after {len(made)} of {steps} steps: write a longer one"
-            )
+        if warm_up:
+            stream.close()
+        _check_length(made, steps)
         return {**self._figures(config, made, seconds), "slowest_step_s": slowest}
+
+    def read(self, config: TrainConfig, steps: int) -> list[SequenceBatch]:
+        """Return the first batches of a run."""
+        stream = _stream(config, self.world, None)
+        batches = list(itertools.islice(stream, steps))
+        stream.close()
+        _check_length(batches, steps)
+        return batches
+
+    def trained_on(self, config: TrainConfig, steps: int, *, after: int) -> list[SequenceBatch]:
+        """Return the batches of a run after some steps, where what it reads hangs on its steps."""
+        trainer = self.trainer(config)
+        stream = _stream(config, self.world, trainer)
+        made = Loop(trainer, stream).run(after + steps)
+        stream.close()
+        _check_length(made, after + steps)
+        return made[after:]
+
+    def in_turns(
+        self,
+        runs: dict[str, tuple[TrainConfig, list[SequenceBatch]]],
+        *,
+        trainer: Trainer | None = None,
+        rounds: int = 4,
+    ) -> dict[str, dict[str, float]]:
+        """Return what `rates` does of runs that take turns, so that the machine is one for all.
+
+        And `least_step_s` and `most_step_s`, means over a turn.
+
+        Args:
+            runs: by name, with the batches of a turn. They are trained on once before.
+            trainer: of all runs; None: each has one of its own.
+            rounds: turns of each, in one order and the other.
+        """
+        loops = {
+            name: Loop(trainer or self.trainer(config), itertools.cycle(batches))
+            for name, (config, batches) in runs.items()
+        }
+        for name, (_, batches) in runs.items():
+            loops[name].run(len(batches))
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(rounds):
+            for name in list(runs)[:: -1 if turn % 2 else 1]:
+                self._barrier()
+                start = time.perf_counter()
+                loops[name].run(len(runs[name][1]))
+                self._barrier()
+                seconds[name].append(time.perf_counter() - start)
+        return {
+            name: {
+                **self._figures(config, batches, sum(seconds[name]) / rounds),
+                "slowest_step_s": self._slowest(loops[name], rounds * len(batches)),
+                "least_step_s": min(seconds[name]) / len(batches),
+                "most_step_s": max(seconds[name]) / len(batches),
+            }
+            for name, (config, batches) in runs.items()
+        }
 
     def profile(self, config: TrainConfig) -> dict[str, float]:
         """Return shares of the time of a few steps: communication alone, nothing at all.
 
         And `transfer`: what communication takes once the last rank has come.
         """
-        trainer = self._trainer(config)
-        stream = _stream(config, self.world, trainer)
-        batches = list(itertools.islice(stream, PROFILED))
-        stream.close()
-        loop = Loop(trainer, itertools.chain(batches, batches))
+        loop = Loop(self.trainer(config), itertools.cycle(self.read(config, PROFILED)))
         loop.run(PROFILED)
         if self.world.device.type == "cpu":
             return {}
@@ -166,8 +216,8 @@ class Bench:
         rank: one that stalls is told from many slower ones.
         """
         steps = 10 if self.settings.is_small else steps
-        trainer = self._trainer(config)
-        some = list(itertools.islice(_stream(config, self.world, trainer), 20))
+        trainer = self.trainer(config)
+        some = self.read(config, 20)
         loop = Loop(trainer, itertools.cycle(some))
         loop.run(len(some))
         folder = [tempfile.mkdtemp(dir=self.settings.logs) if self.world.is_main else ""]
@@ -272,7 +322,8 @@ class Bench:
             eval=EvalConfig(lifetime_auc=False),
         )
 
-    def _trainer(self, config: TrainConfig) -> Trainer:
+    def trainer(self, config: TrainConfig) -> Trainer:
+        """Return the trainer of a run, its tables filled."""
         gc.collect()
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -339,14 +390,14 @@ class Loop:
 
     def run(self, steps: int) -> list[SequenceBatch]:
         """Train on the next batches; return them as they were read."""
-        first = self.trainer.progress.step
+        first = len(self.seconds)
         start = time.perf_counter()
         for staged in itertools.islice(self._staged, steps):
             self.trainer.evaluation.roll(staged.batch.window)
             self.trainer.train_step(staged, self.ahead)
             self.seconds.append(time.perf_counter() - start)
             start += self.seconds[-1]
-        return self._taken[first : self.trainer.progress.step]
+        return self._taken[first : len(self.seconds)]
 
     def _watched(self) -> Iterator[SequenceBatch]:
         for batch in self._source:
@@ -355,7 +406,7 @@ class Loop:
 
 
 def _stream(
-    config: TrainConfig, world: World, trainer: Trainer
+    config: TrainConfig, world: World, trainer: Trainer | None
 ) -> Generator[SequenceBatch, None, None]:
     stream = iter(
         SessionStream(
@@ -364,10 +415,15 @@ def _stream(
             rank=world.rank,
             world_size=world.size,
             cost=sequence_costs(config.model),
-            load_target=trainer.load_target,
+            load_target=None if trainer is None else trainer.load_target,
         )
     )
     yield from stream
+
+
+def _check_length(made: list[SequenceBatch], steps: int) -> None:
+    if len(made) < steps:
+        raise ValueError(f"the log ended after {len(made)} of {steps} steps: write a longer one")
 
 
 def flops(model: ModelConfig, lengths: Tensor) -> tuple[float, float]:

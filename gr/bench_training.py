@@ -40,7 +40,9 @@ PARTITIONS = 32
 B = 32
 """Sequences of a GPU's batch, or of the mean batch where batches are filled to a budget."""
 LIVE = 18
-"""Steps before those that are timed, where batches are read while training."""
+"""Steps of a run with balanced loads until it has what it balances by."""
+SEEN = 120
+"""Steps until batches of nearly all sizes have come, of each of which graphs are captured."""
 Figures = dict[str, float]
 Measurement = Callable[[Bench], Figures]
 
@@ -67,44 +69,52 @@ def measure_fixed_fp8(bench: Bench) -> Figures:
 
 def measure_stream(bench: Bench) -> Figures:
     """Batches read while the step before trains, against those of `zipf`, read ahead."""
-    return bench.rates(bench.filled("zipf"), warm_up=LIVE)
+    return bench.rates(bench.filled("zipf"), warm_up=SEEN)
 
 
 def measure_momentum(bench: Bench) -> Figures:
     """The whole step with the first moment in host memory, against HBM; fp16 weights."""
-    seconds = {}
-    for momentum in ("hbm", "host"):
-        config = bench.filled("zipf", rows=bench.settings.rows * 2 // 5, momentum=momentum)
-        seconds[momentum] = bench.rates(config, steps=20)["step_s"]
-    return {"ratio": seconds["host"] / seconds["hbm"], **seconds}
+    rows = bench.settings.rows * 2 // 5
+    configs = {
+        momentum: bench.filled("zipf", rows=rows, momentum=momentum) for momentum in ("hbm", "host")
+    }
+    batches = bench.read(configs["hbm"], 20)
+    of = bench.in_turns({momentum: (config, batches) for momentum, config in configs.items()})
+    return {"ratio": of["host"]["step_s"] / of["hbm"]["step_s"], **_steps(of)}
 
 
 def measure_balance(bench: Bench) -> Figures:
     """Batches filled to equal FLOPs, against as many sequences for each rank."""
-    by_rows = bench.rates(bench.by_rows("zipf"), steps=40)
-    filled = bench.rates(bench.filled("zipf"), steps=30)
-    speedup = filled["tflops"] / by_rows["tflops"]
-    bound = by_rows["max_over_mean"]
-    names = ("step_s", "slowest_step_s", "max_over_mean")
-    of_rows = {f"by_rows_{name}": by_rows[name] for name in names}
-    of_filled = {f"filled_{name}": filled[name] for name in names}
-    return {"speedup": speedup, "bound": bound, "share": speedup / bound, **of_rows, **of_filled}
+    configs = {"by_rows": bench.by_rows("zipf"), "filled": bench.filled("zipf")}
+    runs = {name: (config, bench.read(config, 30)) for name, config in configs.items()}
+    of = bench.in_turns(runs, trainer=bench.trainer(configs["filled"]))
+    speedup = of["filled"]["tflops"] / of["by_rows"]["tflops"]
+    bound = of["by_rows"]["max_over_mean"]
+    return {"speedup": speedup, "bound": bound, "share": speedup / bound, **_steps(of)}
 
 
 def measure_length(bench: Bench) -> Figures:
     """Stochastic length with balanced loads, against plain; four times as many sequences."""
-    steps = {"steps": 24, "warm_up": LIVE}  # there is a target after two periods of RECALIBRATE
-    plain = bench.rates(bench.stochastic("zipf", balance=False), **steps)
-    even = bench.rates(bench.stochastic("zipf", balance=True), **steps)
+    configs = {
+        "plain": bench.stochastic("zipf", balance=False),
+        "balanced": bench.stochastic("zipf", balance=True),
+    }
+    runs = {  # there is a target after two periods of RECALIBRATE
+        name: (config, bench.trained_on(config, 24, after=LIVE)) for name, config in configs.items()
+    }
+    of = bench.in_turns(runs, trainer=bench.trainer(configs["plain"]))
     return {
         # Of equal work: what is drawn differs by a few percent.
-        "speedup": even["tflops"] / plain["tflops"],
-        "plain_step_s": plain["step_s"],
-        "balanced_step_s": even["step_s"],
-        "plain_max_over_mean": plain["max_over_mean"],
-        "balanced_max_over_mean": even["max_over_mean"],
-        "balanced_tflop": even["tflop"] / plain["tflop"],
+        "speedup": of["balanced"]["tflops"] / of["plain"]["tflops"],
+        "balanced_tflop": of["balanced"]["tflop"] / of["plain"]["tflop"],
+        **_steps(of),
     }
+
+
+def _steps(of: dict[str, Figures]) -> Figures:
+    """Return the times of steps and the loads of runs that took turns."""
+    names = ("step_s", "least_step_s", "most_step_s", "slowest_step_s", "max_over_mean")
+    return {f"{run}_{name}": figures[name] for run, figures in of.items() for name in names}
 
 
 def measure_checkpoint(bench: Bench) -> Figures:

@@ -1,6 +1,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gr import bench_steps
 from gr.bench_steps import Bench, Settings, flops
 from gr.bench_trace import covered, device_intervals, transfer, waits
 from gr.flops import training_flops
@@ -55,6 +57,44 @@ def test_a_budget_is_that_of_the_mean_batch(logs):
     assert config.data.budget == pytest.approx((linear + 3 * attention) / 3)
     batches = list(SessionStream(config.data, seed=0))
     assert sum(batch.num_sequences for batch in batches) == len(TOKENS)
+
+
+def test_runs_that_take_turns_see_the_same_machine(logs, monkeypatch):
+    """A machine that slows down by a tenth of a second a step."""
+    now, taken = [0.0], []
+
+    class Loop:
+        def __init__(self, trainer, batches):
+            self.trainer, self.seconds = trainer, []
+
+        def run(self, steps):
+            for _ in range(steps):
+                self.seconds.append(self.trainer + 0.1 * len(taken))
+                now[0] += self.seconds[-1]
+                taken.append(self.trainer)
+
+    monkeypatch.setattr(bench_steps, "Loop", Loop)
+    monkeypatch.setattr(bench_steps.time, "perf_counter", lambda: now[0])
+    some = bench(logs)
+    monkeypatch.setattr(some, "_barrier", lambda: None)
+    monkeypatch.setattr(some, "_slowest", lambda loop, steps: max(loop.seconds[-steps:]))
+    costs = {"slow": 3.0, "fast": 1.0}
+    monkeypatch.setattr(some, "trainer", lambda config: costs[config.run_dir])
+    config = some.by_rows("zipf")
+    batches = some.read(config, 2)
+    runs = {name: (replace(config, run_dir=name), batches) for name in costs}
+    found = some.in_turns(runs, rounds=2)
+    assert taken == [3, 3, 1, 1, *[3, 3], *[1, 1], *[1, 1], *[3, 3]]
+    # The steps after those that warm up are 4 to 11; each run has those of a mean of 7.5.
+    assert found["slow"]["step_s"] == pytest.approx(3 + 0.75)
+    assert found["fast"]["step_s"] == pytest.approx(1 + 0.75)
+    assert found["slow"]["least_step_s"] == pytest.approx(3 + 0.45)
+    assert found["slow"]["most_step_s"] == pytest.approx(3 + 1.05)
+    assert found["slow"]["slowest_step_s"] == pytest.approx(3 + 1.1)
+    assert found["fast"]["tflops"] * 1.75 == pytest.approx(found["slow"]["tflops"] * 3.75)
+    assert found["fast"]["tflops"] * 1.75 == pytest.approx(found["fast"]["tflop"])
+    with pytest.raises(ValueError, match="the log ended after 3 of 4 steps"):
+        some.read(config, 4)
 
 
 def test_lengths_follow_the_law_up_to_the_longest():
