@@ -251,6 +251,8 @@ def test_a_save_asks_a_busy_gpu_for_copies_before_it_waits_for_it(tmp_path):
 
     manager.reserve({"x": x, "progress": progress})
     assert seen == []
+    x += 1  # a kernel's first launch loads it, for which the GPU must be idle
+    HostCopy().copy({"x": x})
     torch.cuda.synchronize()
     torch.cuda._sleep(2 * 10**9)  # a second
     x += 1
@@ -262,7 +264,7 @@ def test_a_save_asks_a_busy_gpu_for_copies_before_it_waits_for_it(tmp_path):
     assert seen == [False]
     loaded = {"x": torch.zeros_like(x), "progress": {"step": 0}}
     manager.load(1, loaded)
-    assert torch.equal(loaded["x"].cpu(), torch.arange(1 << 24) + 1)
+    assert torch.equal(loaded["x"].cpu(), torch.arange(1 << 24) + 2)
 
 
 def test_load_gives_what_was_saved_in_place(manager):
