@@ -288,17 +288,26 @@ class LayerGraphs:
         return run
 
     def _warm_up(self, captured: Captured) -> None:
-        """Run all layers, so that their kernels of this size are compiled and loaded."""
+        """Run each layer, so that its kernels of this size are compiled and loaded.
+
+        One layer at a time, so that it takes the memory of one; always in the same stream, since
+        what is freed is kept for the stream that it was of.
+        """
         numbers = range(captured.size.layers)
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            passes = [Pass() for _ in numbers]
+        assert self.stream is not None
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            y: Tensor | None = None
             for number in numbers:
+                passes = [Pass(y=y) for _ in numbers]
                 self._forward(captured, passes, number)()
-            for number in reversed(numbers):
+                made = passes[number].y
+                assert made is not None
+                y = made.detach()
+                if number < captured.size.layers - 1:
+                    passes[number + 1].dx = torch.zeros_like(y)
                 self._backward(captured, passes, number)()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self.stream)
 
     def _record(self, run: Callable[[], None]) -> Callable[[], None]:
         """Return what repeats the work of `run`: a graph; on a CPU, in tests, `run` itself."""

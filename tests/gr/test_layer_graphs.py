@@ -188,3 +188,24 @@ def test_graphs_equal_launches(options):
     assert {bool(size.max_tail_len) for size in graphs.captured} == {False, True}
     assert models[0][0].graphs is None
     assert len(held) == len([*models[1][0].parameters()])
+
+
+@pytest.mark.gpu
+def test_many_sizes_take_the_memory_of_the_largest():
+    torch.manual_seed(0)
+    config = HSTUConfig(num_heads=2, qk_dim=64, v_dim=64, graph_tokens=256, recompute=())
+    model = HSTUEncoder(ModelConfig(dim=128, num_layers=8, hstu=config)).cuda()
+    reserved = [torch.cuda.memory_reserved()]
+    for num_sequences in (160, *range(158, 100, -2)):
+        info = make_info(make_sequences([200] * num_sequences, [200] * num_sequences))
+        for name in ("offsets", "tail_offsets", "timestamp", "query_time", "session_start"):
+            object.__setattr__(info, name, getattr(info, name).cuda())
+        object.__setattr__(info, "num_candidates", info.num_candidates.cuda())
+        x = torch.randn(200 * num_sequences, 128, device="cuda", requires_grad=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            model(x, info).float().sum().backward()
+        model.zero_grad()
+        reserved.append(torch.cuda.memory_reserved())
+    assert len(model.graphs.captured) >= 20
+    first, rest = reserved[1] - reserved[0], reserved[-1] - reserved[1]
+    assert rest < first / 2
