@@ -11,7 +11,8 @@ from gr.config import CheckpointConfig, ColdStartConfig, TrainConfig
 from gr.runlog import read_lines
 from gr.train import train
 from tests.dist import MANY_GPUS, run_distributed
-from tests.gr.batches import data_config, random_log, train_config
+from tests.gr.batches import data_config, random_sessions, train_config
+from tests.pipelines.session_log import write_log
 
 MODE = ("interleaved", "event", "session", "none")
 
@@ -20,7 +21,8 @@ MODE = ("interleaved", "event", "session", "none")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("log")
     np.save(folder / "content.npy", np.random.default_rng(0).normal(size=(30, 5)))
-    data = replace(data_config(random_log(folder / "log"), MODE), sessions_per_partition=2)
+    write_log(folder / "log", random_sessions(0, partitions=4))  # a rank owns whole ones
+    data = replace(data_config(folder / "log", MODE), sessions_per_partition=2)
     content = ColdStartConfig(path=str(folder / "content.npy"))
     config = train_config(replace(data, num_negatives=3, window="hour"), cold_start=content)
     tables = dict(config.embeddings.tables)
