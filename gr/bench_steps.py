@@ -93,13 +93,7 @@ class Bench:
         lengths = StochasticLengthConfig(
             selection="weighted", balance=balance, recalibrate_steps=RECALIBRATE
         )
-        # Batches whose tokens differ most: many would be the first of their size.
-        hstu = replace(config.model.hstu, graph_tokens=0)
-        return replace(
-            config,
-            data=replace(config.data, stochastic_length=lengths),
-            model=replace(config.model, hstu=hstu),
-        )
+        return replace(config, data=replace(config.data, stochastic_length=lengths))
 
     def rates(self, config: TrainConfig, *, steps: int = 30, warm_up: int = 0) -> dict[str, float]:
         """Return seconds of a step, TFLOP/s and MFU of a GPU, tokens/s of a GPU, and loads.
@@ -140,7 +134,9 @@ class Bench:
 
     def trained_on(self, config: TrainConfig, steps: int, *, after: int) -> list[SequenceBatch]:
         """Return the batches of a run after some steps, where what it reads hangs on its steps."""
-        trainer = self.trainer(config)
+        # Without graphs: most batches would be the first of their size.
+        hstu = replace(config.model.hstu, graph_tokens=0)
+        trainer = self.trainer(replace(config, model=replace(config.model, hstu=hstu)))
         stream = _stream(config, self.world, trainer)
         made = Loop(trainer, stream).run(after + steps)
         stream.close()
