@@ -48,8 +48,8 @@ class CheckpointManager:
     """Saves and loads the checkpoints of a run. Every method is called on all ranks.
 
     A state is nested dicts whose leaves are tensors (plain, DTensor, ShardedTensor) or values. In
-    the place of a part that has plain values only there may be a function that returns it: it is
-    called when the tensors are on their way, so that a GPU need not wait for it.
+    the place of a part with tensors on the host and values there may be a function that returns it:
+    it is called when a GPU has been asked for its tensors, which then need not wait for it.
     A plain tensor is taken to be the same on all ranks that hold its key; what differs from rank to
     rank needs keys that do.
     """
@@ -138,8 +138,11 @@ class CheckpointManager:
             raise ValueError(f"{path} is there already: a step is saved once")
         self._own_group()
         tensors, values = split_early(state)
-        copies = tensors if self._host is None else self._host.copy(tensors)
-        values = call_late(values)
+        copies = {} if self._host is None else self._host.copy_from_gpu(tensors)
+        tensors, values = call_late(tensors, values)
+        copies |= tensors if self._host is None else self._host.copy_from_host(tensors)
+        if too_late := sorted(tensors.keys() - copies.keys()):
+            raise ValueError(f"expected {too_late[0]!r}, which a function returned, on the host")
         record: dict[str, Any] = {
             "format": FORMAT,
             "step": step,

@@ -24,7 +24,8 @@ class HostCopy:
     """
 
     def __init__(self) -> None:
-        self._rooms: dict[bool, Room] = {}
+        self._rooms: dict[bool, Room] = {}  # by whether it is for what comes from a GPU
+        self._used = 0
         self._event: torch.cuda.Event | None = None
 
     def reserve(self, tensors: Tensors) -> None:
@@ -33,16 +34,8 @@ class HostCopy:
         Args:
             tensors: plain or ShardedTensor, by key.
         """
-        sizes = {False: 1, True: 0}
-        for tensor in tensors.values():
-            for each in _local(tensor):
-                sizes[each.is_cuda] += _aligned(each)
-        for from_gpu, size in sizes.items():
-            room = self._rooms.get(from_gpu)
-            if size > (0 if room is None else room.size):
-                self._rooms.pop(from_gpu, None)  # before there are two
-                size *= 1 if from_gpu else GROWTH
-                self._rooms[from_gpu] = Room(size, is_pinned=from_gpu)
+        for from_gpu in (True, False):
+            self._reserve(tensors, from_gpu=from_gpu)
 
     def copy(self, tensors: Tensors) -> Tensors:
         """Return the tensors as they are now: whole after `wait`, valid until the next call.
@@ -52,30 +45,49 @@ class HostCopy:
         Args:
             tensors: plain or ShardedTensor, by key; of a ShardedTensor the local shards are copied.
         """
-        self.reserve(tensors)
-        self._used = {False: 0, True: 0}
-        copies: Tensors = {}
-        for key, tensor in tensors.items():
-            if isinstance(tensor, ShardedTensor):
-                copies[key] = self._shards(tensor)
-            else:
-                copies[key] = self._one(tensor)
+        return self.copy_from_gpu(tensors) | self.copy_from_host(tensors)
+
+    def copy_from_gpu(self, tensors: Tensors) -> Tensors:
+        """Do as `copy` does for the tensors on a GPU, and leave out others."""
+        copies = self._copy(tensors, from_gpu=True)
         if torch.cuda.is_available():
             self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self._event.record()  # type: ignore[no-untyped-call]
         return copies
+
+    def copy_from_host(self, tensors: Tensors) -> Tensors:
+        """Do as `copy` does for the tensors on the host, and leave out others."""
+        return self._copy(tensors, from_gpu=False)
 
     def wait(self) -> None:
         """Wait until a GPU has copied what `copy` returned; any thread may."""
         if self._event is not None:
             self._event.synchronize()  # type: ignore[no-untyped-call]
 
+    def _reserve(self, tensors: Tensors, *, from_gpu: bool) -> None:
+        chosen = [x for tensor in tensors.values() for x in _local(tensor) if x.is_cuda == from_gpu]
+        size = sum(map(_aligned, chosen)) or int(not from_gpu)
+        room = self._rooms.get(from_gpu)
+        if size > (0 if room is None else room.size):
+            self._rooms.pop(from_gpu, None)  # before there are two
+            size *= 1 if from_gpu else GROWTH
+            self._rooms[from_gpu] = Room(size, is_pinned=from_gpu)
+
+    def _copy(self, tensors: Tensors, *, from_gpu: bool) -> Tensors:
+        chosen = {key: tensor for key, tensor in tensors.items() if _is_cuda(tensor) == from_gpu}
+        self._reserve(chosen, from_gpu=from_gpu)
+        self._used = 0
+        return {
+            key: self._shards(tensor) if isinstance(tensor, ShardedTensor) else self._one(tensor)
+            for key, tensor in chosen.items()
+        }
+
     def _one(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
         if not tensor.is_cuda and type(tensor) is not Tensor:
             return tensor.clone()  # a DTensor of a CPU mesh
-        room, offset = self._rooms[tensor.is_cuda], self._used[tensor.is_cuda]
-        self._used[tensor.is_cuda] += _aligned(tensor)
+        room, offset = self._rooms[tensor.is_cuda], self._used
+        self._used += _aligned(tensor)
         copied = room.tensor(Place(room.number, offset, tuple(tensor.shape), tensor.dtype))
         return copied.copy_(tensor, non_blocking=True)
 
@@ -111,6 +123,10 @@ def _local(tensor: Tensor) -> list[Tensor]:
     if isinstance(tensor, ShardedTensor):
         return [shard.tensor for shard in tensor.local_shards()]
     return [tensor]
+
+
+def _is_cuda(tensor: Tensor) -> bool:
+    return any(each.is_cuda for each in _local(tensor))
 
 
 def _aligned(tensor: Tensor) -> int:

@@ -20,7 +20,7 @@ def split_state(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
         ValueError: if two leaves share a key, or a leaf is neither a tensor nor plain.
     """
     tensors, values = split_early(state)
-    return tensors, call_late(values)
+    return call_late(tensors, values)
 
 
 def split_early(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
@@ -39,20 +39,21 @@ def split_early(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
     return tensors, values
 
 
-def call_late(values: dict[str, Any]) -> dict[str, Any]:
-    """Return values with functions replaced by what they return, which is nested and plain.
+def call_late(tensors: Tensors, values: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    """Return tensors and values with what functions among the values return, nested as a state is.
 
     Raises:
         ValueError: as `split_state` does.
     """
-    called: dict[str, Any] = {}
-    for key, value in values.items():
-        if not callable(value):
-            _add(called, key, value, {})
-            continue
-        for name, leaf in _leaves(value(), key):
-            _add(called, name, _plain(name, leaf), values)
-    return called
+    tensors = dict(tensors)
+    called = {key: value for key, value in values.items() if not callable(value)}
+    for key in values.keys() - called.keys():
+        late_tensors, late_values = split_early({key: values[key]()})
+        for name, tensor in late_tensors.items():
+            _add(tensors, name, tensor, called)
+        for name, value in late_values.items():
+            _add(called, name, value, tensors)
+    return tensors, called
 
 
 def _add(part: dict[str, Any], key: str, leaf: Any, other: dict[str, Any]) -> None:

@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gr.outcome import TensorsOnTheWay
 from gr.retrieval_metrics import RETRIEVAL, RetrievalSeries
 from gr.task_metrics import BinarySeries, Columns, Metrics, RegressionSeries, Series
 from pipelines.config import TaskConfig
 
-COMPACT_EVERY = 64
+COMPACT_EVERY = 16
 """Updates whose predictions stay on their device before they are moved to the host."""
 
 
@@ -206,6 +207,11 @@ class EvalAccumulator:
             metrics |= series.metrics(self._sums[name], columns)
         return metrics
 
+    def send(self) -> None:
+        """Let a GPU move predictions to the host, which `state_dict` then need not ask it for."""
+        for records in (*self._open.values(), *self._closed.values()):
+            records.send()
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return this rank's state; every rank's is needed to go on in the middle of a window.
 
@@ -274,6 +280,7 @@ class _Records:
 
     def clear(self) -> None:
         self._new: list[Columns] = []
+        self._sent: list[TensorsOnTheWay] = []
         self._kept: list[Columns] = []
 
     def append(self, **columns: Tensor) -> None:
@@ -281,7 +288,8 @@ class _Records:
             shapes = {name: tuple(x.shape) for name, x in columns.items()}
             raise ValueError(f"expected columns of one length, got {shapes}")
         if len(self._new) >= COMPACT_EVERY:
-            self._compact()  # before, so that the newest can be taken back
+            self._receive()  # what was sent so many updates ago: there is nothing to wait for
+            self.send()  # before, so that the newest can be taken back
         self._new.append({c: x.detach().to(self._dtypes[c]) for c, x in columns.items()})
 
     def take_back(self) -> None:
@@ -290,21 +298,28 @@ class _Records:
 
     def keep(self, columns: Columns) -> None:
         """Add what `columns` returned: on the host, where new predictions may not be."""
-        self._compact()
+        self.send()
+        self._receive()
         self._kept.append({c: x.to(self._dtypes[c]) for c, x in columns.items()})
 
     def columns(self) -> Columns:
-        self._compact()
+        self.send()
+        self._receive()
         if len(self._kept) > 1:
             self._kept = [_concatenate(self._kept, self._dtypes)]
         return self._kept[0] if self._kept else _concatenate([], self._dtypes)
 
-    def _compact(self) -> None:
+    def send(self) -> None:
         if self._new:
-            new = {c: x.cpu() for c, x in _concatenate(self._new, self._dtypes).items()}
-            counts = new["weight"] != 0
-            self._kept.append({c: x[counts] for c, x in new.items()})
+            self._sent.append(TensorsOnTheWay(_concatenate(self._new, self._dtypes)))
             self._new = []
+
+    def _receive(self) -> None:
+        for sent in self._sent:
+            columns = sent.tensors()
+            counts = columns["weight"] != 0
+            self._kept.append({c: x[counts] for c, x in columns.items()})
+        self._sent = []
 
 
 def _concatenate(parts: list[Columns], dtypes: Mapping[str, torch.dtype]) -> Columns:

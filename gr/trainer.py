@@ -498,8 +498,9 @@ class Trainer:
         """Return what a checkpoint keeps; the evaluation by rank, the rest alike on all ranks.
 
         What counts the steps is a function, which waits for the last one and raises as `settle`
-        does, so that what went wrong is not saved.
+        does, so that what went wrong is not saved; the evaluation is one, too.
         """
+        self.evaluation.send()
         return {
             "dense": get_model_state_dict(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.dense.optimizer),
@@ -507,7 +508,7 @@ class Trainer:
             "vocabulary": self.id_rows.checkpoint_state(),
             "objective": self.objective.state_dict(),
             "loss_sums": self.loss_sums,
-            EVALUATION: {f"rank_{self.world.rank}": self.evaluation.state_dict()},
+            EVALUATION: lambda: {f"rank_{self.world.rank}": self.evaluation.state_dict()},
             "progress": self._progress_state,
         }
 

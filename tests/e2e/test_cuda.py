@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from gr import metrics
 from gr.runlog import read_lines
 from gr.trainer import Trainer
 from tests.dist import MANY_GPUS, run_distributed
@@ -86,17 +87,24 @@ WHOLE_TABLES = ("embeddings.form=replicated", "embeddings.update_rule=adamw")
 @pytest.mark.parametrize("tables", [(), WHOLE_TABLES], ids=["sharded", "replicated"])
 def test_a_step_waits_nowhere_but_in_torchrec(config, tmp_path, monkeypatch, tables):
     """Values that the host reads while the device goes on (gr/outcome.py) do not count as waits."""
-    train_step = Trainer.train_step
 
-    def watched(self, *args):
-        torch.cuda.set_sync_debug_mode("warn" if self.progress.step >= 2 else "default")
-        try:
-            return train_step(self, *args)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    def watch(name):
+        method = getattr(Trainer, name)
 
-    monkeypatch.setattr(Trainer, "train_step", watched)
-    overrides = ("device=cuda", "deterministic=false", "max_steps=6", *tables)
+        def watched(self, *args):
+            torch.cuda.set_sync_debug_mode("warn" if self.progress.step >= 2 else "default")
+            try:
+                return method(self, *args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        monkeypatch.setattr(Trainer, name, watched)
+
+    watch("train_step")
+    watch("state")
+    monkeypatch.setattr(metrics, "COMPACT_EVERY", 2)
+    saving = ("checkpoint.every_steps=2", "checkpoint.asynchronous=true")
+    overrides = ("device=cuda", "deterministic=false", "max_steps=6", *saving, *tables)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         run(config, f"run_dir={tmp_path / 'run'}", *overrides)

@@ -82,24 +82,25 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_part_that_is_a_function_is_called_once_tensors_are_copied(tmp_path, asynchronous):
+def test_a_part_may_be_a_function(tmp_path, asynchronous):
     manager = CheckpointManager(tmp_path / "checkpoints", asynchronous=asynchronous)
-    live = state(1)
     calls = []
 
-    def progress():
-        calls.append(1)
-        if asynchronous:
-            live["tables"]["item"]["weight"].fill_(7)  # too late to be saved
-        return state(1)["progress"] | {"of": {"a": (2, 3)}}
+    def part(name, seed):
+        def call():
+            calls.append(name)
+            return state(seed)[name]
 
-    manager.save(1, live | {"progress": progress})
+        return call
+
+    late = {name: part(name, 1) for name in ("progress", "rng")}
+    manager.save(1, state(1) | late)
     manager.wait()
-    assert len(calls) == 1
-    loaded = state(0) | {"progress": progress}
+    assert sorted(calls) == ["progress", "rng"]
+    loaded = state(0) | {"rng": lambda: stored["rng"]}
+    stored = state(0)
     manager.load(1, loaded)
-    assert loaded["progress"] == state(1)["progress"] | {"of": {"a": [2, 3]}}
-    assert_same(loaded | {"progress": state(1)["progress"]}, state(1))
+    assert_same(loaded | {"rng": stored["rng"]}, state(1))
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -114,7 +115,7 @@ def test_a_function_that_fails_leaves_no_checkpoint(tmp_path, asynchronous):
     with pytest.raises(ValueError, match=r"two parts of the state have the key 'progress\.step'"):
         manager.save(1, state(1) | {"progress": lambda: {"step": 1}, "progress.step": 2})
     with pytest.raises(ValueError, match=r"state 'progress\.x': expected a tensor"):
-        manager.save(1, state(1) | {"progress": lambda: {"x": torch.zeros(1)}})
+        manager.save(1, state(1) | {"progress": lambda: {"x": [torch.zeros(1)]}})
     manager.wait()
     assert list(tmp_path.rglob("*")) == []
     manager.save(1, state(1))
@@ -260,6 +261,9 @@ def test_a_save_asks_a_busy_gpu_for_copies_before_it_waits_for_it(tmp_path):
     done.record()
     manager.save(1, {"x": x, "progress": progress})
     x += 1
+    manager.wait()
+    with pytest.raises(ValueError, match=r"expected 'progress\.x', which a function returned, on"):
+        manager.save(2, {"progress": lambda: {"x": x}})
     manager.close()
     assert seen == [False]
     loaded = {"x": torch.zeros_like(x), "progress": {"step": 0}}
