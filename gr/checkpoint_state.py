@@ -47,12 +47,14 @@ def call_late(tensors: Tensors, values: dict[str, Any]) -> tuple[Tensors, dict[s
     """
     tensors = dict(tensors)
     called = {key: value for key, value in values.items() if not callable(value)}
-    for key in values.keys() - called.keys():
-        late_tensors, late_values = split_early({key: values[key]()})
+    for key, value in values.items():  # in their order: ranks may meet in what is called
+        if not callable(value):
+            continue
+        late_tensors, late_values = split_early({key: value()})
         for name, tensor in late_tensors.items():
             _add(tensors, name, tensor, called)
-        for name, value in late_values.items():
-            _add(called, name, value, tensors)
+        for name, leaf in late_values.items():
+            _add(called, name, leaf, tensors)
     return tensors, called
 
 
