@@ -14,7 +14,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embeddings.config import EmbeddingsConfig
 from embeddings.initial import initial_rows
 from embeddings.optim import build_optimizer, row_gradient, sum_duplicates
-from embeddings.tables import PendingLookup, Tables
+from embeddings.tables import PendingLookup, Tables, stream_of_its_own
 
 
 class ReplicatedTables(Tables):
@@ -48,7 +48,7 @@ class ReplicatedTables(Tables):
         self.optimizer = build_optimizer(dict(self.weights.items()), config)
         if device.type == "cuda":
             # Batches come beside the work of the device.
-            self.exchange = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self.exchange = stream_of_its_own(device)
         self.is_dense = config.update_rule == "adamw"
 
     @property

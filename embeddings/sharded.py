@@ -37,7 +37,7 @@ from embeddings.sharding import (
     sends_once,
     sharder,
 )
-from embeddings.tables import PendingLookup, Tables
+from embeddings.tables import PendingLookup, Tables, stream_of_its_own
 
 
 class ShardedTables(Tables):
@@ -101,7 +101,7 @@ class ShardedTables(Tables):
             # as leave to read the cache alone, but by then they are those of the next batch.
             kernel.gather_uvm_cache_stats = False
         if device.type == "cuda":
-            self.exchange = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self.exchange = stream_of_its_own(device)
         for name, weight in self._weights().items():
             for first, local_ED in _local_rows(weight):
                 _fill(local_ED, config, name, seed, first)

@@ -214,3 +214,12 @@ class _Guard(torch.autograd.Function):
             ctx.tables.count_nonfinite(bad_n)
             finite.append(grad_nD.masked_fill(bad_n[:, None], 0.0))
         return None, *finite
+
+
+def stream_of_its_own(device: torch.device) -> "torch.cuda.Stream":
+    """Return a stream that nothing else in the process works in.
+
+    Torch deals the same 32 streams to all who ask, NCCL's communicators among them, in turns. Those
+    of high priority nobody else asks for: in another, copies would now and then wait for gradients.
+    """
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call,no-any-return]

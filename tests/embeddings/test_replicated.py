@@ -1,3 +1,4 @@
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -122,3 +123,9 @@ def test_initial_rows_are_a_truncated_normal():
     # A normal cut at two standard deviations has 0.8796 of it left; 5 standard errors.
     assert abs(rows.mean()) < 5 * 0.44 / 400
     assert abs(rows.std() / 0.5 - 0.8796) < 0.01
+
+
+@pytest.mark.gpu
+def test_the_stream_of_ids_is_dealt_to_nobody_else():
+    own = Case("replicated", "adamw", device="cuda").build().exchange.cuda_stream
+    assert own not in {torch.cuda.Stream().cuda_stream for _ in range(64)}
