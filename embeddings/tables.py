@@ -217,9 +217,9 @@ class _Guard(torch.autograd.Function):
 
 
 def stream_of_its_own(device: torch.device) -> "torch.cuda.Stream":
-    """Return a stream that nothing else in the process works in.
+    """Return a stream that nothing else of a run works in.
 
-    Torch deals the same 32 streams to all who ask, NCCL's communicators among them, in turns. Those
-    of high priority nobody else asks for: in another, copies would now and then wait for gradients.
+    Torch deals the same 32 streams to all who ask, NCCL's communicators among them, in turns: in
+    one of those, ids would now and then wait for gradients. For high priority nobody else asks.
     """
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call,no-any-return]

@@ -156,7 +156,8 @@ class Bench:
 
         Args:
             runs: by name, with the batches of a turn. They are trained on once before.
-            trainer: of all runs; None: each has one of its own.
+            trainer: of all runs, its tables without caches, into which a run that waits for its
+                turn would have brought rows; None: each has one of its own.
             rounds: turns of each, in one order and the other.
         """
         loops = {

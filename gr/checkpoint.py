@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class CheckpointManager:
         keep: int = 2,
         apart: Sequence[str] = (),
         asynchronous: bool = False,
+        timeout_minutes: float = 10.0,
     ) -> None:
         """Take a folder, which need not be there.
 
@@ -71,6 +73,7 @@ class CheckpointManager:
                 ranks (metrics, generators). They are saved; `load` leaves them alone, `read` gets
                 them.
             asynchronous: `save` copies the state to host memory and returns; a process writes it.
+            timeout_minutes: how long `save` waits for another rank to call it.
 
         Raises:
             ValueError: if `keep` is below 1.
@@ -84,7 +87,9 @@ class CheckpointManager:
         self._process = WriterProcess() if asynchronous else None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._timeout = timedelta(minutes=timeout_minutes)
         self._group: dist.ProcessGroup | None = None
+        self._writers_group: dist.ProcessGroup | None = None
 
     def path(self, step: int) -> Path:
         """Return the folder of a checkpoint."""
@@ -107,7 +112,7 @@ class CheckpointManager:
         """
         if self._host is not None:
             self._host.reserve(split_early(state)[0])
-            self._own_group()
+            self._form_groups()
         if self._process is not None:
             with suppress(EOFError, ConnectionError):  # what ended it, the next `save` says
                 self._process.wait_until_ready()
@@ -136,7 +141,7 @@ class CheckpointManager:
         path = self.path(step)
         if path.exists():
             raise ValueError(f"{path} is there already: a step is saved once")
-        self._own_group()
+        self._form_groups()
         tensors, values = split_early(state)
         copies = {} if self._host is None else self._host.copy_from_gpu(tensors)
         tensors, values = call_late(tensors, values)
@@ -185,19 +190,22 @@ class CheckpointManager:
         """Wait as `wait` does, but let a failure be: the run ends with an error of its own."""
         if self._thread is not None:
             self._thread.join()
+        if self._host is not None:
+            self._host.wait()
         if self._process is not None:
             self._process.close()
 
-    def _own_group(self) -> None:
+    def _form_groups(self) -> None:
         if dist.is_initialized() and self._group is None:
-            # Of its own: what a thread sends must not mix with what training sends.
-            self._group = dist.new_group(backend="gloo")
+            # Not NCCL's, for which a GPU would have to come to the end of its work.
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+            # What a thread sends must not mix with that, and it waits as long as disks take.
+            self._writers_group = dist.new_group(backend="gloo")
 
     def _union(self, own: dict[str, Any]) -> dict[str, Any]:
         """Merge dicts over all ranks; a key of several ranks must have one value."""
         parts: list[dict[str, Any]] = [own] * _world_size()
         if dist.is_initialized():
-            # Not by NCCL, for which a GPU would have to come to the end of its work.
             dist.all_gather_object(parts, own, group=self._group)
         merged: dict[str, Any] = {}
         for rank, part in enumerate(parts):
@@ -220,7 +228,7 @@ class CheckpointManager:
                 lambda: dcp_save(
                     dict(tensors),
                     storage_writer=writer,
-                    process_group=self._group,
+                    process_group=self._writers_group,
                     no_dist=not dist.is_initialized(),
                 )
             )
@@ -253,7 +261,7 @@ class CheckpointManager:
                 error = _reason(failure)
         errors: list[str] = [error] * _world_size()
         if dist.is_initialized():
-            dist.all_gather_object(errors, error, group=self._group)
+            dist.all_gather_object(errors, error, group=self._writers_group)
         failed = [each for each in errors if each]
         if failed:
             raise _FailedError(failed[0])
@@ -263,8 +271,9 @@ class CheckpointManager:
 
         Args:
             step: one of `steps()`.
-            state: as it was given to `save`. Its tensors are filled in place, its plain values
-                replaced; values that it lacks are added, so they need no template.
+            state: as it was given to `save`. Its tensors are filled in place (those that a function
+                returns: what it returned), its plain values replaced, functions too; values that it
+                lacks are added, so they need no template.
 
         Raises:
             ValueError: if the checkpoint is of another model, naming the first differences, or is

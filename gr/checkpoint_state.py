@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def split_early(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
         if _is_tensor(leaf):
             _add(tensors, key, leaf, values)
         else:
-            _add(values, key, leaf if callable(leaf) else _plain(key, leaf), tensors)
+            _add(values, key, leaf if _is_late(leaf) else _plain(key, leaf), tensors)
     return tensors, values
 
 
@@ -46,15 +47,15 @@ def call_late(tensors: Tensors, values: dict[str, Any]) -> tuple[Tensors, dict[s
         ValueError: as `split_state` does.
     """
     tensors = dict(tensors)
-    called = {key: value for key, value in values.items() if not callable(value)}
+    called = {key: value for key, value in values.items() if not _is_late(value)}
     for key, value in values.items():  # in their order: ranks may meet in what is called
-        if not callable(value):
+        if not _is_late(value):
             continue
         late_tensors, late_values = split_early({key: value()})
         for name, tensor in late_tensors.items():
             _add(tensors, name, tensor, called)
         for name, leaf in late_values.items():
-            _add(called, name, leaf, tensors)
+            _add(called, name, _plain(name, leaf), tensors)  # and no function again
     return tensors, called
 
 
@@ -77,6 +78,10 @@ def _leaves(node: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, name)
         else:
             yield name, value
+
+
+def _is_late(leaf: Any) -> bool:
+    return isinstance(leaf, FunctionType | MethodType)
 
 
 def _is_tensor(leaf: Any) -> bool:

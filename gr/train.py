@@ -109,6 +109,7 @@ def train(config: TrainConfig, resolved: DictConfig, overrides: Sequence[str] = 
             keep=config.checkpoint.keep,
             apart=(EVALUATION,),
             asynchronous=config.checkpoint.asynchronous,
+            timeout_minutes=config.timeout_minutes,
         )
         restored = checkpoints.latest() or 0
         world.on_main(lambda: shutil.rmtree(snapshots.folder, ignore_errors=True))

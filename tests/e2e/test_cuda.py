@@ -86,17 +86,27 @@ WHOLE_TABLES = ("embeddings.form=replicated", "embeddings.update_rule=adamw")
 @pytest.mark.gpu
 @pytest.mark.parametrize("tables", [(), WHOLE_TABLES], ids=["sharded", "replicated"])
 def test_a_step_waits_nowhere_but_in_torchrec(config, tmp_path, monkeypatch, tables):
-    """Values that the host reads while the device goes on (gr/outcome.py) do not count as waits."""
+    """Values that the host reads while the device goes on (gr/outcome.py) do not count as waits.
+
+    The state that a checkpoint is made of is there before the device has come to the end of a step.
+    """
+    was_busy = []
 
     def watch(name):
         method = getattr(Trainer, name)
 
         def watched(self, *args):
+            slow = torch.cuda.Event()
+            if name == "state":
+                torch.cuda._sleep(10**9)  # half a second
+                slow.record()
             torch.cuda.set_sync_debug_mode("warn" if self.progress.step >= 2 else "default")
             try:
                 return method(self, *args)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+                if name == "state":
+                    was_busy.append(not slow.query())
 
         monkeypatch.setattr(Trainer, name, watched)
 
@@ -104,12 +114,14 @@ def test_a_step_waits_nowhere_but_in_torchrec(config, tmp_path, monkeypatch, tab
     watch("state")
     monkeypatch.setattr(metrics, "COMPACT_EVERY", 2)
     saving = ("checkpoint.every_steps=2", "checkpoint.asynchronous=true")
-    overrides = ("device=cuda", "deterministic=false", "max_steps=6", *saving, *tables)
+    overrides = ("device=cuda", "deterministic=false", "max_steps=10", *saving, *tables)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         run(config, f"run_dir={tmp_path / 'run'}", *overrides)
     waits = {(x.filename, x.lineno) for x in found if "synchroniz" in str(x.message)}
     assert not {place for place in waits if Path(place[0]).is_relative_to(ROOT)}
+    assert len(was_busy) >= 4
+    assert was_busy[-1]  # at the first, kernels and page-locked memory are new
 
 
 def train(config, folder, *overrides):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -82,9 +83,16 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_part_may_be_a_function(tmp_path, asynchronous):
+def test_a_part_may_be_a_function(tmp_path, monkeypatch, asynchronous):
     manager = CheckpointManager(tmp_path / "checkpoints", asynchronous=asynchronous)
     calls = []
+    copy_from_gpu = HostCopy.copy_from_gpu
+
+    def copy(host, tensors):
+        calls.append("copy")
+        return copy_from_gpu(host, tensors)
+
+    monkeypatch.setattr(HostCopy, "copy_from_gpu", copy)
 
     def part(name, seed):
         def call():
@@ -96,7 +104,8 @@ def test_a_part_may_be_a_function(tmp_path, asynchronous):
     late = {name: part(name, 1) for name in ("progress", "rng")}
     manager.save(1, state(1) | late)
     manager.wait()
-    assert calls == ["rng", "progress"]  # the order of the state, on every rank
+    # A GPU is asked for its tensors first; then the order of the state, on every rank.
+    assert calls == ["copy"] * asynchronous + ["rng", "progress"]
     loaded = state(0) | {"rng": lambda: stored["rng"]}
     stored = state(0)
     manager.load(1, loaded)
@@ -116,11 +125,33 @@ def test_a_function_that_fails_leaves_no_checkpoint(tmp_path, asynchronous):
         manager.save(1, state(1) | {"progress": lambda: {"step": 1}, "progress.step": 2})
     with pytest.raises(ValueError, match=r"state 'progress\.x': expected a tensor"):
         manager.save(1, state(1) | {"progress": lambda: {"x": [torch.zeros(1)]}})
+    with pytest.raises(ValueError, match=r"state 'progress\.x': expected a tensor"):
+        manager.save(1, state(1) | {"progress": lambda: {"x": lambda: 1}})
+    with pytest.raises(ValueError, match=r"state 'progress': expected a tensor"):
+        manager.save(1, state(1) | {"progress": dict})
     manager.wait()
     assert list(tmp_path.rglob("*")) == []
     manager.save(1, state(1))
     manager.wait()
     assert manager.steps() == [1]
+
+
+def _load_beside_saves(folder: str) -> None:
+    manager = CheckpointManager(Path(folder), keep=9, asynchronous=True)
+    for step in range(1, 6):
+        manager.save(step, state(step))
+        time.sleep(0.003 * step * dist.get_rank())
+        if step > 1:
+            loaded = state(0)
+            manager.load(step - 1, loaded)
+            assert_same(loaded, state(step - 1))
+    manager.wait()
+    manager.close()
+    assert manager.steps() == [1, 2, 3, 4, 5]
+
+
+def test_ranks_load_one_checkpoint_while_another_is_written(tmp_path):
+    run_distributed(_load_beside_saves, 2, str(tmp_path), timeout_s=60)
 
 
 def _fill_the_disk(folder: str, asynchronous: bool) -> list[str]:
@@ -248,6 +279,7 @@ def test_a_save_asks_a_busy_gpu_for_copies_before_it_waits_for_it(tmp_path):
 
     def progress():
         seen.append(done.query())
+        x.add_(1)  # too late
         return {"step": 1}
 
     manager.reserve({"x": x, "progress": progress})
@@ -260,7 +292,6 @@ def test_a_save_asks_a_busy_gpu_for_copies_before_it_waits_for_it(tmp_path):
     done = torch.cuda.Event()
     done.record()
     manager.save(1, {"x": x, "progress": progress})
-    x += 1
     manager.wait()
     with pytest.raises(ValueError, match=r"expected 'progress\.x', which a function returned, on"):
         manager.save(2, {"progress": lambda: {"x": x}})

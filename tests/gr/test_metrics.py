@@ -213,6 +213,30 @@ def test_a_run_on_a_gpu_goes_on_within_a_window():
     assert resumed.lifetime() == whole.lifetime()
 
 
+@pytest.mark.gpu
+def test_predictions_leave_a_busy_gpu_without_a_wait():
+    accumulator, on_cpu = EvalAccumulator(TASKS), EvalAccumulator(TASKS)
+    accumulator.roll(0)
+    on_cpu.roll(0)
+    batches = []
+    for seed in range(3 * COMPACT_EVERY + 1):
+        *mappings, users = predictions(seed)
+        on_gpu = [{name: x.cuda() for name, x in m.items()} for m in mappings]
+        batches.append((*on_gpu, users.cuda()))
+        on_cpu.update_ranking(*mappings, users)
+    for batch in batches[: 2 * COMPACT_EVERY + 1]:  # two are sent, one of them is received
+        accumulator.update_ranking(*batch)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10**9)  # half a second
+    done = torch.cuda.Event()
+    done.record()
+    for batch in batches[2 * COMPACT_EVERY + 1 :]:  # the second is received, a third is sent
+        accumulator.update_ranking(*batch)
+    accumulator.send()
+    assert not done.query()
+    assert accumulator.finish() == on_cpu.finish()
+
+
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 2**16))
 def test_results_do_not_depend_on_the_order_by_a_single_bit(seed):
