@@ -37,18 +37,14 @@ class HostCopy:
         for from_gpu in (True, False):
             self._reserve(tensors, from_gpu=from_gpu)
 
-    def copy(self, tensors: Tensors) -> Tensors:
-        """Return the tensors as they are now: whole after `wait`, valid until the next call.
+    def copy_from_gpu(self, tensors: Tensors) -> Tensors:
+        """Return those on a GPU as they are now: whole after `wait`, valid until the next call.
 
-        A GPU copies before it does what it is asked for later, so that training may go on at once.
+        It copies before it does what it is asked for later, so that training may go on at once.
 
         Args:
             tensors: plain or ShardedTensor, by key; of a ShardedTensor the local shards are copied.
         """
-        return self.copy_from_gpu(tensors) | self.copy_from_host(tensors)
-
-    def copy_from_gpu(self, tensors: Tensors) -> Tensors:
-        """Do as `copy` does for the tensors on a GPU, and leave out others."""
         copies = self._copy(tensors, from_gpu=True)
         if torch.cuda.is_available():
             self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
@@ -56,11 +52,15 @@ class HostCopy:
         return copies
 
     def copy_from_host(self, tensors: Tensors) -> Tensors:
-        """Do as `copy` does for the tensors on the host, and leave out others."""
+        """Return those on the host as they are now, valid until the next call.
+
+        Args:
+            tensors: likewise.
+        """
         return self._copy(tensors, from_gpu=False)
 
     def wait(self) -> None:
-        """Wait until a GPU has copied what `copy` returned; any thread may."""
+        """Wait until a GPU has copied what `copy_from_gpu` returned; any thread may."""
         if self._event is not None:
             self._event.synchronize()  # type: ignore[no-untyped-call]
 

@@ -500,7 +500,7 @@ class Trainer:
         What counts the steps is a function, which waits for the last one and raises as `settle`
         does, so that what went wrong is not saved; the evaluation is one, too.
         """
-        self.evaluation.send()
+        self.evaluation.send()  # now, not behind the copies that a checkpoint will ask for
         return {
             "dense": get_model_state_dict(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.dense.optimizer),

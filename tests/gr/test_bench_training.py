@@ -1,8 +1,10 @@
+import itertools
 import math
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -65,13 +67,14 @@ def test_runs_that_take_turns_see_the_same_machine(logs, monkeypatch):
 
     class Loop:
         def __init__(self, trainer, batches):
-            self.trainer, self.seconds = trainer, []
+            self.cost, self.batches, self.seconds = trainer.cost, iter(batches), []
 
         def run(self, steps):
             for _ in range(steps):
-                self.seconds.append(self.trainer + 0.1 * len(taken))
+                self.seconds.append(self.cost + 0.1 * len(taken))
                 now[0] += self.seconds[-1]
-                taken.append(self.trainer)
+                taken.append(self.cost)
+            return list(itertools.islice(self.batches, steps))
 
     monkeypatch.setattr(bench_steps, "Loop", Loop)
     monkeypatch.setattr(bench_steps.time, "perf_counter", lambda: now[0])
@@ -79,7 +82,13 @@ def test_runs_that_take_turns_see_the_same_machine(logs, monkeypatch):
     monkeypatch.setattr(some, "_barrier", lambda: None)
     monkeypatch.setattr(some, "_slowest", lambda loop, steps: max(loop.seconds[-steps:]))
     costs = {"slow": 3.0, "fast": 1.0}
-    monkeypatch.setattr(some, "trainer", lambda config: costs[config.run_dir])
+    built = []
+
+    def trainer(config):
+        built.append(config)
+        return SimpleNamespace(cost=costs.get(config.run_dir, 0.0), load_target=None)
+
+    monkeypatch.setattr(some, "trainer", trainer)
     config = some.by_rows("zipf")
     batches = some.read(config, 2)
     runs = {name: (replace(config, run_dir=name), batches) for name in costs}
@@ -93,8 +102,16 @@ def test_runs_that_take_turns_see_the_same_machine(logs, monkeypatch):
     assert found["slow"]["slowest_step_s"] == pytest.approx(3 + 1.1)
     assert found["fast"]["tflops"] * 1.75 == pytest.approx(found["slow"]["tflops"] * 3.75)
     assert found["fast"]["tflops"] * 1.75 == pytest.approx(found["fast"]["tflop"])
-    with pytest.raises(ValueError, match="the log ended after 3 of 4 steps"):
-        some.read(config, 4)
+    assert built == [config for config, _ in runs.values()]
+    graphs = replace(
+        config, model=replace(config.model, hstu=replace(config.model.hstu, graph_tokens=8))
+    )
+    made = some.trained_on(graphs, 2, after=1)
+    assert [x.lengths.tolist() for x in made] == TOKENS.reshape(3, 4).tolist()[1:]
+    assert built[-1] == config  # launched
+    for read in (lambda: some.read(config, 4), lambda: some.trained_on(config, 3, after=1)):
+        with pytest.raises(ValueError, match="the log ended after 3 of 4 steps"):
+            read()
 
 
 def test_lengths_follow_the_law_up_to_the_longest():

@@ -27,6 +27,7 @@ from gr.checkpoint_inspect import inspect
 from gr.checkpoint_room import Room
 from gr.checkpoint_staging import HostCopy
 from gr.checkpoint_state import fingerprint, split_state
+from gr.parallel import lost_rank
 from tests.dist import run_distributed
 
 ROOT = Path(__file__).parents[2]
@@ -162,6 +163,25 @@ def test_ranks_load_one_checkpoint_while_another_is_written(tmp_path):
     run_distributed(_load_beside_saves, 2, str(tmp_path), timeout_s=60)
 
 
+def _save_alone(folder: str) -> str:
+    """Rank 1 comes ten seconds late, where a twentieth of a minute is allowed."""
+    manager = CheckpointManager(Path(folder), timeout_minutes=0.05)
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError) as caught:
+            manager.save(1, state(1))
+        return str(caught.value)
+    manager._form_groups()  # and no more
+    time.sleep(10)
+    return ""
+
+
+@pytest.mark.slow
+def test_a_save_waits_for_another_rank_no_longer_than_it_may(tmp_path):
+    message, _ = run_distributed(_save_alone, 2, str(tmp_path), timeout_s=60)
+    assert "imed out" in message
+    assert lost_rank(RuntimeError(message))
+
+
 def _fill_the_disk(folder: str, asynchronous: bool) -> list[str]:
     """Save step 1; then step 2, for which the last rank may write no file above 1 kB; then 3."""
     manager = CheckpointManager(Path(folder), keep=2, asynchronous=asynchronous)
@@ -253,7 +273,7 @@ def test_copies_on_the_host_are_whole_and_in_one_place(saves):
         for i, (shape, dtype, is_strided) in enumerate(save):
             full = torch.randint(0, 2, [*shape, 2 if is_strided else 1]).to(dtype) * (number + 1)
             tensors[str(i)] = full[..., 0]
-        copies = host.copy(tensors)
+        copies = host.copy_from_host(tensors)
         host.wait()
         places = [Room.find(copies[key]) for key in tensors]
         for place, (key, tensor) in zip(places, tensors.items(), strict=True):
@@ -273,7 +293,7 @@ def test_what_a_gpu_does_after_a_copy_is_not_in_it():
     host = HostCopy()
     x = torch.arange(1 << 24, device="cuda")
     for number in range(3):
-        copies = host.copy({"x": x})
+        copies = host.copy_from_gpu({"x": x})
         x += 1  # the host has not waited
         host.wait()
         assert torch.equal(copies["x"], torch.arange(1 << 24) + number)
@@ -293,7 +313,7 @@ def test_a_save_asks_a_busy_gpu_for_copies_before_it_waits_for_it(tmp_path):
     manager.reserve({"x": x, "progress": progress})
     assert seen == []
     x += 1  # a kernel's first launch loads it, for which the GPU must be idle
-    HostCopy().copy({"x": x})
+    HostCopy().copy_from_gpu({"x": x})
     torch.cuda.synchronize()
     torch.cuda._sleep(2 * 10**9)  # a second
     x += 1
