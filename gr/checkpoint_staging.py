@@ -69,7 +69,8 @@ class HostCopy:
         size = sum(map(_aligned, chosen)) or int(not from_gpu)
         room = self._rooms.get(from_gpu)
         if size > (0 if room is None else room.size):
-            self.wait()  # a save that failed may have left a copy under way
+            if from_gpu:
+                self.wait()  # a save that failed may have left a copy under way
             self._rooms.pop(from_gpu, None)  # before there are two
             size *= 1 if from_gpu else GROWTH
             self._rooms[from_gpu] = Room(size, is_pinned=from_gpu)
