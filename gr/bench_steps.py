@@ -5,10 +5,10 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -51,6 +51,8 @@ class Settings:
     """Of a rank's batch."""
     partitions: int
     """Of the logs."""
+    ranks: int
+    """Whose batches one GPU takes in turn, where it stands for a group."""
     is_small: bool = False
     """A model for CPUs, with the update rule that FBGEMM has there."""
     graph_tokens: int = 0
@@ -183,6 +185,45 @@ class Bench:
             }
             for name, (config, batches) in runs.items()
         }
+
+    def alone(
+        self, runs: dict[str, list[list[SequenceBatch]]], *, trainer: Trainer, rounds: int = 3
+    ) -> dict[str, Tensor]:
+        """Return what each step takes one device with no other rank to wait for or to send to.
+
+        Args:
+            runs: by name, the batches of each rank. They are trained on once before.
+            trainer: of all runs.
+            rounds: turns of each.
+
+        Returns:
+            Seconds by name (ranks, steps), means of the rounds.
+        """
+        loops = {
+            name: [(Loop(trainer, itertools.cycle(batches)), len(batches)) for batches in ranks]
+            for name, ranks in runs.items()
+        }
+        turns: dict[str, list[Tensor]] = {name: [] for name in runs}
+        for _ in range(1 + rounds):
+            for name, ranks in loops.items():
+                seconds = [self._each_step(loop, steps) for loop, steps in ranks]
+                turns[name].append(torch.tensor(seconds, dtype=torch.float64))
+        return {name: torch.stack(found[1:]).mean(0) for name, found in turns.items()}
+
+    def _each_step(self, loop: "Loop", steps: int) -> list[float]:
+        """Run some steps; return the seconds of each, by the clock of the device."""
+        if self.world.device.type == "cpu":
+            loop.run(steps)
+            return loop.seconds[-steps:]
+        event: Callable[..., Any] = torch.cuda.Event
+        ends = [event(enable_timing=True) for _ in range(steps + 1)]
+        torch.cuda.synchronize()
+        ends[0].record()
+        for end in ends[1:]:
+            loop.run(1)
+            end.record()
+        torch.cuda.synchronize()
+        return [1e-3 * start.elapsed_time(end) for start, end in itertools.pairwise(ends)]
 
     def profile(self, config: TrainConfig) -> dict[str, float]:
         """Return shares of the time of a few steps: communication alone, nothing at all.

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from gr.bench_main import attempt
 from gr.bench_steps import Bench, Settings
 from gr.parallel import World
 from gr.train import short_pauses
+from pipelines.batch import SequenceBatch
 from pipelines.bench_log import write_bench_log, zipf_lengths
 
 LONGEST = 4096
@@ -93,6 +95,24 @@ def measure_balance(bench: Bench) -> Figures:
     return {"speedup": speedup, "bound": bound, "share": speedup / bound, **_steps(of)}
 
 
+def measure_parts(bench: Bench) -> Figures:
+    """What the batches of `balance` take on one GPU, those of one rank after those of another.
+
+    A step need not be proportional to its FLOPs: max / mean of these times is a bound of its own.
+    """
+    runs: dict[str, list[list[SequenceBatch]]] = {"by_rows": [], "filled": []}
+    for rank in range(bench.settings.ranks):
+        one = Bench(bench.settings, replace(bench.world, rank=rank, size=bench.settings.ranks))
+        runs["by_rows"].append(one.read(one.by_rows("zipf"), 30))
+        runs["filled"].append(one.read(one.filled("zipf"), 30))
+    times = bench.alone(runs, trainer=bench.trainer(bench.filled("zipf")))
+    found: Figures = {"of_ranks": bench.settings.ranks}
+    for name, seconds in times.items():
+        found[f"{name}_max_over_mean_s"] = float(seconds.amax(0).sum() / seconds.mean(0).sum())
+        found[f"{name}_step_s"] = float(seconds.mean())
+    return found
+
+
 def measure_length(bench: Bench) -> Figures:
     """Stochastic length with balanced loads, against plain; four times as many sequences."""
     configs = {
@@ -128,6 +148,7 @@ ON_ONE: dict[str, Measurement] = {
     "fixed": measure_fixed,
     "fixed_fp8": measure_fixed_fp8,
     "momentum": measure_momentum,
+    "parts": measure_parts,
 }
 ON_ALL: dict[str, Measurement] = {
     "zipf": measure_zipf,
@@ -144,6 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gr.bench_training")
     parser.add_argument("what", nargs="*", help=f"of {', '.join(names)}; all by default")
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="0: on CPUs")
+    parser.add_argument("--ranks", type=int, default=0, help="whose batches `parts` times")
     parser.add_argument("--rows", type=int, default=50_000_000, help="of the table")
     parser.add_argument("--graph-tokens", type=int, default=512, help="0: layers without graphs")
     parser.add_argument("--small", action="store_true", help="a small model, to try it on CPUs")
@@ -165,7 +187,8 @@ def drive(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         options.folder = Path(folder) / "logs"
         ranks = max(1, options.gpus) if not options.small else 2
-        write_logs(options.folder, options, ranks)
+        options.ranks = options.ranks or max(ranks, 2)
+        write_logs(options.folder, options, max(ranks, options.ranks))
         found: dict[str, Figures] = {}
         for size in sorted({1, ranks}):
             wanted = ON_ONE if size == 1 else ON_ALL
@@ -175,6 +198,7 @@ def drive(options: argparse.Namespace) -> None:
             out = Path(folder) / f"on_{size}.jsonl"
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             command += ["--nproc-per-node", str(size), "-m", "gr.bench_training", *chosen]
+            command += ["--ranks", str(options.ranks)]
             command += ["--rows", str(options.rows), "--folder", str(options.folder)]
             command += ["--graph-tokens", str(options.graph_tokens)]
             command += ["--out", str(out), *(["--small"] if options.small else [])]
@@ -209,7 +233,13 @@ def work(options: argparse.Namespace) -> None:
     # A rank that fails alone leaves the others waiting; they must not wait long.
     world = parallel.start(device, needs_group=True, timeout_minutes=2)
     settings = Settings(
-        options.folder, options.rows, B, PARTITIONS, options.small, options.graph_tokens
+        options.folder,
+        options.rows,
+        B,
+        PARTITIONS,
+        options.ranks,
+        options.small,
+        options.graph_tokens,
     )
     wanted = ON_ONE if world.size == 1 else ON_ALL
     failed: list[str] = []
@@ -272,6 +302,15 @@ def table(found: dict[str, Figures], ranks: int) -> list[str]:
         ">= 95 %",
         f"balance on {ranks}",
         lambda x: f"{x['share']:.1%} ({x['speedup']:.3f}x of {x['bound']:.3f}x)",
+    )
+    line(
+        "the same by time: steps of each rank on one GPU, max/mean",
+        "",
+        "parts on 1",
+        lambda x: (
+            f"{x['by_rows_max_over_mean_s']:.3f}x of {x['of_ranks']:.0f} ranks; filled "
+            f"{x['filled_max_over_mean_s']:.3f}"
+        ),
     )
     line(
         "balanced stochastic length against plain",

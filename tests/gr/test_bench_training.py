@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from gr import bench_steps
 from gr.bench_steps import Bench, Settings, flops
 from gr.bench_trace import covered, device_intervals, transfer, waits
+from gr.bench_training import measure_parts
 from gr.flops import training_flops
 from gr.parallel import World
 from gr.sequence import sequence_info
@@ -34,7 +35,7 @@ def logs(tmp_path_factory):
 
 
 def bench(logs):
-    settings = Settings(logs, 1000, 4, 4, is_small=True)
+    settings = Settings(logs, 1000, 4, 4, ranks=2, is_small=True)
     return Bench(settings, World(0, 1, torch.device("cpu")))
 
 
@@ -114,6 +115,44 @@ def test_runs_that_take_turns_see_the_same_machine(logs, monkeypatch):
             read()
 
 
+def test_parts_are_what_each_rank_would_take_by_itself(logs, monkeypatch):
+    """A step takes a second, and one more for each token; a second more each round."""
+    turns = []
+
+    class Loop:
+        def __init__(self, trainer, batches):
+            self.batches, self.seconds = iter(batches), []
+
+        def run(self, steps):
+            turns.append(self)
+            late = turns.count(self) - 1
+            some = list(itertools.islice(self.batches, steps))
+            self.seconds += [1.0 + late + batch.num_tokens for batch in some]
+
+    monkeypatch.setattr(bench_steps, "Loop", Loop)
+    some = bench(logs)
+    monkeypatch.setattr(some, "trainer", lambda config: None)
+    # By rows each of two ranks takes two of four partitions; filled, as many FLOPs.
+    tokens = {"by_rows": [[2, 64, 8, 40], [4, 2, 64, 10]], "filled": [[64, 8, 3], [60, 12, 3]]}
+
+    def read(one, config, steps):
+        name = "filled" if config.data.fill == "flops" else "by_rows"
+        assert one.world.size == 2
+        return [SimpleNamespace(num_tokens=n) for n in tokens[name][one.world.rank]]
+
+    monkeypatch.setattr(Bench, "read", read)
+    found = measure_parts(some)
+    assert len(turns) == 4 * 4
+    assert turns[4:8] == turns[:4]
+    # The rounds that are timed come 1, 2 and 3 seconds late: 3 seconds and the tokens.
+    slower = [max(a, b) + 3 for a, b in zip(*tokens["by_rows"], strict=True)]
+    mean = sum(map(sum, tokens["by_rows"])) / 2 + 4 * 3
+    assert found["by_rows_max_over_mean_s"] == pytest.approx(sum(slower) / mean)
+    assert found["by_rows_step_s"] == pytest.approx(mean / 4)
+    assert found["filled_max_over_mean_s"] == pytest.approx((67 + 15 + 6) / (75 + 9))
+    assert found["of_ranks"] == 2
+
+
 def test_lengths_follow_the_law_up_to_the_longest():
     lengths = zipf_lengths(200_000, 1.2, 4096)
     zeta = (np.arange(1, 10**6) ** -1.2).sum() + 10 ** (6 * -0.2) / 0.2
@@ -166,6 +205,12 @@ def test_all_of_it_runs_on_cpus():
     command = [sys.executable, "-m", "gr.bench_training", "--small", "--rows", "20000"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    for what in ("weak scaling 1 -> 2", "share of the bound", "host momentum", "checkpoint"):
+    for what in (
+        "weak scaling 1 -> 2",
+        "share of the bound",
+        "by time",
+        "host momentum",
+        "checkpoint",
+    ):
         assert what in done.stdout
     assert "failed" not in done.stderr
