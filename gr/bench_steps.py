@@ -187,28 +187,19 @@ class Bench:
         }
 
     def alone(
-        self, runs: dict[str, list[list[SequenceBatch]]], *, trainer: Trainer, rounds: int = 3
-    ) -> dict[str, Tensor]:
-        """Return what each step takes one device with no other rank to wait for or to send to.
+        self, config: TrainConfig, batches: list[SequenceBatch], *, rounds: int = 2
+    ) -> Tensor:
+        """Return seconds of each step where no other rank is waited for, means of the rounds.
 
         Args:
-            runs: by name, the batches of each rank. They are trained on once before.
-            trainer: of all runs.
-            rounds: turns of each.
-
-        Returns:
-            Seconds by name (ranks, steps), means of the rounds.
+            config: the run.
+            batches: of one rank. They are trained on once before.
+            rounds: how often.
         """
-        loops = {
-            name: [(Loop(trainer, itertools.cycle(batches)), len(batches)) for batches in ranks]
-            for name, ranks in runs.items()
-        }
-        turns: dict[str, list[Tensor]] = {name: [] for name in runs}
-        for _ in range(1 + rounds):
-            for name, ranks in loops.items():
-                seconds = [self._each_step(loop, steps) for loop, steps in ranks]
-                turns[name].append(torch.tensor(seconds, dtype=torch.float64))
-        return {name: torch.stack(found[1:]).mean(0) for name, found in turns.items()}
+        loop = Loop(self.trainer(config), itertools.cycle(batches))
+        loop.run(len(batches))
+        turns = [self._each_step(loop, len(batches)) for _ in range(rounds)]
+        return torch.tensor(turns, dtype=torch.float64).mean(0)
 
     def _each_step(self, loop: "Loop", steps: int) -> list[float]:
         """Run some steps; return the seconds of each, by the clock of the device."""

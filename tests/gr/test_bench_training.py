@@ -116,41 +116,47 @@ def test_runs_that_take_turns_see_the_same_machine(logs, monkeypatch):
 
 
 def test_parts_are_what_each_rank_would_take_by_itself(logs, monkeypatch):
-    """A step takes a second, and one more for each token; a second more each round."""
-    turns = []
+    """A step takes two seconds, and what its matrices and its attention take at their rates."""
+    lengths = {
+        "by_rows": [[[2, 64], [8, 40], [30]], [[4, 2], [64, 10], [6, 6, 6]]],
+        "filled": [[[64], [8, 30], [3]], [[50, 9], [12], [20]]],
+    }
+    some = bench(logs)
+    model = some.by_rows("zipf").model
+
+    def cost(tokens):
+        linear, attention = flops(model, torch.tensor(tokens))
+        return 2.0 + linear / 5e5 + 3.5 * attention / 2e5
 
     class Loop:
         def __init__(self, trainer, batches):
             self.batches, self.seconds = iter(batches), []
 
         def run(self, steps):
-            turns.append(self)
-            late = turns.count(self) - 1
+            late = 3.0 if not self.seconds else 0.5 if len(self.seconds) == steps else -0.5
             some = list(itertools.islice(self.batches, steps))
-            self.seconds += [1.0 + late + batch.num_tokens for batch in some]
+            self.seconds += [late + cost(batch.lengths.tolist()) for batch in some]
 
     monkeypatch.setattr(bench_steps, "Loop", Loop)
-    some = bench(logs)
     monkeypatch.setattr(some, "trainer", lambda config: None)
-    # By rows each of two ranks takes two of four partitions; filled, as many FLOPs.
-    tokens = {"by_rows": [[2, 64, 8, 40], [4, 2, 64, 10]], "filled": [[64, 8, 3], [60, 12, 3]]}
 
     def read(one, config, steps):
         name = "filled" if config.data.fill == "flops" else "by_rows"
         assert one.world.size == 2
-        return [SimpleNamespace(num_tokens=n) for n in tokens[name][one.world.rank]]
+        return [SimpleNamespace(lengths=torch.tensor(n)) for n in lengths[name][one.world.rank]]
 
     monkeypatch.setattr(Bench, "read", read)
     found = measure_parts(some)
-    assert len(turns) == 4 * 4
-    assert turns[4:8] == turns[:4]
-    # The rounds that are timed come 1, 2 and 3 seconds late: 3 seconds and the tokens.
-    slower = [max(a, b) + 3 for a, b in zip(*tokens["by_rows"], strict=True)]
-    mean = sum(map(sum, tokens["by_rows"])) / 2 + 4 * 3
-    assert found["by_rows_max_over_mean_s"] == pytest.approx(sum(slower) / mean)
-    assert found["by_rows_step_s"] == pytest.approx(mean / 4)
-    assert found["filled_max_over_mean_s"] == pytest.approx((67 + 15 + 6) / (75 + 9))
+    for name, (first, second) in lengths.items():
+        pairs = [(cost(a), cost(b)) for a, b in zip(first, second, strict=True)]
+        slower, mean = sum(map(max, pairs)), sum(map(sum, pairs)) / 2
+        assert found[f"{name}_max_over_mean_s"] == pytest.approx(slower / mean, rel=1e-12)
+        assert found[f"{name}_step_s"] == pytest.approx(mean / 3)
     assert found["of_ranks"] == 2
+    assert found["fixed_s"] == pytest.approx(2.0)
+    assert found["linear_tflops"] == pytest.approx(5e-7)
+    assert found["attention_tflops"] == pytest.approx(2e-7)
+    assert found["off_plane_s"] == pytest.approx(0.0, abs=1e-9)
 
 
 def test_lengths_follow_the_law_up_to_the_longest():
