@@ -30,7 +30,7 @@ import torch
 
 from gr import parallel
 from gr.bench_main import attempt
-from gr.bench_steps import Bench, Settings, flops
+from gr.bench_steps import Bench, Settings
 from gr.parallel import World
 from gr.train import short_pauses
 from pipelines.bench_log import write_bench_log, zipf_lengths
@@ -98,33 +98,18 @@ def measure_parts(bench: Bench) -> Figures:
     """What the batches of `balance` take on one GPU, those of one rank after those of another.
 
     A step need not be proportional to its FLOPs: max / mean of these times is a bound of its own.
-    With it the plane through all of these times: what a step takes whatever its batch, and the
-    rates of its matrices and of attention.
     """
     ranks = bench.settings.ranks
     times: dict[str, list[torch.Tensor]] = {"by_rows": [], "filled": []}
-    work, seconds = [], []
     for rank in range(ranks):
         one = Bench(bench.settings, replace(bench.world, rank=rank, size=ranks))
         for name, config in {"by_rows": one.by_rows("zipf"), "filled": one.filled("zipf")}.items():
-            batches = one.read(config, 30)
-            times[name].append(bench.alone(config, batches))
-            work += [(1.0, *flops(config.model, batch.lengths)) for batch in batches]
-            seconds += times[name][-1].tolist()
+            times[name].append(bench.alone(config, one.read(config, 30)))
     found: Figures = {"of_ranks": ranks}
     for name, each in times.items():
-        of = torch.stack(each)
-        found[f"{name}_max_over_mean_s"] = float(of.amax(0).sum() / of.mean(0).sum())
-        found[f"{name}_step_s"] = float(of.mean())
-    scale = np.array([1.0, 1e12, 1e12 / 3.5])
-    plane, *_ = np.linalg.lstsq(np.array(work) / scale, np.array(seconds), rcond=None)
-    off = np.array(seconds) - np.array(work) / scale @ plane
-    found |= {
-        "fixed_s": float(plane[0]),
-        "linear_tflops": float(1 / plane[1]),
-        "attention_tflops": float(1 / plane[2]),
-        "off_plane_s": float(off.std()),
-    }
+        seconds = torch.stack(each)
+        found[f"{name}_max_over_mean_s"] = float(seconds.amax(0).sum() / seconds.mean(0).sum())
+        found[f"{name}_step_s"] = float(seconds.mean())
     return found
 
 
@@ -324,8 +309,7 @@ def table(found: dict[str, Figures], ranks: int) -> list[str]:
         "parts on 1",
         lambda x: (
             f"{x['by_rows_max_over_mean_s']:.3f}x of {x['of_ranks']:.0f} ranks; filled "
-            f"{x['filled_max_over_mean_s']:.3f}; {1e3 * x['fixed_s']:.1f} ms whatever the batch, "
-            f"then matrices {x['linear_tflops']:.0f}, attention {x['attention_tflops']:.0f} TFLOP/s"
+            f"{x['filled_max_over_mean_s']:.3f}"
         ),
     )
     line(

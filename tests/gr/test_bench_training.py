@@ -116,17 +116,15 @@ def test_runs_that_take_turns_see_the_same_machine(logs, monkeypatch):
 
 
 def test_parts_are_what_each_rank_would_take_by_itself(logs, monkeypatch):
-    """A step takes two seconds, and what its matrices and its attention take at their rates."""
+    """A step takes two seconds, and one more for each token; rounds differ, the first most."""
     lengths = {
         "by_rows": [[[2, 64], [8, 40], [30]], [[4, 2], [64, 10], [6, 6, 6]]],
         "filled": [[[64], [8, 30], [3]], [[50, 9], [12], [20]]],
     }
     some = bench(logs)
-    model = some.by_rows("zipf").model
 
     def cost(tokens):
-        linear, attention = flops(model, torch.tensor(tokens))
-        return 2.0 + linear / 5e5 + 3.5 * attention / 2e5
+        return 2.0 + sum(tokens)
 
     class Loop:
         def __init__(self, trainer, batches):
@@ -153,10 +151,6 @@ def test_parts_are_what_each_rank_would_take_by_itself(logs, monkeypatch):
         assert found[f"{name}_max_over_mean_s"] == pytest.approx(slower / mean, rel=1e-12)
         assert found[f"{name}_step_s"] == pytest.approx(mean / 3)
     assert found["of_ranks"] == 2
-    assert found["fixed_s"] == pytest.approx(2.0)
-    assert found["linear_tflops"] == pytest.approx(5e-7)
-    assert found["attention_tflops"] == pytest.approx(2e-7)
-    assert found["off_plane_s"] == pytest.approx(0.0, abs=1e-9)
 
 
 def test_lengths_follow_the_law_up_to_the_longest():
