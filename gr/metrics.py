@@ -297,9 +297,7 @@ class _Records:
             self._new.pop()
 
     def keep(self, columns: Columns) -> None:
-        """Add what `columns` returned: on the host, where new predictions may not be."""
-        self.send()
-        self._receive()
+        """Add what `columns` returned."""
         self._kept.append({c: x.to(self._dtypes[c]) for c, x in columns.items()})
 
     def columns(self) -> Columns:
