@@ -147,6 +147,24 @@ def test_stopped_at_every_checkpoint_and_resumed(finished, config):
     ]
 
 
+def test_checkpoints_are_kept_and_waited_for_as_configured(config, monkeypatch):
+    class AskedError(Exception):
+        pass
+
+    def ask(folder, **options):
+        raise AskedError(options)
+
+    monkeypatch.setattr("gr.train.CheckpointManager", ask)
+    with pytest.raises(AskedError) as caught:
+        run(config, "timeout_minutes=3", "checkpoint.keep=5", "checkpoint.asynchronous=true")
+    assert caught.value.args[0] == {
+        "keep": 5,
+        "apart": (EVALUATION,),
+        "asynchronous": True,
+        "timeout_minutes": 3.0,
+    }
+
+
 def test_resuming_without_stored_histories_changes_no_bit(finished, config, tmp_path):
     stopped = run(config, "max_steps=8", "checkpoint.histories=replay")
     assert not list(stopped.glob("checkpoints/*/histories"))

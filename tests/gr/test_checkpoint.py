@@ -124,6 +124,11 @@ def test_a_part_may_be_a_function(tmp_path, monkeypatch, asynchronous):
             r"two parts of the state have the key 'progress\.step'",
         ),
         (
+            {"progress": lambda: {"x": torch.zeros(1)}, "progress.x": 2},
+            ValueError,
+            r"two parts of the state have the key 'progress\.x'",
+        ),
+        (
             {"progress": lambda: {"x": [torch.zeros(1)]}},
             ValueError,
             r"state 'progress\.x': expected a tensor",
