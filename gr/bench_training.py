@@ -1,6 +1,6 @@
 """What a training step costs on one GPU and on all of a machine.
 
-    python -m gr.bench_training [MEASUREMENT ...] [--gpus N] [--rows N] [--records FILE]
+    python -m gr.bench_training [MEASUREMENT ...] [--gpus N] [--ranks N] [--records FILE]
 
 Starts itself under torchrun on one GPU and on N (all by default), and prints ratios between numbers
 of this one command. The steps are those of `gr.trainer.Trainer`, progressive scoring included, on
@@ -165,7 +165,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gr.bench_training")
     parser.add_argument("what", nargs="*", help=f"of {', '.join(names)}; all by default")
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="0: on CPUs")
-    parser.add_argument("--ranks", type=int, default=0, help="whose batches `parts` times")
+    parser.add_argument(
+        "--ranks", type=int, default=0, help="whose batches `parts` times; by default --gpus, or 2"
+    )
     parser.add_argument("--rows", type=int, default=50_000_000, help="of the table")
     parser.add_argument("--graph-tokens", type=int, default=512, help="0: layers without graphs")
     parser.add_argument("--small", action="store_true", help="a small model, to try it on CPUs")
@@ -176,6 +178,10 @@ def main() -> None:
     unknown = [name for name in options.what if name not in names]
     if unknown:
         parser.error(f"expected measurements of {names}, got {unknown}")
+    if not 0 <= options.ranks <= PARTITIONS:
+        parser.error(
+            f"--ranks must be 1 to {PARTITIONS}, the log's partitions, got {options.ranks}"
+        )
     if options.out is None:
         drive(options)
     else:

@@ -153,6 +153,17 @@ def test_parts_are_what_each_rank_would_take_by_itself(logs, monkeypatch):
     assert found["of_ranks"] == 2
 
 
+@pytest.mark.gpu
+def test_steps_are_timed_by_the_clock_of_the_gpu(logs):
+    """The host has launched them all long before the GPU comes to their end."""
+    cycles = iter([2 * 10**7, 6 * 10**7, 2 * 10**7])
+    loop = SimpleNamespace(run=lambda steps: torch.cuda._sleep(next(cycles)))
+    some = Bench(bench(logs).settings, World(0, 1, torch.device("cuda")))
+    first, second, third = some._each_step(loop, 3)
+    assert second / first == pytest.approx(3, rel=0.2)
+    assert third / first == pytest.approx(1, rel=0.2)
+
+
 def test_lengths_follow_the_law_up_to_the_longest():
     lengths = zipf_lengths(200_000, 1.2, 4096)
     zeta = (np.arange(1, 10**6) ** -1.2).sum() + 10 ** (6 * -0.2) / 0.2
